@@ -1,0 +1,321 @@
+"""Dimension-wise post-training quantisation of continuous latents (paper section 3.1, equations 1-5).
+
+Every latent value is replaced, on its own, by the nearest of `num_levels` codebook values; its token is the index
+of that value. Nothing is trained. Three ways to make the codebook:
+
+- `gaussian_quantizer`: equal-probability bins of a Gaussian, each replaced by its conditional mean (the paper);
+- `uniform_quantizer`: the middles of bins of equal width (the paper's robustness remark);
+- `lloyd_max_quantizer`: the codebook of least squared error on calibration latents, per channel or for all.
+
+All three are a `ScalarQuantizer`, which encodes by searching the midpoints between sorted codebook values: the
+official code (models/tokenbridge.py, `quantize`) forms all distances and takes the smallest, which gives the same
+tokens but needs `num_levels` times the memory.
+
+Shape letters: C channels, V levels, `...` any other dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+GAUSSIAN_RANGE = 5.0  # a latent of this size is mapped to GAUSSIAN_SIGMAS before binning (official default)
+GAUSSIAN_SIGMAS = 3.0  # the outermost bins are cut here, in standard deviations (official `std_range`)
+
+
+class ScalarQuantizer(nn.Module):
+    """Map latents to tokens and back by the nearest value of a sorted codebook.
+
+    Buffers (saved with `state_dict`): `codebook`, float32, [V] for one codebook or [C, V] for one per channel.
+
+    Args:
+        codebook: strictly increasing values [V] or [C, V] in latent units.
+        channel_dim: which dimension of the latents holds the channels, if there is a codebook per channel.
+
+    Raises:
+        ValueError: fewer than two levels, values that are not finite or do not strictly increase.
+    """
+
+    codebook: Tensor
+    midpoints: Tensor
+
+    def __init__(self, codebook: Tensor, *, channel_dim: int = 1) -> None:
+        super().__init__()
+        codebook = codebook.detach().to(torch.float32).clone()
+        if codebook.ndim not in (1, 2) or codebook.shape[-1] < 2:
+            raise ValueError(f"A codebook is [levels] or [channels, levels >= 2], not {list(codebook.shape)}.")
+        _check_codebook(codebook)
+        self.channel_dim = channel_dim
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("midpoints", _midpoints(codebook), persistent=False)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of codebook values V."""
+        return self.codebook.shape[-1]
+
+    @property
+    def num_channels(self) -> int | None:
+        """Number of channels with a codebook of their own; None if one codebook serves all."""
+        return self.codebook.shape[0] if self.codebook.ndim == 2 else None
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Return the tokens of latents: same shape, int64, in [0, V).
+
+        Values outside the codebook's span get its first or last token; a value half-way between two codebook
+        values gets the lower token (as the official argmin over distances does).
+
+        Args:
+            latents: float tensor of any layout, in latent units; compared in float32 (or float64 if it is).
+
+        Raises:
+            ValueError: NaN or infinite latents, an integer dtype, or a wrong number of channels.
+        """
+        if not latents.is_floating_point():
+            raise ValueError(f"Latents must be floating point, not {latents.dtype}.")
+        if not torch.isfinite(latents).all():
+            bad = int((~torch.isfinite(latents)).sum())
+            raise ValueError(f"{bad} of {latents.numel()} latents are NaN or infinite.")
+        return self.nearest(latents)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """`encode` without its checks, for loops that must not wait for the device."""
+        if self.codebook.ndim == 1:
+            return _search(self.midpoints, latents)
+        by_channel = self._channels_first(latents)
+        tokens = torch.stack([_search(m, x) for m, x in zip(self.midpoints, by_channel, strict=True)])
+        return tokens.movedim(0, self.channel_dim)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return the codebook values of tokens: same shape, the codebook's dtype, in latent units.
+
+        Raises:
+            ValueError: tokens outside [0, V), not integers, or a wrong number of channels.
+        """
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"Tokens must be integers, not {tokens.dtype}.")
+        if tokens.numel() and not ((tokens >= 0) & (tokens < self.num_levels)).all():
+            low, high = int(tokens.min()), int(tokens.max())
+            raise ValueError(f"Tokens span [{low}, {high}], but there are {self.num_levels} levels.")
+        return self.lookup(tokens)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """`decode` without its checks, for loops that must not wait for the device."""
+        if self.codebook.ndim == 1:
+            return self.codebook[tokens]
+        by_channel = self._channels_first(tokens)
+        latents = torch.stack([book[t] for book, t in zip(self.codebook, by_channel, strict=True)])
+        return latents.movedim(0, self.channel_dim)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return the de-quantised latents: `decode(encode(latents))`."""
+        return self.lookup(self.encode(latents))
+
+    def _channels_first(self, x: Tensor) -> Tensor:
+        dims = x.ndim
+        if not -dims <= self.channel_dim < dims or x.shape[self.channel_dim] != self.num_channels:
+            raise ValueError(
+                f"This quantiser has {self.num_channels} channels in dimension {self.channel_dim}; "
+                f"the input has shape {list(x.shape)}."
+            )
+        return x.movedim(self.channel_dim, 0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """Refuse a codebook that is not one, and renew the midpoints, which are not saved."""
+        if (codebook := state_dict.get(prefix + "codebook")) is not None:
+            _check_codebook(codebook)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.midpoints.copy_(_midpoints(self.codebook))
+
+
+def _check_codebook(codebook: Tensor) -> None:
+    if not torch.isfinite(codebook).all() or not (codebook.diff(dim=-1) > 0).all():
+        raise ValueError("Codebook values must be finite and strictly increasing.")
+
+
+def _midpoints(codebook: Tensor) -> Tensor:
+    return (codebook[..., :-1] + codebook[..., 1:]) / 2
+
+
+def _search(midpoints: Tensor, latents: Tensor) -> Tensor:
+    """Count the midpoints below each value; a value on a midpoint stays with the lower level."""
+    exact = latents.dtype if latents.dtype == torch.float64 else torch.float32
+    return torch.searchsorted(midpoints.to(exact), latents.to(exact).contiguous())
+
+
+def gaussian_quantizer(
+    num_levels: int, *, value_range: float = GAUSSIAN_RANGE, num_sigmas: float = GAUSSIAN_SIGMAS
+) -> ScalarQuantizer:
+    """Return the paper's quantiser: conditional means of equal-probability bins of N(0, 1).
+
+    The outermost bins are cut at ±`num_sigmas`, and ±`num_sigmas` is mapped to ±`value_range`: in latent units
+    the bins are fitted to a standard deviation of `value_range / num_sigmas`, 5/3 by default.
+    Source: equations 1-5; official models/tokenbridge.py, `_init_gaussian_quantization`.
+
+    Args:
+        num_levels: V, at least 2.
+        value_range: latents beyond ± this are clamped to the outermost levels.
+        num_sigmas: where the Gaussian is cut.
+
+    Raises:
+        ValueError: arguments that are not positive, or so many levels that bins fall together beyond
+            ±`num_sigmas` and the codebook degenerates (from 741 levels on with 3 sigmas; the official code
+            then puts a wrong value, 0, into its codebook).
+    """
+    return ScalarQuantizer(gaussian_codebook(num_levels, value_range=value_range, num_sigmas=num_sigmas))
+
+
+def gaussian_codebook(num_levels: int, *, value_range: float, num_sigmas: float) -> Tensor:
+    """Return the codebook [V] of `gaussian_quantizer`, float32, in latent units."""
+    _check_levels(num_levels)
+    _check_positive(value_range=value_range, num_sigmas=num_sigmas)
+    edges = gaussian_bin_edges(num_levels, num_sigmas=num_sigmas)
+    if not (edges.diff() > 0).all():
+        most = int(1 / stats.norm.sf(num_sigmas))
+        raise ValueError(
+            f"{num_levels} levels are too many for ±{num_sigmas:g} sigmas: whole bins would lie beyond the cut. "
+            f"Use at most {most} levels, or more sigmas."
+        )
+    density = torch.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi)
+    cumulative = 0.5 * (1 + torch.erf(edges / math.sqrt(2)))
+    # E[x | a < x < b], equation 4. Deliberately in float32, as models/tokenbridge.py computes it: the published
+    # codebooks carry its rounding (about 1e-5 at 64 levels, growing with the number of levels).
+    means = -density.diff() / cumulative.diff()
+    return (means + num_sigmas) / (2 * num_sigmas) * (2 * value_range) - value_range
+
+
+def gaussian_bin_edges(num_levels: int, *, num_sigmas: float) -> Tensor:
+    """Return the edges [V + 1] float32 of equal-probability bins of N(0, 1), cut at ±`num_sigmas` (equation 2)."""
+    probabilities = torch.linspace(0, 1, num_levels + 1)
+    edges = torch.from_numpy(stats.norm.ppf(probabilities.numpy())).to(torch.float32)
+    return edges.clamp(-num_sigmas, num_sigmas)
+
+
+def uniform_quantizer(num_levels: int, *, value_range: float = GAUSSIAN_RANGE) -> ScalarQuantizer:
+    """Return a quantiser with the middles of `num_levels` equal bins of [-`value_range`, `value_range`]."""
+    _check_levels(num_levels)
+    _check_positive(value_range=value_range)
+    places = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
+    return ScalarQuantizer((2 * places - 1) * value_range)
+
+
+def lloyd_max_quantizer(
+    latents: Tensor, num_levels: int, *, channel_dim: int | None = None, num_iterations: int = 500
+) -> ScalarQuantizer:
+    """Return the quantiser of least squared error on calibration latents (Lloyd 1982, Max 1960).
+
+    Starts at the Gaussian codebook scaled to the data, then alternates nearest-value assignment and cell means,
+    which never raises the error on the calibration data. Sorted data and its running sums make one iteration
+    cost a search of the V midpoints.
+
+    Args:
+        latents: calibration latents, any shape.
+        num_levels: V; the data must have at least as many distinct values.
+        channel_dim: dimension of the channels for a codebook per channel; None for one codebook.
+        num_iterations: upper limit; stops when no cell changes.
+
+    Raises:
+        ValueError: latents that are not finite, or have fewer distinct values than levels.
+    """
+    _check_levels(num_levels)
+    if not latents.is_floating_point() or not torch.isfinite(latents).all():
+        raise ValueError("Calibration latents must be finite floating-point values.")
+    if channel_dim is None:
+        return ScalarQuantizer(_fit_lloyd_max(latents.flatten(), num_levels, num_iterations))
+    rows = latents.movedim(channel_dim, 0).flatten(1)
+    codebooks = [_fit_lloyd_max(row, num_levels, num_iterations) for row in rows]
+    return ScalarQuantizer(torch.stack(codebooks), channel_dim=channel_dim)
+
+
+def _fit_lloyd_max(values: Tensor, num_levels: int, num_iterations: int) -> Tensor:
+    values = values.to("cpu", torch.float64).sort().values
+    if values.unique_consecutive().numel() < num_levels:
+        raise ValueError(f"{num_levels} levels need at least as many distinct calibration values.")
+    sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    levels = _initial_levels(values, num_levels)
+    previous = None
+    for _ in range(num_iterations):
+        inner = torch.searchsorted(values, _midpoints(levels), right=True)
+        ends = torch.cat([inner.new_zeros(1), inner, inner.new_tensor([values.numel()])])
+        if previous is not None and torch.equal(ends, previous):
+            break
+        previous = ends
+        counts = ends.diff()
+        means = sums[ends].diff() / counts.clamp(min=1)
+        levels = torch.where(counts > 0, means, levels)  # an empty cell keeps its value
+    return levels
+
+
+def _initial_levels(values: Tensor, num_levels: int) -> Tensor:
+    """Start from Gaussian bins fitted to the data; from the data's quantiles where those are too many."""
+    try:
+        unit = gaussian_codebook(num_levels, value_range=GAUSSIAN_RANGE, num_sigmas=GAUSSIAN_SIGMAS)
+    except ValueError:
+        distinct = values.unique_consecutive()
+        places = (torch.arange(num_levels) + 0.5) * distinct.numel() / num_levels
+        return distinct[places.long()]
+    return values.mean() + values.std() * unit.double()
+
+
+def _check_levels(num_levels: int) -> None:
+    if num_levels < 2:
+        raise ValueError(f"A quantiser needs at least 2 levels, not {num_levels}.")
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, not {value}.")
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """What quantising given latents costs; squared errors in squared latent units."""
+
+    num_levels: int
+    mse: float  # mean squared error
+    variance: float  # of the latents
+    relative_mse: float  # mse / variance
+    snr_db: float  # 10 log10(variance / mse)
+    entropy_bits: float  # empirical entropy of the tokens, bits per dimension
+    bits_per_dimension: float  # log2 V, what storing a token takes
+    lloyd_max_relative_mse: float  # the best V levels on these latents
+    rate_distortion_relative_mse: float  # 2^(-2 log2 V): no code at this rate does better on Gaussian latents
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the fields as a plain dict."""
+        return asdict(self)
+
+
+def measure_distortion(quantizer: ScalarQuantizer, latents: Tensor) -> Distortion:
+    """Measure what `quantizer` does to `latents`, beside the Lloyd-Max optimum and the rate-distortion bound.
+
+    The Lloyd-Max codebook is fitted to these very latents, one for all channels, whatever the quantiser has.
+    """
+    latents = latents.detach().to("cpu", torch.float32)
+    tokens = quantizer.to("cpu").encode(latents)
+    variance = latents.double().var(correction=0).item()
+    if variance == 0:
+        raise ValueError("The latents are all equal; distortion is undefined.")
+    mse = _mse(quantizer.lookup(tokens), latents)
+    best = lloyd_max_quantizer(latents, quantizer.num_levels)
+    frequencies = torch.bincount(tokens.flatten(), minlength=quantizer.num_levels).double() / tokens.numel()
+    return Distortion(
+        num_levels=quantizer.num_levels,
+        mse=mse,
+        variance=variance,
+        relative_mse=mse / variance,
+        snr_db=10 * math.log10(variance / mse) if mse > 0 else math.inf,
+        entropy_bits=torch.special.entr(frequencies).sum().item() / math.log(2),
+        bits_per_dimension=math.log2(quantizer.num_levels),
+        lloyd_max_relative_mse=_mse(best(latents), latents) / variance,
+        rate_distortion_relative_mse=quantizer.num_levels**-2.0,
+    )
+
+
+def _mse(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).square().mean().item()

@@ -1,0 +1,135 @@
+"""Declared recipes: which models, trained how, sampled how, at each scale. One place for every setting.
+
+Commands, nox sessions, tables and tests read the same recipes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from tokenbridge.sampling import SamplingConfig
+from tokenbridge.training import TrainingConfig
+
+Kind = Literal["autoencoder", "vq", "classifier", "generator"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model and how it is trained."""
+
+    name: str
+    kind: Kind
+    model: dict[str, Any]  # keyword arguments of the model's class
+    training: TrainingConfig
+    loss: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
+    channel_order: Literal["frequency", "natural", "official"] = "frequency"  # of a generator, see orders.py
+    sampling: SamplingConfig | None = None  # of a generator
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A data set, and the recipes that belong to it."""
+
+    name: str
+    data: str  # for `load_images`
+    image_size: int
+    channels: int
+    classes: tuple[str, ...]
+    with_mirrored: bool  # whether a mirrored image is as good as the image
+    recipes: tuple[Recipe, ...]
+
+    def recipe(self, name: str) -> Recipe:
+        """Return the recipe called `name`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for recipe in self.recipes:
+            if recipe.name == name:
+                return recipe
+        raise ValueError(f"Unknown recipe {name!r} at scale {self.name}; there are {[r.name for r in self.recipes]}.")
+
+
+def _autoencoder(channels: int, size: int, widths: tuple[int, ...], **extra: Any) -> dict[str, Any]:
+    """Return the part that AutoencoderKL and VQModel share: one resolution per width, no attention."""
+    return {
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": size,
+        "mid_block_add_attention": False,
+        **extra,
+    }
+
+
+_TINY_GENERATOR: dict[str, Any] = {
+    "latent_size": 4,
+    "num_channels": 16,
+    "num_classes": 10,
+    "num_levels": 64,
+    "head_type": "ar",
+    "width": 112,
+    "encoder_depth": 2,
+    "decoder_depth": 3,
+    "num_heads": 4,
+    "num_buffer": 4,
+    "head_width": 64,
+    "head_depth": 2,
+    "head_num_heads": 2,
+    "dropout": 0.0,
+}
+_TINY_GENERATOR_TRAINING = TrainingConfig(
+    num_steps=9000, batch_size=64, learning_rate=1.5e-3, warmup_steps=300, ema_decay=0.999
+)
+_TINY_SAMPLING = SamplingConfig(num_iterations=16, guidance_scale=3.0, temperature=1.0)
+_TINY_AR64 = Recipe(
+    name="tokenbridge-64",
+    kind="generator",
+    model=_TINY_GENERATOR,
+    training=_TINY_GENERATOR_TRAINING,
+    loss={"num_loss_positions": 4},
+    sampling=_TINY_SAMPLING,
+)
+_TINY_WIDTHS = (16, 32, 48, 48)
+_TINY_AUTOENCODER_TRAINING = TrainingConfig(
+    num_steps=1500, learning_rate=2e-3, ema_decay=0.995, weight_decay=0.0
+)
+
+TINY = Scale(
+    name="tiny",
+    data="digits",
+    image_size=32,
+    channels=1,
+    classes=tuple(str(n) for n in range(10)),
+    with_mirrored=False,
+    recipes=(
+        Recipe(
+            name="vae",
+            kind="autoencoder",
+            model=_autoencoder(1, 32, _TINY_WIDTHS, latent_channels=16),
+            training=_TINY_AUTOENCODER_TRAINING,
+            loss={"kl_weight": 0.01},
+        ),
+        Recipe(
+            name="vq",
+            kind="vq",
+            model=_autoencoder(1, 32, _TINY_WIDTHS, latent_channels=16, num_vq_embeddings=512, vq_embed_dim=8),
+            training=_TINY_AUTOENCODER_TRAINING,
+        ),
+        Recipe(
+            name="classifier",
+            kind="classifier",
+            model={"image_size": 32, "in_channels": 1, "num_classes": 10},
+            training=TrainingConfig(num_steps=600, learning_rate=2e-3, ema_decay=0.99, weight_decay=0.05),
+        ),
+        _TINY_AR64,
+        replace(_TINY_AR64, name="tokenbridge-16", model={**_TINY_GENERATOR, "num_levels": 16}),
+        replace(_TINY_AR64, name="parallel-64", model={**_TINY_GENERATOR, "head_type": "parallel"}),
+        replace(_TINY_AR64, name="tokenbridge-64-natural", channel_order="natural"),
+    ),
+)

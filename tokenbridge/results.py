@@ -1,0 +1,251 @@
+"""Results, their comparison with stored ones, and the tables people read.
+
+A result file (`results.json`) holds rows of metrics with their provenance. Each row is compared, metric by metric,
+with the row of the same id in a reference file: "reproduced" within the stated tolerances, else "not reproduced".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+SCHEMA = "tokenbridge-results/1"
+
+Verdict = Literal["reproduced", "not reproduced", "not run"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Row(_Strict):
+    """One row of one table: what was measured, or why it was not."""
+
+    id: str  # "table2a/ar": table, then the row's own name
+    label: str  # what the table shows
+    metrics: dict[str, float]  # by name; units are in `METRICS`
+    not_run: str | None = None  # the reason, if it was not run
+
+    @property
+    def table(self) -> str:
+        """The table this row belongs to."""
+        return self.id.split("/")[0]
+
+
+class Trend(_Strict):
+    """A claim about the rows, in words, with the number that decides it."""
+
+    id: str
+    claim: str
+    measured: float
+    bound: float
+    relation: Literal[">=", "<="]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the measured number keeps the bound."""
+        return self.measured >= self.bound if self.relation == ">=" else self.measured <= self.bound
+
+
+class Provenance(_Strict):
+    """Where the numbers come from."""
+
+    command: str
+    seed: int
+    started: str  # UTC, ISO 8601
+    wall_seconds: float
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    data_sha256: dict[str, str]
+    weights_sha256: dict[str, str]
+
+
+class Results(_Strict):
+    """Everything a run measured."""
+
+    schema_version: Literal["tokenbridge-results/1"] = "tokenbridge-results/1"
+    scale: str
+    provenance: Provenance
+    rows: list[Row]
+    trends: list[Trend]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is printed and compared."""
+
+    decimals: int
+    relative: float  # tolerance as a share of the reference value
+    absolute: float  # tolerance that is always granted
+    reason: str  # why the tolerance has this size
+
+
+_SAME_NUMBERS = "deterministic; the rest is float rounding across processors"
+_SAMPLING = (
+    "rounding on another processor can flip single tokens, which re-draws part of the images; "
+    "about three standard deviations over seeds"
+)
+_TIMING = "time: compared as order of magnitude only; the ratios within one run are what counts"
+
+METRICS: dict[str, Metric] = {
+    "PSNR": Metric(2, 0.0, 0.05, _SAME_NUMBERS),
+    "SSIM": Metric(4, 0.0, 0.002, _SAME_NUMBERS),
+    "rFID": Metric(2, 0.03, 0.05, _SAME_NUMBERS),
+    "FID": Metric(1, 0.10, 0.5, _SAMPLING),
+    "FID-cleanfid": Metric(1, 0.10, 0.5, _SAMPLING),
+    "IS": Metric(2, 0.03, 0.0, _SAMPLING),
+    "KID": Metric(3, 0.20, 0.05, _SAMPLING),
+    "precision": Metric(3, 0.0, 0.04, _SAMPLING),
+    "recall": Metric(3, 0.0, 0.04, _SAMPLING),
+    "class accuracy": Metric(3, 0.0, 0.015, _SAMPLING),
+    "bits per image": Metric(0, 0.0, 0.0, "counted"),
+    "relative MSE": Metric(6, 0.01, 0.0, _SAME_NUMBERS),
+    "parameters": Metric(0, 0.0, 0.0, "counted"),
+    "seconds per image": Metric(4, math.inf, 0.0, _TIMING),
+    "ms per position": Metric(2, math.inf, 0.0, _TIMING),
+    "± ms": Metric(2, math.inf, 0.0, _TIMING),
+    "speed-up": Metric(2, 0.5, 0.0, "ratio of two times of one run, on a machine that others may share"),
+}
+"""Metrics by name; `FID-digits` and its like are found by the part before the last dash."""
+
+
+def metric(name: str) -> Metric:
+    """Return how the metric `name` is printed and compared.
+
+    Raises:
+        KeyError: an unknown metric.
+    """
+    return METRICS[name] if name in METRICS else METRICS[name.rpartition("-")[0]]
+
+
+def within(name: str, measured: float, reference: float) -> bool:
+    """Whether a measured value lies within the metric's tolerance of the reference value."""
+    m = metric(name)
+    if math.isinf(m.relative):
+        return measured > 0
+    return abs(measured - reference) <= m.absolute + m.relative * abs(reference)
+
+
+def compare(row: Row, reference: Row | None) -> tuple[Verdict, str]:
+    """Return the verdict on a row, and what it rests on."""
+    if row.not_run is not None:
+        return "not run", row.not_run
+    if reference is None or reference.not_run is not None:
+        return "not reproduced", "the reference has no such row"
+    if missing := reference.metrics.keys() ^ row.metrics.keys():
+        return "not reproduced", f"only one of the two has {', '.join(sorted(missing))}"
+    off = [
+        f"{name} {row.metrics[name]:.4g} against {value:.4g}"
+        for name, value in reference.metrics.items()
+        if not within(name, row.metrics[name], value)
+    ]
+    return ("not reproduced", "; ".join(off)) if off else ("reproduced", "all metrics within tolerance")
+
+
+def read(path: Path | str) -> Results:
+    """Read a result file.
+
+    Raises:
+        ValueError: it is not there, truncated, of another schema, or holds NaN or infinite metrics.
+    """
+    path = Path(path)
+    try:
+        return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no result file {path}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON (cut off?): {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{path} is no {SCHEMA} file: {where}: {first['msg']}.") from error
+
+
+TITLES = {
+    "table1a": "Table 1a. Reconstruction by quantisation levels",
+    "table1b": "Table 1b. Reconstruction by range, 64 levels",
+    "table2a": "Table 2a. Prediction of a position's channels",
+    "table2b": "Table 2b. Order of the channels",
+    "table2c": "Table 2c. Quantisation levels of the generator",
+    "table3": "Table 3. Systems",
+    "table5": "Table 5. Time to predict one position, batch 1",
+}
+
+
+def tables(results: Results) -> dict[str, list[Row]]:
+    """Group rows by table, in the order they were measured."""
+    grouped: dict[str, list[Row]] = {}
+    for row in results.rows:
+        grouped.setdefault(row.table, []).append(row)
+    return grouped
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """Return the metrics of a table's rows, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+
+
+def cell(row: Row, name: str) -> str:
+    """Format one metric of a row; a dash where it has none."""
+    return f"{row.metrics[name]:,.{metric(name).decimals}f}" if name in row.metrics else "–"
+
+
+def verdicts(results: Results, reference: Results | None) -> dict[str, tuple[Verdict, str]]:
+    """Return (verdict, reason) of every row by its id."""
+    by_id = {row.id: row for row in reference.rows} if reference else {}
+    return {row.id: compare(row, by_id.get(row.id)) for row in results.rows}
+
+
+def to_markdown(results: Results, reference: Results | None) -> str:
+    """Return all tables, the trends, the tolerances and the provenance as one Markdown page."""
+    judged = verdicts(results, reference)
+    p = results.provenance
+    lines = [f"# Results at scale {results.scale}", ""]
+    lines += [
+        f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
+        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}.",
+        "",
+    ]
+    for table, rows in tables(results).items():
+        columns = columns_of(rows)
+        lines += [f"## {TITLES.get(table, table)}", ""]
+        header = ["", *columns, "verdict"]
+        body = [[r.label, *[cell(r, c) for c in columns], judged[r.id][0]] for r in rows]
+        lines += [*markdown_table(header, body), ""]
+        lines += [f"- {r.label}: {judged[r.id][1]}" for r in rows if judged[r.id][0] != "reproduced"]
+        lines += [""]
+    if results.trends:
+        lines += ["## The paper's argument at this scale", ""]
+        body = [
+            [t.claim, f"{t.measured:.3g}", f"{t.relation} {t.bound:.3g}", "holds" if t.holds else "does not hold"]
+            for t in results.trends
+        ]
+        lines += [*markdown_table(["claim", "measured", "asked", ""], body), ""]
+    lines += ["## Tolerances", ""]
+    used = columns_of(results.rows)
+    body = [[name, _tolerance(metric(name)), metric(name).reason] for name in used]
+    lines += markdown_table(["metric", "tolerance", "reason"], body)
+    return "\n".join(lines)
+
+
+def _tolerance(m: Metric) -> str:
+    if math.isinf(m.relative):
+        return "none"
+    parts = [f"{m.relative:.0%}"] * (m.relative > 0) + [f"{m.absolute:g}"] * (m.absolute > 0)
+    return " + ".join(parts) or "exact"
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table; the first column is left-aligned, the others right-aligned."""
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(line)} |" for line in [header, alignment, *body]]
