@@ -43,8 +43,8 @@ TINY: dict[str, Any] = {
 def rule_weights(model: TokenBridge, salt: str) -> TokenBridge:
     """Give `model` the goldens' weights (shared/goldens/README.md), by official parameter names.
 
-    Tests other than goldens use them too: at initialisation the adaLN projections are zero, so that much of the
-    head would do nothing.
+    Tests other than goldens use them too: at initialisation the adaLN projections are zero, and much of the
+    head does nothing.
     """
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -58,7 +58,8 @@ def rule_weights(model: TokenBridge, salt: str) -> TokenBridge:
             else:
                 x = 0.1 * x
             parameter.copy_(torch.from_numpy(x))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def golden_model(config: dict[str, Any], salt: str) -> TokenBridge:

@@ -25,7 +25,7 @@ LABELS = torch.tensor([0, 3, 4])
 MODEL = tiny_model()
 
 # The same float32 sums in another order: about 1e-6 on values of size 1.
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
 
 cases = st.tuples(st.integers(0, 10**6), st.integers(0, L - 1))  # seed, number of visible positions
 
@@ -194,13 +194,16 @@ def test_label_dropout_share() -> None:
 
 
 def test_initial_loss_is_about_log_levels() -> None:
-    torch.manual_seed(0)
-    model = TokenBridge(**{**TINY, "head_width": 128, "width": 64}).eval()
-    with torch.no_grad():
-        loss = generator_loss(model, latents(0, batch=16), torch.arange(16) % 5).item()
-    # Xavier's output layer gives normalised features (width W) logits of variance 2 W / (W + V): as guesses that
-    # know nothing, they cost half of it over log V. The weights of C output layers make that vary, by about 0.2.
-    assert loss == pytest.approx(math.log(V) + 128 / (128 + V), abs=0.3)
+    losses = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = TokenBridge(**{**TINY, "head_width": 128}).eval()
+        with torch.no_grad():
+            losses.append(generator_loss(model, latents(seed, batch=16), torch.arange(16) % 5).item())
+    # Xavier's output layer gives normalised features (width W) logits of variance 2 W / (W + V); as guesses
+    # that know nothing they cost about half of it over log V. Over seeds the loss spreads by 0.17, hence 0.35:
+    # four standard errors of four.
+    assert sum(losses) / 4 == pytest.approx(math.log(V) + 128 / (128 + V), abs=0.35)
 
 
 @pytest.mark.parametrize("head_type", ["ar", "parallel"])
@@ -311,7 +314,10 @@ def test_golden_features() -> None:
 
 
 def zero(path: str) -> Callable[[TokenBridge], None]:
-    return lambda model: model.get_parameter(path).data.zero_() and None
+    def mutate(model: TokenBridge) -> None:
+        model.get_parameter(path).zero_()
+
+    return mutate
 
 
 FEATURE_MUTATIONS = {
@@ -357,13 +363,13 @@ def test_golden_training_logits_and_loss() -> None:
     assert torch.equal(targets, golden.outputs["targets"])
     assert golden.close("loss", F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
-    # Mutations: the sampler's first element; channels in natural order; dropped labels.
+    # Mutations: the sampler's first element; dropped labels; another channel order.
     labels = golden.inputs["labels"]
     sampling = model(tokens, labels, visible, masked, first="official").flatten(0, 1)
     assert not golden.close("logits", sampling)
     dropped = model(tokens, labels, visible, masked, dropped=torch.ones(3, dtype=torch.bool)).flatten(0, 1)
     assert not golden.close("logits", dropped)
-    model.channel_order = tuple(range(16))
-    natural = model(tokens, labels, visible, masked).flatten(0, 1)
-    assert not golden.close("logits", natural)
-    assert not golden.close("loss", F.cross_entropy(natural.flatten(0, 1), targets.flatten()))
+    model.channel_order = model.channel_order[::-1]
+    backwards = model(tokens, labels, visible, masked).flatten(0, 1)
+    assert not golden.close("logits", backwards)
+    assert not golden.close("loss", F.cross_entropy(backwards.flatten(0, 1), targets.flatten()))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenbridge.generator import TokenBridge
 from tokenbridge.heads import ARHead, FirstElement, HeadConfig, ParallelHead
+from tokenbridge.transformer import ModulatedBlock
 
 C, V, W = TINY["num_channels"], TINY["num_levels"], TINY["width"]
 FIRSTS: list[FirstElement] = ["official", "training-consistent"]
@@ -78,7 +79,7 @@ def test_a_token_changes_only_the_logits_after_it(seed: int, place: int, shift: 
     changed = tokens.clone()
     changed[:, place] = (changed[:, place] + shift) % V
     before, after = AR.logits(context, tokens), AR.logits(context, changed)
-    # What may not depend on the token is computed from equal numbers, up to how the attention kernel adds zeros.
+    # What may not depend on the token is computed from equal numbers, up to how attention adds its zeros.
     torch.testing.assert_close(after[:, : place + 1], before[:, : place + 1], atol=1e-6, rtol=0)
     for later in range(place + 1, C):
         assert (after[:, later] - before[:, later]).abs().max() > 1e-4
@@ -159,7 +160,7 @@ def shift_token_embeddings(head: ARHead) -> None:
 
 def drop_query_norm(head: ARHead) -> None:
     for block in head.channel_blocks:
-        block.attn.q_norm = nn.Identity()
+        cast("ModulatedBlock", block).attn.q_norm = nn.Identity()
 
 
 MUTATIONS: list[Callable[[ARHead], None]] = [

@@ -69,7 +69,7 @@ def test_every_position_is_filled_exactly_once(
     tokens = generate(config)
     assert tokens.shape == (B, L, C)
     assert tokens.dtype == torch.int64
-    assert 0 <= tokens.min()
+    assert tokens.min() >= 0
     assert tokens.max() < V
     assert len(steps.visible) == num_iterations
     num_masked = L
@@ -150,7 +150,7 @@ def test_image_noise_is_an_order_and_uniforms_of_its_own(seed: int, index: int) 
     two = image_noise(seed, [index, index + 1], L, C)
     assert torch.equal(two.orders.sort(dim=1).values, torch.arange(L).expand(2, -1))
     assert two.uniforms.shape == (2, L, C)
-    assert 0 <= two.uniforms.min()
+    assert two.uniforms.min() >= 0
     assert two.uniforms.max() < 1
     assert not torch.equal(two.uniforms[0], two.uniforms[1])
     assert torch.equal(image_noise(seed, [index + 1], L, C).uniforms[0], two.uniforms[1])

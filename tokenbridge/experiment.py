@@ -62,8 +62,8 @@ def load(recipe: Recipe, weights: Path | str) -> Any:
 def save(model: Any, folder: Path | str) -> None:
     """Save a model in half precision as safetensors; the folder's files appear whole or not at all."""
     with replacing_folder(folder) as temporary:
-        model.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
-    model.to(torch.float32)
+        nn.Module.half(model).save_pretrained(temporary, safe_serialization=True)
+    model.float()
 
 
 def train_recipe(

@@ -133,3 +133,5 @@ TINY = Scale(
         replace(_TINY_AR64, name="tokenbridge-64-natural", channel_order="natural"),
     ),
 )
+
+SCALES = {scale.name: scale for scale in (TINY,)}

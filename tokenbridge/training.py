@@ -13,7 +13,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     Loss = Callable[[nn.Module, Batch], Tensor]
     """Loss of a model on one batch: a scalar tensor to minimise."""
 
+SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 LOG_EVERY = 20  # steps between two points of the loss curve (each is the mean over these steps)
 
 
@@ -233,30 +236,39 @@ def _resume(
     return state["step"], [(int(s), float(v)) for s, v in state["curve"]], float(state["seconds"])
 
 
-class _progress:  # noqa: N801 - used like a function
-    """Context manager around a rich progress bar; yields `advance(step, loss)`."""
+@contextmanager
+def _progress(show: bool, name: str, first_step: int, num_steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Yield `advance(step, loss)`: a bar with loss and time left on a terminal, now and then a line elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def __init__(self, show: bool, name: str, first_step: int, num_steps: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
+    console = Console(stderr=True)
+    if not show:
+        yield lambda step, loss: None
+    elif console.is_terminal:
+        columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.4f}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not show,
         )
-        self.task = self.bar.add_task(f"train {name}", completed=first_step, total=num_steps, loss=math.nan)
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(f"train {name}", completed=first_step, total=num_steps, loss=math.nan)
+            yield lambda step, loss: bar.update(task, completed=step, loss=loss)
+    else:
+        start = last = time.perf_counter()
 
-    def __enter__(self) -> Callable[[int, float], None]:
-        self.bar.start()
-        return lambda step, loss: self.bar.update(self.task, completed=step, loss=loss)
+        def tell(step: int, loss: float) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if now - last >= SECONDS_BETWEEN_LINES or step == num_steps:
+                last = now
+                left = (now - start) / (step - first_step) * (num_steps - step) / 60
+                text = f"train {name}: step {step} of {num_steps}, loss {loss:.4f}, {left:.1f} min left"
+                print(text, file=sys.stderr, flush=True)
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        yield tell
 
 
 def _plot(path: Path, curve: list[tuple[int, float]], name: str) -> None:
@@ -270,9 +282,3 @@ def _plot(path: Path, curve: list[tuple[int, float]], name: str) -> None:
     axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
-
-
-def iterate_batches(num_items: int, batch_size: int) -> Iterator[slice]:
-    """Yield consecutive slices that cover `num_items` in order."""
-    for start in range(0, num_items, batch_size):
-        yield slice(start, min(start + batch_size, num_items))

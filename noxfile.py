@@ -1,0 +1,80 @@
+"""All sessions run in one shared environment, `.nox/tokenbridge`, installed once from `constraints.txt`.
+
+Arguments after `--` go to the command: `nox -s tests -- -k quantizer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / ".nox" / "tokenbridge"
+SCRIPTS = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
+INSTALLED = ENVIRONMENT / "installed-from.sha256"
+
+
+def shared_environment(session: nox.Session) -> None:
+    """Make the environment, unless it was already made from the present requirements."""
+    requirements = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    wanted = hashlib.sha256(requirements + sys.version.encode()).hexdigest()
+    if INSTALLED.exists() and INSTALLED.read_text() == wanted:
+        return
+    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+    session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
+    install = ["-m", "pip", "install", "--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[dev]"]
+    session.run(str(SCRIPTS / "python"), *install, external=True)
+    INSTALLED.write_text(wanted)
+
+
+def run(session: nox.Session, command: str, *arguments: str) -> None:
+    """Run a command of the shared environment."""
+    shared_environment(session)
+    session.run(str(SCRIPTS / command), *arguments, external=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests."""
+    # One thread a worker: the tests' tensors are small, and two workers use two cores better.
+    workers = [] if session.posargs else ["--numprocesses", "2", "--dist", "loadfile"]
+    run(session, "python", "-m", "pytest", *workers, *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style: ruff's lint and format."""
+    run(session, "ruff", "check", ".")
+    run(session, "ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Types: mypy."""
+    run(session, "mypy")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks, as ratios measured side by side."""
+    run(session, "python", "-m", "pytest", "benchmarks", "--benchmark-enable", *session.posargs)
+
+
+@nox.session
+def reproduce_tiny(session: nox.Session) -> None:
+    """Main job: rebuild the tables at tiny scale from the shipped weights; pictures in runs/tiny/."""
+    run(session, "tokenbridge", "reproduce", "tiny", *session.posargs)
+
+
+@nox.session
+def train_tiny(session: nox.Session) -> None:
+    """Train all tiny models from nothing into runs/tiny-training/."""
+    run(session, "tokenbridge", "train", "tiny", *session.posargs)

@@ -1,0 +1,6 @@
+"""`python -m tokenbridge` is the command `tokenbridge`."""
+
+from tokenbridge.cli import main
+
+if __name__ == "__main__":
+    main()

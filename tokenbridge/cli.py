@@ -1,0 +1,180 @@
+"""The command `tokenbridge`: progress on stderr, results on stdout, as a table or with `--json`.
+
+Exit codes: 0 done and, where something is judged, reproduced; 1 not reproduced; 2 could not be done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokenbridge.provenance import EnvironmentProblem, check_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokenbridge.recipes import Scale
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Check whether the published numbers of TokenBridge and its baselines hold.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+ScaleName = Annotated[str, typer.Argument(help="Which scale: tiny (digits) or small (CIFAR-10).")]
+
+
+def main() -> None:
+    """Run the command; every user error is one message on stderr and exit code 2."""
+    try:
+        check_environment()
+        app()
+    except (EnvironmentProblem, ValueError, OSError, FloatingPointError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+def reference_folder() -> Path:
+    """Return `reference_results/`: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "reference_results"
+    return beside if beside.is_dir() else package / "reference_results"
+
+
+def find_scale(name: str) -> Scale:
+    """Return the scale called `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from tokenbridge.recipes import SCALES
+
+    if name not in SCALES:
+        raise ValueError(f"Unknown scale {name!r}; there are {', '.join(SCALES)}.")
+    return SCALES[name]
+
+
+@app.command()
+def reproduce(
+    scale: ScaleName = "tiny",
+    weights: Annotated[Path | None, typer.Option(help="Folder of models; the shipped ones by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where tables and pictures go; runs/SCALE by default.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Results to compare with; the shipped ones by default.")] = None,
+    num_images: Annotated[int, typer.Option(help="Samples of each system.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Rebuild the paper's tables at one scale and compare every row with the stored results."""
+    from tokenbridge.reproduce import reproduce as run
+    from tokenbridge.results import verdicts
+
+    chosen = find_scale(scale)
+    shipped = reference_folder() / scale
+    out = out or Path("runs") / scale
+    measured, stored = run(
+        chosen,
+        weights=weights or shipped / "weights",
+        out=out,
+        reference=reference or shipped / "results.json",
+        num_images=num_images,
+        seed=seed,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    judged = verdicts(measured, stored)
+    if as_json:
+        verdict_list = [{"id": id_, "verdict": verdict, "why": why} for id_, (verdict, why) in judged.items()]
+        print(json.dumps({**measured.model_dump(), "verdicts": verdict_list}, indent=2))
+    else:
+        _print_results(measured, judged, out)
+    if any(verdict == "not reproduced" for verdict, _ in judged.values()):
+        sys.exit(1)
+
+
+def _print_results(measured: Any, judged: dict[str, tuple[str, str]], out: Path) -> None:
+    from tokenbridge.results import TITLES, cell, columns_of, tables
+
+    colours = {"reproduced": "green", "not reproduced": "bold red", "not run": "yellow"}
+    for table, rows in tables(measured).items():
+        columns = columns_of(rows)
+        body = []
+        for row in rows:
+            verdict, _ = judged[row.id]
+            body.append([row.label, *[cell(row, c) for c in columns], f"[{colours[verdict]}]{verdict}[/]"])
+        _print_table(TITLES.get(table, table), ["", *columns, "verdict"], body)
+    body = [
+        [t.claim, f"{t.measured:.3g}", f"{t.relation} {t.bound:.3g}", "holds" if t.holds else "does not hold"]
+        for t in measured.trends
+    ]
+    _print_table("The paper's argument at this scale", ["claim", "measured", "asked", ""], body)
+    console = Console(soft_wrap=True)
+    for id_, (verdict, why) in judged.items():
+        if verdict != "reproduced":
+            console.print(f"{id_}: {verdict}: {why}", highlight=False)
+    counts = {v: sum(1 for verdict, _ in judged.values() if verdict == v) for v in colours}
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    console.print(f"{summary}. Tables and pictures are in {out}/.", highlight=False)
+
+
+def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for line in body:
+        table.add_row(*line)
+    # Not cut to 80 columns where the output goes to a file or a log.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command()
+def train(
+    scale: ScaleName = "tiny",
+    names: Annotated[list[str] | None, typer.Argument(help="Which recipes; all of the scale by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where weights and logs go; runs/SCALE-training by default.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Models trained at a time; one per core on a CPU.")] = None,
+) -> None:
+    """Train the models of a scale from nothing; a run that was killed goes on where it was."""
+    import torch
+
+    chosen = find_scale(scale)
+    out = out or Path("runs") / f"{scale}-training"
+    recipes = [chosen.recipe(name) for name in names] if names else list(chosen.recipes)
+    if not torch.cuda.is_available():
+        # One thread a model: sums are then added in one order whatever the number of cores, so that a seed gives
+        # the same weights, and two models side by side use two cores better than one model does.
+        torch.set_num_threads(1)
+        jobs = jobs or os.cpu_count() or 1
+    if len(recipes) == 1:
+        from tokenbridge.experiment import train_recipe
+
+        log = train_recipe(chosen, recipes[0].name, weights=out / "weights", runs=out)
+        final_loss = log["loss"][-1][1]
+        print(f"{recipes[0].name}: loss {final_loss:.4f} after {log['seconds']:.0f} s, in {out / 'weights'}/")
+        return
+    # Generators need the autoencoder, so they come second.
+    for stage in ([r for r in recipes if r.kind != "generator"], [r for r in recipes if r.kind == "generator"]):
+        with ThreadPoolExecutor(max_workers=jobs or 1) as pool:
+            commands = [["train", scale, recipe.name, "--out", str(out)] for recipe in stage]
+            if failed := [code for code in pool.map(_run_self, commands) if code]:
+                raise ValueError(f"{len(failed)} of {len(stage)} trainings failed; their messages are above.")
+
+
+def _run_self(arguments: Sequence[str]) -> int:
+    """Run this command in a process of its own, passing on what it says line by line."""
+    command = [sys.executable, "-m", "tokenbridge", *arguments]
+    with subprocess.Popen(command, stdout=sys.stdout, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+    return process.returncode

@@ -1,0 +1,386 @@
+"""Rebuild the paper's tables at one scale, from shipped or newly trained weights, and judge every row.
+
+The order is that of the paper: reconstruction (table 1), the generator's choices (table 2), systems (table 3),
+time of one prediction (table 5). Pictures and `results.json` go to one folder.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenbridge import provenance, results
+from tokenbridge.data import images_to_pixels, labels_of, load_images, pixels_of
+from tokenbridge.experiment import WEIGHTS_FILE, load
+from tokenbridge.files import sha256_of, write_json, write_text
+from tokenbridge.metrics import class_accuracy, score
+from tokenbridge.pictures import save_grid
+from tokenbridge.quantizer import gaussian_quantizer, measure_distortion
+from tokenbridge.reconstruction import reconstruct_with, reconstruction_metrics
+from tokenbridge.results import Provenance, Results, Row, Trend
+from tokenbridge.sampling import SamplingConfig, generate_tokens, image_noise
+from tokenbridge.tokenizers import LatentTokenizer, VQTokenizer
+
+if TYPE_CHECKING:
+    from tokenbridge.classifier import Classifier
+    from tokenbridge.generator import TokenBridge
+    from tokenbridge.recipes import Scale
+
+LEVELS = (8, 16, 32, 64)  # table 1a
+RANGES = (2.0, 3.0, 4.0, 5.0)  # table 1b
+MAIN_SYSTEM = "tokenbridge-64"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every table needs: the models, the images, how features are called."""
+
+    scale: Scale
+    weights: Path
+    classifier: Classifier
+    train_pixels: Tensor  # uint8 [N, C, H, W]
+    test_pixels: Tensor
+    test_labels: Tensor
+    device: torch.device
+
+    @property
+    def extractor(self) -> str:
+        """The name that scores carry."""
+        return self.scale.data
+
+
+def open_bench(scale: Scale, weights: Path | str) -> Bench:
+    """Load the classifier and the images of a scale.
+
+    Raises:
+        FileNotFoundError: the classifier's weights are missing.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, test = (load_images(scale.data, split) for split in ("train", "test"))
+    size, channels = scale.image_size, scale.channels
+    return Bench(
+        scale=scale,
+        weights=Path(weights),
+        classifier=load(scale.recipe("classifier"), weights).to(device),
+        train_pixels=pixels_of(train, size=size, channels=channels),
+        test_pixels=pixels_of(test, size=size, channels=channels),
+        test_labels=labels_of(test),
+        device=device,
+    )
+
+
+def reproduce(
+    scale: Scale,
+    *,
+    weights: Path | str,
+    out: Path | str,
+    reference: Path | str | None,
+    num_images: int = 2000,
+    seed: int = 0,
+    say: Say = lambda text: print(text, file=sys.stderr),
+) -> tuple[Results, Results | None]:
+    """Rebuild all tables of a scale; write results.json, tables.md and pictures into `out`.
+
+    Args:
+        scale: what to rebuild.
+        weights: folder of the scale's models.
+        out: folder for what is made.
+        reference: results to compare with; None compares with nothing.
+        num_images: samples of each system, spread evenly over the classes.
+        seed: of the samples.
+        say: told what is going on.
+
+    Returns:
+        (results, reference results or None).
+
+    Raises:
+        FileNotFoundError: weights are missing.
+        ValueError: the reference file is no result file, or `num_images` is no multiple of the classes.
+    """
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    out = Path(out)
+    if num_images < 1 or num_images % len(scale.classes):
+        raise ValueError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
+    stored = results.read(reference) if reference is not None else None  # first: a bad file must not cost minutes
+    bench = open_bench(scale, weights)
+    rows = [*reconstruction_rows(bench, out, say), *generation_rows(bench, out, num_images, seed, say)]
+    rows += prediction_time_rows(bench, say)
+    measured = Results(
+        scale=scale.name,
+        provenance=Provenance(
+            command=" ".join(["tokenbridge", *sys.argv[1:]]),
+            seed=seed,
+            started=started.isoformat(timespec="seconds"),
+            wall_seconds=round(time.perf_counter() - clock, 1),
+            **provenance.commit(),
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            data_sha256={
+                f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
+                for split in ("train", "test")
+            },
+            weights_sha256={
+                file.parent.name: sha256_of(file) for file in sorted(Path(weights).glob(f"*/{WEIGHTS_FILE}"))
+            },
+        ),
+        rows=rows,
+        trends=trends(rows),
+    )
+    write_json(out / "results.json", measured.model_dump())
+    write_text(out / "tables.md", results.to_markdown(measured, stored))
+    return measured, stored
+
+
+def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
+    """Rebuild tables 1a and 1b on the test images; draw the reconstruction grid."""
+    say("Table 1: reconstruction")
+    vae = load(bench.scale.recipe("vae"), bench.weights).to(bench.device)
+    vq = VQTokenizer(load(bench.scale.recipe("vq"), bench.weights).to(bench.device))
+    latents = LatentTokenizer(vae).latents(_images(bench.test_pixels, bench.device)).cpu()
+    rows: list[Row] = []
+    pictures: dict[str, Tensor] = {"original": bench.test_pixels}
+
+    def add(id_: str, label: str, tokenizer: Any, extra: dict[str, float] | None = None) -> None:
+        pixels, bits = reconstruct_with(tokenizer, bench.test_pixels)
+        metrics = reconstruction_metrics(
+            bench.test_pixels, pixels, classifier=bench.classifier, extractor=bench.extractor, bits=bits
+        )
+        rows.append(Row(id=id_, label=label, metrics={**metrics, **(extra or {})}))
+        if id_.startswith("table1a"):
+            pictures[label] = pixels
+
+    def add_quantised(id_: str, label: str, levels: int, value_range: float) -> None:
+        quantizer = gaussian_quantizer(levels, value_range=value_range)
+        extra = {"relative MSE": measure_distortion(quantizer, latents).relative_mse}
+        add(id_, label, LatentTokenizer(vae, quantizer.to(bench.device)), extra)
+
+    add("table1a/vae", "VAE, continuous", LatentTokenizer(vae))
+    for levels in LEVELS:
+        add_quantised(f"table1a/ptq-{levels}", f"post-training, {levels} levels", levels, RANGES[-1])
+    codes = vq.num_codes
+    add("table1a/vq", f"VQ, {codes} codes", vq)
+    add("table1b/vae", "VAE, continuous", LatentTokenizer(vae))
+    for value_range in RANGES:
+        add_quantised(f"table1b/range-{value_range:g}", f"range ±{value_range:g}", LEVELS[-1], value_range)
+
+    shown = _first_of_each_class(bench.test_labels, len(bench.scale.classes))
+    save_grid(
+        out / "reconstruction.png",
+        [pixels[shown] for pixels in pictures.values()],
+        list(pictures),
+        f"Reconstruction of {bench.scale.data} (test images)",
+        column_names=bench.scale.classes,
+    )
+    return rows
+
+
+def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Say) -> list[Row]:
+    """Sample every generator; rebuild tables 2a, 2b, 2c and 3; draw a grid of samples for each."""
+    measured: dict[str, dict[str, float]] = {}
+    missing: dict[str, str] = {}
+    for recipe in bench.scale.recipes:
+        if recipe.kind != "generator":
+            continue
+        assert recipe.sampling is not None
+        try:
+            model: TokenBridge = load(recipe, bench.weights).to(bench.device)
+        except FileNotFoundError as error:
+            missing[recipe.name] = str(error)
+            say(f"Not run: {recipe.name} (no weights)")
+            continue
+        say(f"Sampling {num_images} images: {recipe.name}")
+        clock = time.perf_counter()
+        pixels, labels = sample_pixels(bench, model, recipe.sampling, num_images, seed)
+        seconds = (time.perf_counter() - clock) / num_images
+        measured[recipe.name] = {
+            **measure_samples(bench, pixels, labels),
+            "parameters": float(sum(p.numel() for p in model.parameters())),
+            "seconds per image": seconds,
+        }
+        _sample_grid(bench, out / f"samples-{recipe.name}.png", pixels, recipe.name, recipe.sampling)
+        if recipe.name == MAIN_SYSTEM:
+            confident = replace(recipe.sampling, position_order="confidence")
+            pixels, _ = sample_pixels(bench, model, confident, 10 * len(bench.scale.classes), seed)
+            _sample_grid(bench, out / f"samples-{recipe.name}-confidence.png", pixels, recipe.name, confident)
+    say(f"Scoring real {bench.scale.data}: test against training images")
+    measured["real"] = measure_samples(bench, bench.test_pixels, bench.test_labels)
+
+    def row(id_: str, label: str, name: str, *columns: str) -> Row:
+        if name in missing:
+            return Row(id=id_, label=label, metrics={}, not_run=missing[name])
+        values = measured[name]
+        chosen = {c: values[c] for c in columns if c in values} if columns else values
+        return Row(id=id_, label=label, metrics=chosen)
+
+    e = bench.extractor
+    short = (f"FID-{e}", f"IS-{e}", "class accuracy")
+    return [
+        row("table2a/parallel", "parallel", "parallel-64", *short),
+        row("table2a/autoregressive", "autoregressive", MAIN_SYSTEM, *short),
+        row("table2b/natural", "natural order", "tokenbridge-64-natural", *short),
+        row("table2b/frequency", "frequency order", MAIN_SYSTEM, *short),
+        row("table2c/16", "16 levels", "tokenbridge-16", *short),
+        row("table2c/64", "64 levels", MAIN_SYSTEM, *short),
+        row("table3/tokenbridge", "TokenBridge (64 levels, AR head)", MAIN_SYSTEM),
+        row("table3/tokenbridge-16", "TokenBridge (16 levels, AR head)", "tokenbridge-16"),
+        row("table3/parallel", "parallel head (64 levels)", "parallel-64"),
+        row("table3/real", f"real test images ({len(bench.test_pixels)})", "real"),
+    ]
+
+
+def sample_pixels(
+    bench: Bench, model: TokenBridge, config: SamplingConfig, num_images: int, seed: int, *, batch_size: int = 250
+) -> tuple[Tensor, Tensor]:
+    """Sample images class after class in turn (0, 1, ..., 9, 0, ...).
+
+    Returns:
+        uint8 pixels [N, C, H, W] and the labels [N] that were asked for, on the CPU.
+    """
+    tokenizer = LatentTokenizer(load(bench.scale.recipe("vae"), bench.weights).to(bench.device))
+    labels = torch.arange(num_images) % len(bench.scale.classes)
+    pixels = []
+    for start in range(0, num_images, batch_size):
+        indices = list(range(start, min(start + batch_size, num_images)))
+        noise = image_noise(seed, indices, model.num_positions, model.num_channels)
+        tokens = generate_tokens(model, labels[indices], config, noise)
+        pixels.append(images_to_pixels(tokenizer.images(model.to_latents(tokens))).cpu())
+    return torch.cat(pixels), labels
+
+
+def measure_samples(bench: Bench, pixels: Tensor, labels: Tensor) -> dict[str, float]:
+    """Score images against the training images, and their class accuracy."""
+    scores = score(pixels, bench.train_pixels, bench.classifier, extractor=bench.extractor).labelled()
+    kept = {name: round(value, 6) for name, value in scores.items() if "-std-" not in name}
+    return {**kept, "class accuracy": class_accuracy(pixels, labels, bench.classifier)}
+
+
+def prediction_time_rows(bench: Bench, say: Say, *, runs: int = 100) -> list[Row]:
+    """Rebuild table 5: milliseconds to predict all channels of one position, batch 1, mean of `runs` runs."""
+    say("Table 5: time of one prediction")
+    model: TokenBridge = load(bench.scale.recipe(MAIN_SYSTEM), bench.weights).to(bench.device)
+    context = torch.randn(1, model.config.width, generator=torch.Generator().manual_seed(0)).to(bench.device)
+
+    def cached() -> None:
+        model.head.sample(context, lambda logits, place: logits.argmax(-1))
+
+    def uncached() -> None:
+        tokens = torch.zeros(1, model.num_channels, dtype=torch.int64, device=context.device)
+        for place in range(model.num_channels):
+            tokens[:, place] = model.head.logits(context, tokens, first="official")[:, place].argmax(-1)
+
+    times = {name: _milliseconds(f, runs) for name, f in (("uncached", uncached), ("cached", cached))}
+    labels = {"uncached": "AR head, all recomputed for each channel", "cached": "AR head, key/value cache"}
+    return [
+        Row(
+            id=f"table5/{name}",
+            label=labels[name],
+            metrics={
+                "ms per position": statistics.mean(values),
+                "± ms": statistics.stdev(values),
+                "speed-up": statistics.median(times["uncached"]) / statistics.median(values),
+            },
+        )
+        for name, values in times.items()
+    ]
+
+
+@torch.inference_mode()
+def _milliseconds(function: Callable[[], None], runs: int) -> list[float]:
+    def once() -> float:
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - start)
+
+    for _ in range(10):
+        once()
+    return [once() for _ in range(runs)]
+
+
+def trends(rows: list[Row]) -> list[Trend]:
+    """Decide the paper's claims at this scale, as far as their rows were measured."""
+    by_id = {row.id: row.metrics for row in rows if row.not_run is None}
+
+    def value(id_: str, name: str) -> float:
+        return next(v for key, v in by_id[id_].items() if key == name or key.startswith(f"{name}-"))
+
+    found: list[Trend] = []
+
+    def claim(id_: str, text: str, needs: tuple[str, ...], measure: Callable[[], float], relation: Any, bound: float) -> None:
+        if all(need in by_id for need in needs):
+            found.append(Trend(id=id_, claim=text, measured=round(measure(), 4), relation=relation, bound=bound))
+
+    claim(
+        "ptq-lossless",
+        "64 levels keep the VAE's PSNR (ratio)",
+        ("table1a/ptq-64", "table1a/vae"),
+        lambda: value("table1a/ptq-64", "PSNR") / value("table1a/vae", "PSNR"),
+        ">=",
+        0.95,
+    )
+    claim(
+        "ptq-beats-vq",
+        "64 levels are ahead of VQ in PSNR (dB)",
+        ("table1a/ptq-64", "table1a/vq"),
+        lambda: value("table1a/ptq-64", "PSNR") - value("table1a/vq", "PSNR"),
+        ">=",
+        1.0,
+    )
+    claim(
+        "ar-against-parallel",
+        "the parallel head's Fréchet distance over the AR head's",
+        ("table2a/parallel", "table2a/autoregressive"),
+        lambda: value("table2a/parallel", "FID") / value("table2a/autoregressive", "FID"),
+        ">=",
+        2.0,
+    )
+    claim(
+        "ar-against-real",
+        "the AR head's Fréchet distance over that of real test images",
+        ("table3/tokenbridge", "table3/real"),
+        lambda: value("table3/tokenbridge", "FID") / value("table3/real", "FID"),
+        "<=",
+        4.0,
+    )
+    claim(
+        "right-class",
+        "samples are of the class that was asked for (share)",
+        ("table3/tokenbridge",),
+        lambda: value("table3/tokenbridge", "class accuracy"),
+        ">=",
+        0.95,
+    )
+    return found
+
+
+def _images(pixels: Tensor, device: torch.device) -> Tensor:
+    from tokenbridge.data import pixels_to_images
+
+    return pixels_to_images(pixels).to(device)
+
+
+def _first_of_each_class(labels: Tensor, num_classes: int) -> list[int]:
+    return [int((labels == c).nonzero()[0, 0]) for c in range(num_classes)]
+
+
+def _sample_grid(bench: Bench, path: Path, pixels: Tensor, name: str, config: SamplingConfig) -> None:
+    """Draw the first ten samples of each class, a row per class."""
+    classes = bench.scale.classes
+    rows = [pixels[c :: len(classes)][:10] for c in range(len(classes))]
+    order = "" if config.position_order == "random" else f", {config.position_order} order"
+    title = (
+        f"{name}: guidance {config.guidance_scale:g}, temperature {config.temperature:g}, "
+        f"{config.num_iterations} iterations{order}"
+    )
+    save_grid(path, rows, classes, title)
