@@ -30,7 +30,15 @@ def shared_environment(session: nox.Session) -> None:
         return
     shutil.rmtree(ENVIRONMENT, ignore_errors=True)
     session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
-    install = ["-m", "pip", "install", "--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[dev]"]
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--constraint",
+        str(ROOT / "constraints.txt"),
+        "--editable",
+        f"{ROOT}[dev]",
+    ]
     session.run(str(SCRIPTS / "python"), *install, external=True)
     INSTALLED.write_text(wanted)
 

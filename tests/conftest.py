@@ -135,9 +135,3 @@ def real_latents() -> Tensor:
         pytest.skip(f"real latents {path} are absent")
     latents = torch.from_numpy(np.load(path)["latents"]).float()
     return latents / latents.std()
-
-
-@pytest.fixture(scope="session")
-def model() -> TokenBridge:
-    """Share the tiny model among tests that leave it as it is."""
-    return tiny_model()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tokenbridge.generator import TokenBridge
 from tokenbridge.heads import ARHead, FirstElement, HeadConfig, ParallelHead
-from tokenbridge.transformer import ModulatedBlock
 
 C, V, W = TINY["num_channels"], TINY["num_levels"], TINY["width"]
 FIRSTS: list[FirstElement] = ["official", "training-consistent"]
@@ -29,9 +28,7 @@ def context_and_tokens(seed: int, n: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(n, W, generator=generator), torch.randint(V, (n, C), generator=generator)
 
 
-def cached_logits(
-    head: ARHead, context: Tensor, tokens: Tensor, first: FirstElement
-) -> tuple[Tensor, Tensor]:
+def cached_logits(head: ARHead, context: Tensor, tokens: Tensor, first: FirstElement) -> tuple[Tensor, Tensor]:
     """Run the sampler along given tokens: the logits it saw, and the log-probabilities it returned."""
     seen: list[Tensor] = []
 
@@ -160,7 +157,7 @@ def shift_token_embeddings(head: ARHead) -> None:
 
 def drop_query_norm(head: ARHead) -> None:
     for block in head.channel_blocks:
-        cast("ModulatedBlock", block).attn.q_norm = nn.Identity()
+        block.attn.q_norm = nn.Identity()
 
 
 MUTATIONS: list[Callable[[ARHead], None]] = [

@@ -66,9 +66,7 @@ def test_named_orders_refuse_what_they_cannot_do() -> None:
 
 
 @given(st.integers(1, 12), st.sampled_from([4, 8, 16]), st.integers(0, 10**6), st.data())
-def test_frequency_order_puts_the_low_channel_first(
-    c: int, size: int, seed: int, data: st.DataObject
-) -> None:
+def test_frequency_order_puts_the_low_channel_first(c: int, size: int, seed: int, data: st.DataObject) -> None:
     low = data.draw(st.integers(0, c - 1))
     latents = noise(c, size, seed)
     latents[:, low] += 20  # a constant is the lowest frequency

@@ -114,9 +114,7 @@ def test_ties_take_the_lower_token(values: list[int]) -> None:
 
 
 @given(quantizers(), st.floats(0, 1), st.data())
-def test_error_is_at_most_half_the_local_gap(
-    quantizer: ScalarQuantizer, share: float, data: st.DataObject
-) -> None:
+def test_error_is_at_most_half_the_local_gap(quantizer: ScalarQuantizer, share: float, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, quantizer.num_levels - 2))
     low, high = quantizer.codebook[place : place + 2].double().tolist()
     x = torch.tensor([low + share * (high - low)], dtype=torch.float64)
@@ -137,9 +135,7 @@ def test_values_beyond_the_ends_take_the_end_tokens(quantizer: ScalarQuantizer, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_tokens_do_not_depend_on_dtype(dtype: torch.dtype) -> None:
     quantizer = gaussian_quantizer(64)
-    x = (
-        torch.linspace(-6, 6, 5001).to(torch.float16).to(torch.bfloat16)
-    )  # the fewest digits of all dtypes here
+    x = torch.linspace(-6, 6, 5001).to(torch.float16).to(torch.bfloat16)  # the fewest digits of all dtypes here
     assert torch.equal(x.to(dtype).double(), x.double())  # the same values
     assert torch.equal(quantizer.encode(x.to(dtype)), quantizer.encode(x.double()))
 
@@ -301,9 +297,7 @@ def normal_million() -> Tensor:
     return torch.randn(ONE_MILLION, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("num_levels", "expected"), [(8, 0.0403), (16, 0.01027), (32, 0.002599), (64, 0.000655)]
-)
+@pytest.mark.parametrize(("num_levels", "expected"), [(8, 0.0403), (16, 0.01027), (32, 0.002599), (64, 0.000655)])
 def test_known_error_on_normal_latents(normal_million: Tensor, num_levels: int, expected: float) -> None:
     quantizer = gaussian_quantizer(num_levels)
     squared = (quantizer(normal_million) - normal_million).double().square()
@@ -351,9 +345,7 @@ def test_distortion_agrees_with_its_definitions(normal_million: Tensor) -> None:
 # Lloyd-Max
 
 
-@given(
-    st.integers(2, 24), st.integers(0, 10**6), st.sampled_from(["normal", "uniform", "heavy", "two lumps"])
-)
+@given(st.integers(2, 24), st.integers(0, 10**6), st.sampled_from(["normal", "uniform", "heavy", "two lumps"]))
 def test_lloyd_max_is_never_worse_than_gaussian_bins_fitted_to_the_data(v: int, seed: int, kind: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(500, generator=generator)

@@ -283,9 +283,7 @@ def test_bad_schedules_are_refused_when_generating() -> None:
 # Golden
 
 
-def golden_agreement(
-    golden: Golden, *, model: TokenBridge | None = None, flip: bool = False, **changes: Any
-) -> float:
+def golden_agreement(golden: Golden, *, model: TokenBridge | None = None, flip: bool = False, **changes: Any) -> float:
     """Return the share of tokens that agree with a case, run with its settings and `changes`."""
     arguments = golden.meta["arguments"]
     settings = {

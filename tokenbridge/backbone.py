@@ -119,4 +119,3 @@ class MaskedBackbone(nn.Module):
         """Prefix positions [B, V] with the buffer's places: [B, R + V]."""
         buffer = torch.arange(self.num_buffer, device=visible.device).expand(visible.shape[0], -1)
         return torch.cat([buffer, visible + self.num_buffer], dim=1)
-

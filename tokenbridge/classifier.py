@@ -6,6 +6,8 @@ with published numbers.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -37,7 +39,7 @@ class Classifier(ModelMixin, ConfigMixin):
         super().__init__()
         widths = (in_channels, width, 2 * width, 4 * width)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size=5, stride=2, padding=2) for a, b in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(a, b, kernel_size=5, stride=2, padding=2) for a, b in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(8, b) for b in widths[1:])
         self.to_features = nn.Linear(widths[-1] * (image_size // 8) ** 2, num_features)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +18,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokenbridge.provenance import EnvironmentProblem, check_environment
+from tokenbridge.provenance import EnvironmentProblemError, check_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tokenbridge.recipes import Scale
 
@@ -32,6 +33,9 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Data = Annotated[
+    str | None, typer.Option(help="Images to use instead of the scale's: a folder, Parquet, or a hub name.")
+]
 ScaleName = Annotated[str, typer.Argument(help="Which scale: tiny (digits) or small (CIFAR-10).")]
 
 
@@ -40,7 +44,7 @@ def main() -> None:
     try:
         check_environment()
         app()
-    except (EnvironmentProblem, ValueError, OSError, FloatingPointError) as error:
+    except (EnvironmentProblemError, ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {error}", highlight=False)
         sys.exit(2)
 
@@ -52,8 +56,8 @@ def reference_folder() -> Path:
     return beside if beside.is_dir() else package / "reference_results"
 
 
-def find_scale(name: str) -> Scale:
-    """Return the scale called `name`.
+def find_scale(name: str, data: str | None = None) -> Scale:
+    """Return the scale called `name`, with its images from `data` if that is given.
 
     Raises:
         ValueError: there is none.
@@ -62,7 +66,7 @@ def find_scale(name: str) -> Scale:
 
     if name not in SCALES:
         raise ValueError(f"Unknown scale {name!r}; there are {', '.join(SCALES)}.")
-    return SCALES[name]
+    return SCALES[name] if data is None else replace(SCALES[name], data=data)
 
 
 @app.command()
@@ -70,16 +74,19 @@ def reproduce(
     scale: ScaleName = "tiny",
     weights: Annotated[Path | None, typer.Option(help="Folder of models; the shipped ones by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where tables and pictures go; runs/SCALE by default.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="Results to compare with; the shipped ones by default.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Results to compare with; the shipped ones by default.")
+    ] = None,
     num_images: Annotated[int, typer.Option(help="Samples of each system.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    data: Data = None,
     as_json: Json = False,
 ) -> None:
     """Rebuild the paper's tables at one scale and compare every row with the stored results."""
     from tokenbridge.reproduce import reproduce as run
     from tokenbridge.results import verdicts
 
-    chosen = find_scale(scale)
+    chosen = find_scale(scale, data)
     shipped = reference_folder() / scale
     out = out or Path("runs") / scale
     measured, stored = run(
@@ -101,7 +108,7 @@ def reproduce(
         sys.exit(1)
 
 
-def _print_results(measured: Any, judged: dict[str, tuple[str, str]], out: Path) -> None:
+def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Path) -> None:
     from tokenbridge.results import TITLES, cell, columns_of, tables
 
     colours = {"reproduced": "green", "not reproduced": "bold red", "not run": "yellow"}
@@ -142,11 +149,12 @@ def train(
     names: Annotated[list[str] | None, typer.Argument(help="Which recipes; all of the scale by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where weights and logs go; runs/SCALE-training by default.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Models trained at a time; one per core on a CPU.")] = None,
+    data: Data = None,
 ) -> None:
     """Train the models of a scale from nothing; a run that was killed goes on where it was."""
     import torch
 
-    chosen = find_scale(scale)
+    chosen = find_scale(scale, data)
     out = out or Path("runs") / f"{scale}-training"
     recipes = [chosen.recipe(name) for name in names] if names else list(chosen.recipes)
     if not torch.cuda.is_available():
@@ -164,7 +172,8 @@ def train(
     # Generators need the autoencoder, so they come second.
     for stage in ([r for r in recipes if r.kind != "generator"], [r for r in recipes if r.kind == "generator"]):
         with ThreadPoolExecutor(max_workers=jobs or 1) as pool:
-            commands = [["train", scale, recipe.name, "--out", str(out)] for recipe in stage]
+            options = ["--out", str(out), *(["--data", data] if data else [])]
+            commands = [["train", scale, recipe.name, *options] for recipe in stage]
             if failed := [code for code in pool.map(_run_self, commands) if code]:
                 raise ValueError(f"{len(failed)} of {len(stage)} trainings failed; their messages are above.")
 

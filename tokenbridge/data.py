@@ -52,10 +52,7 @@ def load_images(name: str, split: str = "train") -> Dataset:
     if name == "digits":
         return _load_digits(split)
     path = Path(name)
-    if path.exists():
-        dataset = _load_local(path, split)
-    else:
-        dataset = _load_hub(HUB_NAMES.get(name, name), split)
+    dataset = _load_local(path, split) if path.exists() else _load_hub(HUB_NAMES.get(name, name), split)
     return _normalise_columns(dataset, name)
 
 

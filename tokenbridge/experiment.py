@@ -1,7 +1,8 @@
 """Train, save and load the models of a scale, in the order they depend on one another.
 
 A folder of models has one sub-folder per recipe, in diffusers' format: `config.json` and safetensors, half
-precision on disk, float32 when loaded. What a training run leaves besides (checkpoint, loss curve) goes into a run folder.
+precision on disk, float32 when loaded. A training run's checkpoint and loss curve go into
+a run folder.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def train_recipe(
         dataset = latents_of(scale, weights, runs.parent / "latents")
         scaling = _autoencoder_scaling(scale, weights)
         num_channels = recipe.model["num_channels"]
-        order = channel_order(recipe.channel_order, num_channels, _mean_latents(dataset))
+        order = channel_order(recipe.channel_order, num_channels, _some_latents(dataset))
         model = build(recipe, channel_order=order)
         loss = functools.partial(_generator_step, scaling=scaling, with_mirrored=scale.with_mirrored, **recipe.loss)
     else:
@@ -121,10 +122,13 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
     )
 
 
-def _mean_latents(dataset: Dataset) -> Tensor:
-    """Return the posterior means [N, C, h, w] of at most 4,096 images, to measure the channel order on."""
-    moments = dataset[: min(4096, len(dataset))]["moments"]
-    return moments.chunk(2, dim=1)[0]
+def _some_latents(dataset: Dataset) -> Tensor:
+    """Return posterior samples [N, C, h, w] of at most 4,096 images, to measure the channel order on.
+
+    Samples, not means: a channel that the autoencoder has shut is white noise to the generator.
+    """
+    torch.manual_seed(0)
+    return sample_posterior(dataset.shuffle(seed=0)[: min(4096, len(dataset))]["moments"])
 
 
 def _autoencoder_step(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Tensor:
@@ -139,7 +143,11 @@ def _classifier_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return classifier_loss(model, batch["images"], batch["labels"])
 
 
-_PIXEL_STEPS: dict[str, Any] = {"autoencoder": _autoencoder_step, "vq": _vq_step, "classifier": _classifier_step}
+_PIXEL_STEPS: dict[str, Any] = {
+    "autoencoder": _autoencoder_step,
+    "vq": _vq_step,
+    "classifier": _classifier_step,
+}
 
 
 def _generator_step(

@@ -8,7 +8,7 @@ Shape letters: B batch, L positions, C channels, H height, W width, V levels, K 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,10 @@ from torch import Tensor
 from tokenbridge.backbone import BackboneConfig, MaskedBackbone
 from tokenbridge.heads import ARHead, FirstElement, HeadConfig, ParallelHead
 from tokenbridge.orders import OFFICIAL_CHANNEL_ORDER, inverse, random_orders, training_mask_count
-from tokenbridge.quantizer import GAUSSIAN_RANGE, GAUSSIAN_SIGMAS, gaussian_quantizer
+from tokenbridge.quantizer import GAUSSIAN_RANGE, GAUSSIAN_SIGMAS, ScalarQuantizer, gaussian_quantizer
 from tokenbridge.transformer import initialise, take
 
-HEADS = {"ar": ARHead, "parallel": ParallelHead}
+HEADS: dict[str, type[ARHead | ParallelHead]] = {"ar": ARHead, "parallel": ParallelHead}
 
 
 class TokenBridge(ModelMixin, ConfigMixin):
@@ -51,6 +51,9 @@ class TokenBridge(ModelMixin, ConfigMixin):
     Raises:
         ValueError: a channel order that is no permutation of the channels, an unknown head, levels too many.
     """
+
+    quantizer: ScalarQuantizer
+    head: ARHead | ParallelHead
 
     @register_to_config
     def __init__(
@@ -211,7 +214,7 @@ def generator_loss(
     Returns:
         Scalar.
     """
-    inner: TokenBridge = getattr(model, "module", model)
+    inner: Any = getattr(model, "module", model)
     batch, length = latents.shape[0], inner.num_positions
     tokens = inner.quantizer.nearest(inner.to_sequence(latents))
     order = random_orders(batch, length, latents.device)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class _ChannelTransformer(nn.Module):
         super().__init__()
         c, w = config, config.width
         self.num_channels = c.num_channels
+        self.num_heads = c.num_heads
         self.condition_proj = nn.Linear(c.context_width, w)
         self.channel_embed = nn.Parameter(torch.randn(1, c.num_channels, w) * 0.02)
         self.timesteps_embeddings = nn.Parameter(torch.randn(1, c.num_channels, w) * 0.02)
@@ -65,7 +66,7 @@ class _ChannelTransformer(nn.Module):
     def run(self, x: Tensor, condition: Tensor, *, is_causal: bool) -> Tensor:
         """Take the sequence x [N, S, W] and its condition to logits [N, S, V]."""
         x = x + self.channel_embed[:, : x.shape[1]]
-        for block in self.channel_blocks:
+        for block in cast("list[ModulatedBlock]", list(self.channel_blocks)):
             x = block(x, block.adaLN_modulation(condition), is_causal=is_causal)
         x = self.channel_final(self.channel_norm(x), condition)
         elements = x.unbind(1)  # one backward for all; indexing would fill a gradient of x for each channel
@@ -125,16 +126,17 @@ class ARHead(_ChannelTransformer):
         """
         n, c = context.shape[0], self.num_channels
         condition = self.condition(context)
-        modulations = [block.adaLN_modulation(condition) for block in self.channel_blocks]
+        blocks = cast("list[ModulatedBlock]", list(self.channel_blocks))
+        modulations = [block.adaLN_modulation(condition) for block in blocks]
         scale, shift = self.channel_final.adaLN_modulation(condition).chunk(2, dim=-1)  # as in FinalLayer
-        heads, head_width = self._cache_shape()
-        caches = context.new_empty(len(modulations), 2, n, heads, c, head_width)
+        head_width = condition.shape[-1] // self.num_heads
+        caches = condition.new_empty(len(blocks), 2, n, self.num_heads, c, head_width)
         tokens = torch.empty(n, c, dtype=torch.int64, device=context.device)
         log_probs = torch.empty(n, c, dtype=torch.float32, device=context.device)
         x = self._first(context, condition, first)
         for i in range(c):
             x = (x + self.channel_embed[0, i])[:, None]
-            for block, modulation, (keys, values) in zip(self.channel_blocks, modulations, caches, strict=True):
+            for block, modulation, (keys, values) in zip(blocks, modulations, caches, strict=True):
                 x = block.forward_cached(x, modulation[:, i : i + 1], keys, values, i)
             x = modulate(self.channel_final.norm_final(self.channel_norm(x[:, 0])), shift[:, i], scale[:, i])
             logits = self.channel_heads[i](x)
@@ -150,10 +152,6 @@ class ARHead(_ChannelTransformer):
         if first == "training-consistent":
             return self.condition_proj(context)
         raise ValueError(f"The head's first element is 'official' or 'training-consistent', not {first!r}.")
-
-    def _cache_shape(self) -> tuple[int, int]:
-        attention = self.channel_blocks[0].attn
-        return attention.num_heads, attention.proj.in_features // attention.num_heads
 
 
 class ParallelHead(_ChannelTransformer):

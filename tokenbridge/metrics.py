@@ -104,9 +104,7 @@ def score(
     _check_images("The samples", samples, minimum=2)
     _check_images("The reference images", reference, minimum=2)
     if samples.shape[1:] != reference.shape[1:]:
-        raise ValueError(
-            f"Samples are {list(samples.shape[1:])} and reference images {list(reference.shape[1:])}."
-        )
+        raise ValueError(f"Samples are {list(samples.shape[1:])} and reference images {list(reference.shape[1:])}.")
     sample_features, _ = extract_features(samples, classifier, batch_size)
     reference_features, _ = extract_features(reference, classifier, batch_size)
     fid_cleanfid = frechet_distance(sample_features, reference_features)  # first: refuses NaN clearly
@@ -226,9 +224,7 @@ def _frechet_distance_by_singular_values(a: np.ndarray, b: np.ndarray) -> float:
     return max(0.0, float(means + np.sum(root_a**2) + np.sum(root_b**2) - 2 * trace))
 
 
-def class_accuracy(
-    samples: Tensor, labels: Tensor, classifier: Classifier, *, batch_size: int = 256
-) -> float:
+def class_accuracy(samples: Tensor, labels: Tensor, classifier: Classifier, *, batch_size: int = 256) -> float:
     """Return the share, in [0, 1], of samples that the classifier takes for the class they were asked to be.
 
     Args:

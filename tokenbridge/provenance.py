@@ -31,7 +31,7 @@ PACKAGES = (
 )
 
 
-class EnvironmentProblem(RuntimeError):
+class EnvironmentProblemError(RuntimeError):
     """Installed packages that cannot work together; the message says how to mend it."""
 
 
@@ -39,12 +39,12 @@ def check_environment() -> None:
     """Check that torchvision loads beside torch, which diffusers and torch-fidelity need.
 
     Raises:
-        EnvironmentProblem: they do not fit, with one sentence on what is installed and how to mend it.
+        EnvironmentProblemError: they do not fit, with one sentence on what is installed and how to mend it.
     """
     try:
         import torchvision  # noqa: F401
     except (RuntimeError, ImportError, OSError) as error:
-        raise EnvironmentProblem(
+        raise EnvironmentProblemError(
             f"torchvision {_version('torchvision')} does not load beside torch {_version('torch')} "
             f"({str(error).splitlines()[0]}); install a pair built for each other, for example with "
             f"`{sys.executable} -m pip install --force-reinstall torch torchvision`, both from the same index "

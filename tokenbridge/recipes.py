@@ -33,6 +33,7 @@ class Scale:
 
     name: str
     data: str  # for `load_images`
+    extractor: str  # what scores by this scale's classifier are called after: FID-digits, ...
     image_size: int
     channels: int
     classes: tuple[str, ...]
@@ -84,7 +85,7 @@ _TINY_GENERATOR: dict[str, Any] = {
     "dropout": 0.0,
 }
 _TINY_GENERATOR_TRAINING = TrainingConfig(
-    num_steps=9000, batch_size=64, learning_rate=1.5e-3, warmup_steps=300, ema_decay=0.999
+    num_steps=10_000, batch_size=64, learning_rate=1.5e-3, warmup_steps=300, ema_decay=0.999
 )
 _TINY_SAMPLING = SamplingConfig(num_iterations=16, guidance_scale=3.0, temperature=1.0)
 _TINY_AR64 = Recipe(
@@ -96,13 +97,12 @@ _TINY_AR64 = Recipe(
     sampling=_TINY_SAMPLING,
 )
 _TINY_WIDTHS = (16, 32, 48, 48)
-_TINY_AUTOENCODER_TRAINING = TrainingConfig(
-    num_steps=1500, learning_rate=2e-3, ema_decay=0.995, weight_decay=0.0
-)
+_TINY_AUTOENCODER_TRAINING = TrainingConfig(num_steps=1500, learning_rate=2e-3, ema_decay=0.995, weight_decay=0.0)
 
 TINY = Scale(
     name="tiny",
     data="digits",
+    extractor="digits",
     image_size=32,
     channels=1,
     classes=tuple(str(n) for n in range(10)),
@@ -134,4 +134,65 @@ TINY = Scale(
     ),
 )
 
-SCALES = {scale.name: scale for scale in (TINY,)}
+_SMALL_GENERATOR: dict[str, Any] = {
+    **_TINY_GENERATOR,
+    "latent_size": 8,
+    "width": 384,
+    "encoder_depth": 6,
+    "decoder_depth": 6,
+    "num_heads": 6,
+    "num_buffer": 16,
+    "head_width": 256,
+    "head_depth": 3,
+    "head_num_heads": 4,
+    "dropout": 0.1,
+}
+_SMALL_AR64 = Recipe(
+    name="tokenbridge-64",
+    kind="generator",
+    model=_SMALL_GENERATOR,
+    training=TrainingConfig(num_steps=30_000, batch_size=256, learning_rate=8e-4, warmup_steps=1000, ema_decay=0.9995),
+    loss={"num_loss_positions": 16},
+    sampling=SamplingConfig(num_iterations=64, guidance_scale=2.0, temperature=1.0),
+)
+_SMALL_WIDTHS = (64, 128, 128)
+_SMALL_AUTOENCODER_TRAINING = TrainingConfig(
+    num_steps=10_000, batch_size=128, learning_rate=1e-3, ema_decay=0.999, weight_decay=0.0
+)
+
+SMALL = Scale(
+    name="small",
+    data="cifar10",
+    extractor="cifar10",
+    image_size=32,
+    channels=3,
+    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    with_mirrored=True,
+    recipes=(
+        Recipe(
+            name="vae",
+            kind="autoencoder",
+            model=_autoencoder(3, 32, _SMALL_WIDTHS, latent_channels=16),
+            training=_SMALL_AUTOENCODER_TRAINING,
+            loss={"kl_weight": 0.001},
+        ),
+        Recipe(
+            name="vq",
+            kind="vq",
+            model=_autoencoder(3, 32, _SMALL_WIDTHS, latent_channels=16, num_vq_embeddings=4096, vq_embed_dim=8),
+            training=_SMALL_AUTOENCODER_TRAINING,
+        ),
+        Recipe(
+            name="classifier",
+            kind="classifier",
+            model={"image_size": 32, "in_channels": 3, "num_classes": 10, "width": 64, "num_features": 256},
+            training=TrainingConfig(num_steps=6000, learning_rate=2e-3, ema_decay=0.999, weight_decay=0.05),
+        ),
+        _SMALL_AR64,
+        replace(_SMALL_AR64, name="tokenbridge-16", model={**_SMALL_GENERATOR, "num_levels": 16}),
+        replace(_SMALL_AR64, name="parallel-64", model={**_SMALL_GENERATOR, "head_type": "parallel"}),
+    ),
+)
+"""CIFAR-10 on one GPU. Declared and exercised for a few steps by the tests; no weights are shipped yet."""
+
+SCALES = {scale.name: scale for scale in (TINY, SMALL)}

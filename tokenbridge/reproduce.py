@@ -56,7 +56,7 @@ class Bench:
     @property
     def extractor(self) -> str:
         """The name that scores carry."""
-        return self.scale.data
+        return self.scale.extractor
 
 
 def open_bench(scale: Scale, weights: Path | str) -> Bench:
@@ -239,7 +239,13 @@ def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Sa
 
 
 def sample_pixels(
-    bench: Bench, model: TokenBridge, config: SamplingConfig, num_images: int, seed: int, *, batch_size: int = 250
+    bench: Bench,
+    model: TokenBridge,
+    config: SamplingConfig,
+    num_images: int,
+    seed: int,
+    *,
+    batch_size: int = 250,
 ) -> tuple[Tensor, Tensor]:
     """Sample images class after class in turn (0, 1, ..., 9, 0, ...).
 
@@ -317,7 +323,9 @@ def trends(rows: list[Row]) -> list[Trend]:
 
     found: list[Trend] = []
 
-    def claim(id_: str, text: str, needs: tuple[str, ...], measure: Callable[[], float], relation: Any, bound: float) -> None:
+    def claim(
+        id_: str, text: str, needs: tuple[str, ...], measure: Callable[[], float], relation: Any, bound: float
+    ) -> None:
         if all(need in by_id for need in needs):
             found.append(Trend(id=id_, claim=text, measured=round(measure(), 4), relation=relation, bound=bound))
 

@@ -227,7 +227,12 @@ def to_markdown(results: Results, reference: Results | None) -> str:
     if results.trends:
         lines += ["## The paper's argument at this scale", ""]
         body = [
-            [t.claim, f"{t.measured:.3g}", f"{t.relation} {t.bound:.3g}", "holds" if t.holds else "does not hold"]
+            [
+                t.claim,
+                f"{t.measured:.3g}",
+                f"{t.relation} {t.bound:.3g}",
+                "holds" if t.holds else "does not hold",
+            ]
             for t in results.trends
         ]
         lines += [*markdown_table(["claim", "measured", "asked", ""], body), ""]

@@ -68,9 +68,7 @@ def image_noise(seed: int, image_indices: list[int], num_positions: int, num_cha
 
 
 @torch.inference_mode()
-def generate_tokens(
-    model: TokenBridge, labels: Tensor | None, config: SamplingConfig, noise: ImageNoise
-) -> Tensor:
+def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingConfig, noise: ImageNoise) -> Tensor:
     """Generate the tokens of a batch of images.
 
     Args:
@@ -118,7 +116,12 @@ def generate_tokens(
 
 
 def _guided_context(
-    model: TokenBridge, tokens: Tensor, visible: Tensor, positions: Tensor, labels: Tensor | None, guidance: float
+    model: TokenBridge,
+    tokens: Tensor,
+    visible: Tensor,
+    positions: Tensor,
+    labels: Tensor | None,
+    guidance: float,
 ) -> Tensor:
     """Return z [B, K, D], conditional and unconditional mixed: z_u + guidance (z_c - z_u)."""
     if labels is None or guidance == 1.0:

@@ -24,12 +24,21 @@ from tokenbridge.quantizer import ScalarQuantizer
 class Tokenizer(Protocol):
     """What `reconstruct` and the tables need of a tokenizer."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where images and tokens must be."""
+        ...
+
     def encode(self, images: Tensor) -> Tensor:
         """Return the integer tokens of images."""
         ...
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Return the images [B, C, H, W] in [-1, 1] of tokens."""
+        ...
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode images."""
         ...
 
     def bits_per_image(self, tokens: Tensor) -> float:
@@ -54,11 +63,19 @@ class LatentTokenizer:
         self.scale = float(getattr(autoencoder.config, "scaling_factor", None) or 1.0)
         self.shift = float(getattr(autoencoder.config, "shift_factor", None) or 0.0)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.autoencoder.parameters()).device
+
     @torch.inference_mode()
     def latents(self, images: Tensor) -> Tensor:
         """Return the scaled latents [B, C, h, w] of images; the posterior's mean where there is a posterior."""
         output = self.autoencoder.encode(images)
-        raw = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latents
+        if hasattr(output, "latent_dist"):
+            raw = output.latent_dist.mode()
+        else:
+            raw = output.latents if hasattr(output, "latents") else output.latent  # AutoencoderDC says `latent`
         return (raw - self.shift) * self.scale
 
     @torch.inference_mode()
@@ -100,6 +117,11 @@ class VQTokenizer:
         self.model = model.eval()
         self.num_codes = int(model.config.num_vq_embeddings)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Return the tokens [B, h, w] of images."""
@@ -136,7 +158,7 @@ def autoencoder_loss(model: nn.Module, images: Tensor, *, kl_weight: float) -> T
         images: [B, C, H, W] in [-1, 1].
         kl_weight: small values leave all latent channels in use, large ones shut most of them.
     """
-    inner = getattr(model, "module", model)
+    inner: Any = getattr(model, "module", model)
     posterior = inner.encode(images).latent_dist
     reconstruction = inner.decode(posterior.sample()).sample
     kl = posterior.kl().mean() / images[0].numel()

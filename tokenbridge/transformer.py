@@ -15,7 +15,13 @@ class Attention(nn.Module):
     """Multi-head self-attention with a joint projection; optionally layer-normalised queries and keys."""
 
     def __init__(
-        self, width: int, num_heads: int, *, qk_norm: bool = False, norm_eps: float = 1e-6, dropout: float = 0.0
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -71,7 +77,13 @@ class Block(nn.Module):
     """Pre-norm transformer block (timm's vision_transformer.Block)."""
 
     def __init__(
-        self, width: int, num_heads: int, *, mlp_ratio: float = 4.0, norm_eps: float = 1e-6, dropout: float = 0.0
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
@@ -104,7 +116,13 @@ class ModulatedBlock(nn.Module):
     """Transformer block whose norms and branches are modulated by a condition (adaLN-zero)."""
 
     def __init__(
-        self, width: int, num_heads: int, *, mlp_ratio: float = 4.0, norm_eps: float = 1e-6, dropout: float = 0.0
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
