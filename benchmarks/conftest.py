@@ -130,8 +130,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         _write_table(terminalreporter, [heading, *(t.cells() for t in report.timings)])
     if report.memory:
         terminalreporter.section("peak memory beyond the input, in sizes of the input")
-        heading = ("", "working memory", "with the output", "limit of working memory")
-        _write_table(terminalreporter, [heading, *report.memory])
+        columns = ("", "working memory", "with the output", "limit of working memory")
+        _write_table(terminalreporter, [columns, *report.memory])
 
 
 def _write_table(terminalreporter: Any, rows: list[tuple[str, ...]]) -> None:

@@ -43,7 +43,10 @@ def test_encode(side_by_side: SideBySide, num_levels: int) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_memory_of_encode(report: Report, layout: str) -> None:
-    """Tokens are int64, so the output alone is twice a float32 input. The limit is for what comes on top."""
+    """Limit what is needed beside input and output.
+
+    Tokens are int64, so the output alone is twice a float32 input. The table has both, with and without it.
+    """
     quantizer = gaussian_quantizer(64)
     x = latents(layout)
     ours = peak_memory(lambda: quantizer.encode(x))
@@ -54,8 +57,6 @@ def test_memory_of_encode(report: Report, layout: str) -> None:
         report.memory.append((name, *sizes, limit))
     limit_bytes = MEMORY_LIMIT * nbytes(x) + SMALL
     assert ours.working <= limit_bytes
-    if layout == "contiguous":
-        assert ours.total <= limit_bytes  # even with the output; a transposed input needs a copy of it besides
     assert distances.working > limit_bytes  # mutation: the limit tells the two apart
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenbridge.generator import TokenBridge
 from tokenbridge.heads import ARHead, FirstElement, HeadConfig, ParallelHead
+from tokenbridge.transformer import Attention
 
 C, V, W = TINY["num_channels"], TINY["num_levels"], TINY["width"]
 FIRSTS: list[FirstElement] = ["official", "training-consistent"]
@@ -156,8 +157,9 @@ def shift_token_embeddings(head: ARHead) -> None:
 
 
 def drop_query_norm(head: ARHead) -> None:
-    for block in head.channel_blocks:
-        block.attn.q_norm = nn.Identity()
+    for module in head.modules():
+        if isinstance(module, Attention):
+            module.q_norm = nn.Identity()
 
 
 MUTATIONS: list[Callable[[ARHead], None]] = [

@@ -45,7 +45,9 @@ def main() -> None:
         check_environment()
         app()
     except (EnvironmentProblemError, ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {error}", highlight=False)
+        console = Console(stderr=True, soft_wrap=True)
+        console.print("[bold red]Error:[/]", end=" ")
+        console.print(str(error), highlight=False, markup=False)
         sys.exit(2)
 
 
@@ -141,6 +143,109 @@ def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]
         table.add_row(*line)
     # Not cut to 80 columns where the output goes to a file or a log.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command()
+def sample(
+    scale: ScaleName = "tiny",
+    name: Annotated[str, typer.Argument(help="Which generator of the scale.")] = "tokenbridge-64",
+    num_images: Annotated[int, typer.Option(help="How many images.")] = 100,
+    label: Annotated[int | None, typer.Option(help="One class for all; by default all classes in turn.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; the recipe's by default.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    num_iterations: Annotated[int | None, typer.Option(help="At most the number of positions.")] = None,
+    position_order: Annotated[str | None, typer.Option(help="random, raster or confidence.")] = None,
+    seed: Annotated[int, typer.Option(help="Images are a function of the seed and their number.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="Folder of models; the shipped ones by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the PNGs; runs/SCALE-samples by default.")] = None,
+) -> None:
+    """Generate images: numbered PNG files and one grid."""
+    from tokenbridge.experiment import load
+    from tokenbridge.pictures import save_grid, save_images
+    from tokenbridge.reproduce import open_bench, sample_pixels
+
+    chosen = find_scale(scale)
+    recipe = chosen.recipe(name)
+    if recipe.sampling is None:
+        raise ValueError(f"{name!r} is no generator.")
+    given = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "num_iterations": num_iterations,
+        "position_order": position_order,
+    }
+    config = replace(recipe.sampling, **{key: value for key, value in given.items() if value is not None})
+    bench = open_bench(chosen, weights or reference_folder() / scale / "weights")
+    model = load(recipe, bench.weights).to(bench.device)
+    pixels, labels = sample_pixels(bench, model, config, num_images, seed, label=label)
+    out = out or Path("runs") / f"{scale}-samples"
+    save_images(out, pixels)
+    rows = [pixels[i : i + 10] for i in range(0, min(num_images, 200), 10)]
+    names = [str(i) for i in range(0, min(num_images, 200), 10)]
+    save_grid(out / "grid.png", rows, names, f"{name}, seed {seed}, {len(labels)} images")
+    print(f"{len(pixels)} images and grid.png are in {out}/")
+
+
+@app.command()
+def reconstruct(
+    source: Annotated[str, typer.Argument(help="Images: a folder, Parquet, digits, cifar10, imagenet or a hub name.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A diffusers autoencoder: folder or hub name; the tiny VAE by default.")
+    ] = None,
+    levels: Annotated[str, typer.Option(help="Quantisation levels, separated by commas.")] = "8,16,32,64",
+    quantizer: Annotated[str, typer.Option(help="gaussian, uniform or lloyd-max.")] = "gaussian",
+    value_range: Annotated[float, typer.Option(help="Latents beyond this size are clamped.")] = 5.0,
+    scale: Annotated[str, typer.Option(help="Latent scale: config, measure or a number.")] = "config",
+    split: Annotated[str, typer.Option(help="Split of the source.")] = "test",
+    image_size: Annotated[int | None, typer.Option(help="Centre-crop to this size.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many images.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception weights, for rFID.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/reconstruction"),
+    seed: Annotated[int, typer.Option(help="Of the draw of images under --limit.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure what a tokenizer keeps of images, continuous and quantised: PSNR, SSIM, rFID, bits per image."""
+    from tokenbridge.reconstruction import COLUMNS
+    from tokenbridge.reconstruction import reconstruct as run
+    from tokenbridge.results import cell
+
+    try:
+        chosen_levels = [int(level) for level in levels.split(",")]
+    except ValueError as error:
+        raise ValueError(f"Levels are whole numbers separated by commas, not {levels!r}.") from error
+    report = run(
+        source,
+        tokenizer=tokenizer or str(reference_folder() / "tiny" / "weights" / "vae"),
+        out=out,
+        levels=chosen_levels,
+        quantizer=quantizer,
+        value_range=value_range,
+        scale=scale if scale in ("config", "measure") else _number(scale, "The scale"),
+        split=split,
+        image_size=image_size,
+        limit=limit,
+        batch_size=batch_size,
+        inception_weights=inception_weights,
+        seed=seed,
+    )
+    if as_json:
+        rows = [row.model_dump() for row in report.rows]
+        print(json.dumps({"settings": report.settings, "rows": rows, "notes": report.notes}, indent=2))
+        return
+    _print_table("Reconstruction", ["", *COLUMNS], [[r.label, *[cell(r, c) for c in COLUMNS]] for r in report.rows])
+    for note in report.notes:
+        Console(soft_wrap=True).print(note, highlight=False, markup=False)
+    print(f"Table and picture are in {out}/.")
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{what} is a number, not {text!r}.") from error
 
 
 @app.command()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from tokenbridge.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from torch import Tensor
+
+
+def save_images(folder: Path | str, pixels: Tensor) -> None:
+    """Save uint8 images [N, C, H, W] as numbered PNG files, each whole or not at all."""
+    for i, image in enumerate(pixels):
+        array = image.permute(1, 2, 0).numpy()
+        with replacing(Path(folder) / f"{i:06d}.png") as temporary:
+            Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(temporary)
 
 
 def save_grid(

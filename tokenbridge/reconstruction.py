@@ -364,7 +364,7 @@ def _set_scale(model: Any, scale: str | float, pixels: Tensor, batch_size: int) 
     factor, shift = own.scale, own.shift
     if scale == "measure":
         raw = _latents(model, pixels, batch_size).double() / factor + shift
-        factor, shift = 1 / raw.std().item(), raw.mean().item()
+        factor, shift = 1 / raw.std(correction=0).item(), raw.mean().item()
     elif scale != "config":
         if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"The scale is 'config', 'measure' or a positive number, not {scale!r}.")
@@ -381,7 +381,7 @@ def _make_quantizer(kind: str, num_levels: int, value_range: float, latents: Ten
 
 def _judge_latents(latents: Tensor, quantizer: str) -> list[str]:
     """Describe the latents; warn where a codebook made for unit variance does not fit them."""
-    mean, std = latents.double().mean().item(), latents.double().std().item()
+    mean, std = latents.double().mean().item(), latents.double().std(correction=0).item()
     said = f"Scaled latents {list(latents.shape[1:])}: mean {mean:.3g}, standard deviation {std:.3g}."
     if quantizer == "lloyd-max":
         return [said, "The Lloyd-Max codebooks are fitted to the latents of these very images."]

@@ -245,15 +245,16 @@ def sample_pixels(
     num_images: int,
     seed: int,
     *,
+    label: int | None = None,
     batch_size: int = 250,
 ) -> tuple[Tensor, Tensor]:
-    """Sample images class after class in turn (0, 1, ..., 9, 0, ...).
+    """Sample images, of one class or of all classes in turn (0, 1, ..., 9, 0, ...).
 
     Returns:
         uint8 pixels [N, C, H, W] and the labels [N] that were asked for, on the CPU.
     """
     tokenizer = LatentTokenizer(load(bench.scale.recipe("vae"), bench.weights).to(bench.device))
-    labels = torch.arange(num_images) % len(bench.scale.classes)
+    labels = torch.arange(num_images) % len(bench.scale.classes) if label is None else torch.full((num_images,), label)
     pixels = []
     for start in range(0, num_images, batch_size):
         indices = list(range(start, min(start + batch_size, num_images)))
