@@ -248,13 +248,7 @@ def test_saving_and_loading_changes_nothing(tmp_path: Path, head_type: str) -> N
     assert torch.equal(loaded(tokens, LABELS, visible, masked), expected)
 
 
-STALE_MIDPOINTS = pytest.mark.xfail(
-    strict=True,
-    reason="diffusers then bypasses _load_from_state_dict, and the midpoints stay the Gaussian codebook's",
-)
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [pytest.param(True, marks=STALE_MIDPOINTS), False])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_saving_and_loading_keeps_another_quantiser(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
     model = tiny_model()
     x = latents(0)

@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -174,7 +174,7 @@ def sample(
         "num_iterations": num_iterations,
         "position_order": position_order,
     }
-    config = replace(recipe.sampling, **{key: value for key, value in given.items() if value is not None})
+    config = replace(recipe.sampling, **{key: cast("Any", value) for key, value in given.items() if value is not None})
     bench = open_bench(chosen, weights or reference_folder() / scale / "weights")
     model = load(recipe, bench.weights).to(bench.device)
     pixels, labels = sample_pixels(bench, model, config, num_images, seed, label=label)

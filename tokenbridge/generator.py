@@ -220,7 +220,8 @@ def generator_loss(
     order = random_orders(batch, length, latents.device)
     num_masked = training_mask_count(length)
     visible = order[:, num_masked:].sort(dim=1).values
-    positions = order[:, : min(num_masked, num_loss_positions or num_masked)]
+    num_predicted = num_masked if num_loss_positions is None else min(num_masked, num_loss_positions)
+    positions = order[:, :num_predicted]
     dropped = torch.rand(batch, device=latents.device) < label_dropout
     logits = model(tokens, labels, visible, positions, dropped=dropped)
     targets = take(tokens, positions)[..., inner.channel_order]

@@ -16,12 +16,17 @@ Shape letters: C channels, V levels, `...` any other dimensions.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from scipy import stats
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GAUSSIAN_RANGE = 5.0  # a latent of this size is mapped to GAUSSIAN_SIGMAS before binning (official default)
 GAUSSIAN_SIGMAS = 3.0  # the outermost bins are cut here, in standard deviations (official `std_range`)
@@ -41,7 +46,6 @@ class ScalarQuantizer(nn.Module):
     """
 
     codebook: Tensor
-    midpoints: Tensor
 
     def __init__(self, codebook: Tensor, *, channel_dim: int = 1) -> None:
         super().__init__()
@@ -51,12 +55,16 @@ class ScalarQuantizer(nn.Module):
         _check_codebook(codebook)
         self.channel_dim = channel_dim
         self.register_buffer("codebook", codebook)
-        self.register_buffer("midpoints", _midpoints(codebook), persistent=False)
 
     @property
     def num_levels(self) -> int:
         """Number of codebook values V."""
         return self.codebook.shape[-1]
+
+    @property
+    def midpoints(self) -> Tensor:
+        """Where one level ends and the next begins, [V - 1] or [C, V - 1]."""
+        return (self.codebook[..., :-1] + self.codebook[..., 1:]) / 2
 
     @property
     def num_channels(self) -> int | None:
@@ -124,21 +132,23 @@ class ScalarQuantizer(nn.Module):
             )
         return x.movedim(self.channel_dim, 0)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        """Refuse a codebook that is not one, and renew the midpoints, which are not saved."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> ScalarQuantizer:
+        """Move with the model, but stay in float32: a codebook in half precision gives other tokens."""
+        codebook = self.codebook
+        super()._apply(fn, *args)
+        self.codebook = codebook.to(self.codebook.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Refuse a codebook that is not one."""
         if (codebook := state_dict.get(prefix + "codebook")) is not None:
             _check_codebook(codebook)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.midpoints.copy_(_midpoints(self.codebook))
 
 
 def _check_codebook(codebook: Tensor) -> None:
     if not torch.isfinite(codebook).all() or not (codebook.diff(dim=-1) > 0).all():
         raise ValueError("Codebook values must be finite and strictly increasing.")
-
-
-def _midpoints(codebook: Tensor) -> Tensor:
-    return (codebook[..., :-1] + codebook[..., 1:]) / 2
 
 
 def _search(midpoints: Tensor, latents: Tensor) -> Tensor:
@@ -162,9 +172,9 @@ def gaussian_quantizer(
         num_sigmas: where the Gaussian is cut.
 
     Raises:
-        ValueError: arguments that are not positive, or so many levels that bins fall together beyond
-            ±`num_sigmas` and the codebook degenerates (from 741 levels on with 3 sigmas; the official code
-            then puts a wrong value, 0, into its codebook).
+        ValueError: arguments that are not positive, or so many levels that the codebook degenerates: with 3
+            sigmas, float32 means leave their bins from 727 levels on, and from 741 on whole bins lie beyond the cut
+            (the official code then puts a wrong value, 0, into its codebook).
     """
     return ScalarQuantizer(gaussian_codebook(num_levels, value_range=value_range, num_sigmas=num_sigmas))
 
@@ -174,17 +184,16 @@ def gaussian_codebook(num_levels: int, *, value_range: float, num_sigmas: float)
     _check_levels(num_levels)
     _check_positive(value_range=value_range, num_sigmas=num_sigmas)
     edges = gaussian_bin_edges(num_levels, num_sigmas=num_sigmas)
-    if not (edges.diff() > 0).all():
-        most = int(1 / stats.norm.sf(num_sigmas))
-        raise ValueError(
-            f"{num_levels} levels are too many for ±{num_sigmas:g} sigmas: whole bins would lie beyond the cut. "
-            f"Use at most {most} levels, or more sigmas."
-        )
     density = torch.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi)
     cumulative = 0.5 * (1 + torch.erf(edges / math.sqrt(2)))
     # E[x | a < x < b], equation 4. Deliberately in float32, as models/tokenbridge.py computes it: the published
     # codebooks carry its rounding (about 1e-5 at 64 levels, growing with the number of levels).
     means = -density.diff() / cumulative.diff()
+    if not ((means > edges[:-1]) & (means < edges[1:])).all():
+        raise ValueError(
+            f"{num_levels} levels are too many for ±{num_sigmas:g} sigmas: the outermost bins lie beyond the cut, or "
+            "float32 cannot tell their means apart. Use fewer levels."
+        )
     return (means + num_sigmas) / (2 * num_sigmas) * (2 * value_range) - value_range
 
 
@@ -239,7 +248,7 @@ def _fit_lloyd_max(values: Tensor, num_levels: int, num_iterations: int) -> Tens
     levels = _initial_levels(values, num_levels)
     previous = None
     for _ in range(num_iterations):
-        inner = torch.searchsorted(values, _midpoints(levels), right=True)
+        inner = torch.searchsorted(values, (levels[:-1] + levels[1:]) / 2, right=True)
         ends = torch.cat([inner.new_zeros(1), inner, inner.new_tensor([values.numel()])])
         if previous is not None and torch.equal(ends, previous):
             break
@@ -297,7 +306,8 @@ def measure_distortion(quantizer: ScalarQuantizer, latents: Tensor) -> Distortio
     The Lloyd-Max codebook is fitted to these very latents, one for all channels, whatever the quantiser has.
     """
     latents = latents.detach().to("cpu", torch.float32)
-    tokens = quantizer.to("cpu").encode(latents)
+    quantizer = copy.deepcopy(quantizer).to("cpu")  # the caller's stays where it is
+    tokens = quantizer.encode(latents)
     variance = latents.double().var(correction=0).item()
     if variance == 0:
         raise ValueError("The latents are all equal; distortion is undefined.")

@@ -381,7 +381,8 @@ def _make_quantizer(kind: str, num_levels: int, value_range: float, latents: Ten
 
 def _judge_latents(latents: Tensor, quantizer: str) -> list[str]:
     """Describe the latents; warn where a codebook made for unit variance does not fit them."""
-    mean, std = latents.double().mean().item(), latents.double().std(correction=0).item()
+    mean = round(latents.double().mean().item(), 4) + 0.0  # not -0
+    std = latents.double().std(correction=0).item()
     said = f"Scaled latents {list(latents.shape[1:])}: mean {mean:.3g}, standard deviation {std:.3g}."
     if quantizer == "lloyd-max":
         return [said, "The Lloyd-Max codebooks are fitted to the latents of these very images."]

@@ -144,7 +144,9 @@ def _picker(temperature: float, uniforms: Tensor) -> Pick:
         return lambda logits, place: logits.argmax(-1)
 
     def pick(logits: Tensor, place: int) -> Tensor:
-        cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+        logits = logits.float()
+        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
+        cumulative = scaled.softmax(-1).cumsum(-1)
         threshold = uniforms[:, place, None] * cumulative[:, -1:]  # rounding: the sum is not exactly 1
         return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
