@@ -9,6 +9,8 @@ Shape letters: B batch, L positions, C channels, V levels, R buffer tokens, D wi
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from tokenbridge.generator import TokenBridge
 from tokenbridge.heads import ARHead, Pick
 from tokenbridge.orders import random_orders, training_mask_count
+from tokenbridge.transformer import ModulatedBlock
 
 
 def quantize(latents: Tensor, codebook: Tensor, *, value_range: float) -> Tensor:
@@ -32,7 +35,7 @@ def sample_channels(head: ARHead, context: Tensor, pick: Pick) -> Tensor:
             prefix.append(head.token_embeddings[i - 1](tokens[-1]))
         x = torch.stack(prefix, dim=1) + head.channel_embed[:, : i + 1]
         condition = head.condition_proj(context)[:, None] + head.timesteps_embeddings[:, : i + 1]
-        for block in head.channel_blocks:
+        for block in cast("list[ModulatedBlock]", list(head.channel_blocks)):
             x = block(x, block.adaLN_modulation(condition), is_causal=True)
         x = head.channel_final(head.channel_norm(x), condition)
         tokens.append(pick(head.channel_heads[i](x[:, -1]), i))

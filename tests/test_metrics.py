@@ -42,9 +42,7 @@ def random_images(seed: int, count: int, *, channels: int = 1, offset: int = 0) 
 
 def make_classifier(*, num_features: int = 16, channels: int = 1) -> Classifier:
     torch.manual_seed(7)
-    classifier: Classifier = Classifier(
-        image_size=16, in_channels=channels, width=8, num_features=num_features
-    )
+    classifier: Classifier = Classifier(image_size=16, in_channels=channels, width=8, num_features=num_features)
     return classifier
 
 
@@ -209,9 +207,7 @@ def test_identical_sets(classifier: Classifier, pair: tuple[Tensor, Tensor]) -> 
     assert 1 <= scores.inception_score <= 10
 
 
-def test_precision_counts_samples_and_recall_the_reference(
-    classifier: Classifier, pair: tuple[Tensor, Tensor]
-) -> None:
+def test_precision_counts_samples_and_recall_the_reference(classifier: Classifier, pair: tuple[Tensor, Tensor]) -> None:
     images, _ = pair
     narrow = images[:1].repeat(20, 1, 1, 1)  # one good image again and again: precise, with no variety
     scores = metrics.score(narrow, images, classifier)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -31,7 +32,7 @@ def save_grid(
     title: str,
     *,
     column_names: Sequence[str] | None = None,
-    cell_inches: float = 0.55,
+    cell_inches: float = 0.5,
 ) -> None:
     """Draw uint8 images in rows, each row named at its left.
 
@@ -44,23 +45,31 @@ def save_grid(
         cell_inches: size of an image in the picture.
     """
     num_columns = max(len(row) for row in rows)
-    margin = 0.25 + 0.075 * max(len(name) for name in row_names)
-    size = (num_columns * cell_inches + margin, len(rows) * cell_inches + 0.75)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=9)
-    axes = figure.subplots(len(rows), num_columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
-    for i, (images, name) in enumerate(zip(rows, row_names, strict=True)):
-        for j in range(num_columns):
-            axis = axes[i, j]
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if i == 0 and column_names is not None:
-                axis.set_title(column_names[j], fontsize=6, pad=2)
-            if j == 0:
-                axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
-            if j < len(images):
-                image = images[j].permute(1, 2, 0).numpy()
-                grey = image.shape[-1] == 1
-                axis.imshow(image.squeeze(-1) if grey else image, cmap="gray" if grey else None, vmin=0, vmax=255)
+    _, channels, height, width = rows[0].shape
+    gap = max(1, height // 24)
+    canvas = torch.full((len(rows) * (height + gap) - gap, num_columns * (width + gap) - gap, channels), 255)
+    for i, images in enumerate(rows):
+        for j, image in enumerate(images):
+            top, left = i * (height + gap), j * (width + gap)
+            canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    # The canvas is drawn to scale: inches of the grid plus margins for the names around it.
+    grid_width = num_columns * cell_inches
+    grid_height = len(rows) * cell_inches * height / width
+    margin_left, margin_top, margin = 0.15 + 0.062 * max(len(name) for name in row_names), 0.5, 0.08
+    size = (margin_left + grid_width + margin, margin_top + grid_height + margin)
+    figure = Figure(figsize=size, dpi=150)
+    box = (margin_left / size[0], margin / size[1], grid_width / size[0], grid_height / size[1])
+    axes = figure.add_axes(box)
+    picture = canvas.numpy()
+    if channels == 1:
+        axes.imshow(picture[..., 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+    else:
+        axes.imshow(picture, interpolation="nearest", aspect="auto")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, pad=3, labelsize=7, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.set_yticks([i * (height + gap) + height / 2 for i in range(len(rows))], list(row_names))
+    names = list(column_names or [])
+    axes.set_xticks([j * (width + gap) + width / 2 for j in range(len(names))], names)
+    figure.text(0.5, 1 - 0.1 / size[1], title, ha="center", va="top", fontsize=8, wrap=True)
     with replacing(path) as temporary:
         figure.savefig(temporary)

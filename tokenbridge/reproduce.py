@@ -7,6 +7,7 @@ time of one prediction (table 5). Pictures and `results.json` go to one folder.
 from __future__ import annotations
 
 import datetime
+import json
 import statistics
 import sys
 import time
@@ -114,6 +115,7 @@ def reproduce(
     stored = results.read(reference) if reference is not None else None  # first: a bad file must not cost minutes
     bench = open_bench(scale, weights)
     rows = [*reconstruction_rows(bench, out, say), *generation_rows(bench, out, num_images, seed, say)]
+    write_text(out / "tokens.json", json.dumps(golden_tokens(bench)))
     rows += prediction_time_rows(bench, say)
     measured = Results(
         scale=scale.name,
@@ -262,6 +264,19 @@ def sample_pixels(
         tokens = generate_tokens(model, labels[indices], config, noise)
         pixels.append(images_to_pixels(tokenizer.images(model.to_latents(tokens))).cpu())
     return torch.cat(pixels), labels
+
+
+def golden_tokens(bench: Bench, *, num_images: int = 10, seed: int = 0) -> dict[str, list[Any]]:
+    """Return the tokens [N, L, C] of a few images of each generator there is: what a regression test compares."""
+    tokens: dict[str, list[Any]] = {}
+    for recipe in bench.scale.recipes:
+        if recipe.sampling is None or not (bench.weights / recipe.name / WEIGHTS_FILE).is_file():
+            continue
+        model = load(recipe, bench.weights).to(bench.device)
+        noise = image_noise(seed, list(range(num_images)), model.num_positions, model.num_channels)
+        labels = torch.arange(num_images) % len(bench.scale.classes)
+        tokens[recipe.name] = generate_tokens(model, labels, recipe.sampling, noise).tolist()
+    return tokens
 
 
 def measure_samples(bench: Bench, pixels: Tensor, labels: Tensor) -> dict[str, float]:
