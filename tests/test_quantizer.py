@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 from tokenbridge.quantizer import (
     GAUSSIAN_RANGE,
     GAUSSIAN_SIGMAS,
+    SEARCH_BLOCK,
     ScalarQuantizer,
+    _make_cells,
     gaussian_bin_edges,
     gaussian_codebook,
     gaussian_quantizer,
@@ -522,3 +525,34 @@ def test_loading_a_broken_codebook_is_refused() -> None:
 def test_loading_another_number_of_levels_is_refused() -> None:
     with pytest.raises(RuntimeError, match="size mismatch"):
         gaussian_quantizer(8).load_state_dict(gaussian_quantizer(16).state_dict())
+
+
+# The CPU's table look-up against the binary search
+
+
+@pytest.mark.parametrize("num_levels", [2, 3, 16, 64, 100, 726])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_look_up_equals_binary_search(num_levels: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(num_levels)
+    quantizer = gaussian_quantizer(num_levels)
+    midpoints = quantizer.midpoints.to(dtype)
+    beside = [midpoints.nextafter(midpoints.new_tensor(end)) for end in (-math.inf, math.inf)]
+    sharp = torch.cat([midpoints, *beside, midpoints.new_tensor([-1e30, 1e30, 0.0])])
+    x = torch.cat([sharp, 2 * torch.randn(SEARCH_BLOCK, generator=generator, dtype=dtype)])
+    with mock.patch("tokenbridge.quantizer._make_cells", return_value=None):
+        searched = quantizer.encode(x)
+    assert torch.equal(quantizer.encode(x), searched)
+    assert torch.equal(searched, torch.searchsorted(midpoints, x))  # the mock had an effect, or both are right
+    if num_levels > 2:  # mutation: cells that ignore their midpoint must be told apart
+        cells = _make_cells(midpoints)
+        assert cells is not None
+        blunt = replace(cells, midpoint=torch.full_like(cells.midpoint, math.inf))
+        with mock.patch("tokenbridge.quantizer._make_cells", return_value=blunt):
+            assert not torch.equal(quantizer.encode(x), searched)
+
+
+def test_uneven_codebooks_fall_back_to_the_search() -> None:
+    uneven = ScalarQuantizer(torch.tensor([0.0, 1e-6, 2e-6, 1.0, 2.0]))
+    assert _make_cells(uneven.midpoints) is None
+    x = torch.rand(SEARCH_BLOCK, generator=torch.Generator().manual_seed(0)) * 3 - 0.5
+    assert torch.equal(uneven.encode(x), torch.searchsorted(uneven.midpoints, x))

@@ -15,9 +15,10 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
+from tokenbridge import provenance
 from tokenbridge.classifier import Classifier, classifier_loss
 from tokenbridge.data import load_images, pixels_to_images, to_pixels
-from tokenbridge.files import replacing_folder
+from tokenbridge.files import replacing_folder, write_json
 from tokenbridge.generator import TokenBridge, generator_loss
 from tokenbridge.latents import cache_latents
 from tokenbridge.orders import channel_order
@@ -91,6 +92,19 @@ def train_recipe(
         dataset = images_of(scale, "train")
         loss = functools.partial(_PIXEL_STEPS[recipe.kind], **recipe.loss)
     log = train(model, dataset, loss, recipe.training, runs, name=name, show_progress=show_progress)
+    log |= {
+        "recipe": {
+            "model": recipe.model,
+            "loss": recipe.loss,
+            "channel_order": recipe.channel_order,
+            "data": scale.data,
+        },
+        "command": provenance.command(),
+        **provenance.commit(),
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(),
+    }
+    write_json(runs / "loss.json", log)
     if recipe.kind == "autoencoder":
         model.register_to_config(scaling_factor=_measure_scaling(model, dataset))
     save(model, Path(weights) / name)

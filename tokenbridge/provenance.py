@@ -52,6 +52,11 @@ def check_environment() -> None:
         ) from error
 
 
+def command() -> str:
+    """Return the command line that is running, without the path of the interpreter."""
+    return " ".join(["tokenbridge", *sys.argv[1:]])
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that numbers depend on."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}

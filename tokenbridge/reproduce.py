@@ -120,7 +120,7 @@ def reproduce(
     measured = Results(
         scale=scale.name,
         provenance=Provenance(
-            command=" ".join(["tokenbridge", *sys.argv[1:]]),
+            command=provenance.command(),
             seed=seed,
             started=started.isoformat(timespec="seconds"),
             wall_seconds=round(time.perf_counter() - clock, 1),
