@@ -197,6 +197,7 @@ def test_generator_without_autoencoder(world: World, tmp_path: Path) -> None:
         train_recipe(MINI, "tokenbridge-64", weights=tmp_path / "weights", runs=tmp_path, show_progress=False)
 
 
+@pytest.mark.xfail(strict=True, reason="bug: cached latents do not know which autoencoder made them")
 def test_generator_follows_a_retrained_autoencoder(world: World, tmp_path: Path) -> None:
     """Cached latents belong to the autoencoder that made them: another one needs others."""
     changed = dataclasses.replace(MINI.recipe("vae"), training=dataclasses.replace(STEPS, seed=7))
@@ -328,6 +329,7 @@ def test_missing_model_is_an_error_that_names_its_file(world: World, tmp_path: P
         reproduce(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10, say=silent)
 
 
+@pytest.mark.xfail(strict=True, reason="bug: table 5 raises after all sampling is done")
 def test_main_system_missing_is_not_run_like_the_others(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / "tokenbridge-64")
@@ -456,6 +458,7 @@ def test_tampered_number_is_exit_1_and_named(
     assert "- post-training, 16 levels: PSNR" in page
 
 
+@pytest.mark.xfail(strict=True, reason="bug: reasons are printed as rich markup")
 def test_reasons_may_hold_brackets(
     run: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path, own_times: Path
 ) -> None:
@@ -516,6 +519,7 @@ def test_trainings_in_processes_pass_on_what_they_say(capfd: pytest.CaptureFixtu
     assert "Unknown recipe 'nonsense'" in err
 
 
+@pytest.mark.xfail(strict=True, reason="bug: checkpoints of other data are taken for the same run")
 def test_other_data_in_the_same_folder_is_not_taken_for_the_same(
     run: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path
 ) -> None:
@@ -548,10 +552,13 @@ def test_sample(run: Callable[..., tuple[int, str, str]], world: World, tmp_path
     assert images["a"] != images["c"]
 
 
+NO_IMAGES = pytest.mark.xfail(strict=True, reason="bug: the message is that of torch.cat")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-images", "0"], "images"),
+        pytest.param(["--num-images", "0"], "number of images", marks=NO_IMAGES),
         (["--label", "10"], "labels"),
         (["--temperature", "-1"], "temperature"),
         (["--num-iterations", "17"], "iterations"),

@@ -112,8 +112,8 @@ def score(
     smaller = min(len(samples), len(reference))
     # torch-fidelity ignores names it does not know; tests/test_metrics.py checks these against its list.
     values = torch_fidelity.calculate_metrics(
-        input1=_ImageDataset(samples),  # precision counts input1's images, recall input2's
-        input2=_ImageDataset(reference),
+        input1=ImageDataset(samples),  # precision counts input1's images, recall input2's
+        input2=ImageDataset(reference),
         feature_extractor=EXTRACTOR_NAME,
         classifier=classifier,  # not torch-fidelity's: all names reach the extractor's constructor
         fid=True,
@@ -204,7 +204,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("Features must be finite.")
     if "disp" not in inspect.signature(scipy.linalg.sqrtm).parameters:
-        return _frechet_distance_by_singular_values(a, b)
+        return frechet_distance_by_singular_values(a, b)
     # clean-fid prints if the root is not finite.
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # `disp` is deprecated; singular covariances are expected
@@ -214,7 +214,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return max(0.0, float(distance))
 
 
-def _frechet_distance_by_singular_values(a: np.ndarray, b: np.ndarray) -> float:
+def frechet_distance_by_singular_values(a: np.ndarray, b: np.ndarray) -> float:
     """Compute the same distance from factors R of the covariances, S = RᵀR (see `frechet_distance`)."""
     root_a, root_b = (
         np.linalg.qr(x - x.mean(axis=0), mode="r") / np.sqrt(len(x) - 1) for x in (a, b)
@@ -289,7 +289,7 @@ def _check_images(what: str, images: Tensor, minimum: int) -> None:
         raise ValueError(f"{what} must be at least {minimum}, not {len(images)}.")
 
 
-class _ImageDataset(Dataset[Tensor]):
+class ImageDataset(Dataset[Tensor]):
     """Images of a tensor one by one; torch-fidelity takes neither a tensor nor TensorDataset's tuples."""
 
     def __init__(self, images: Tensor) -> None:

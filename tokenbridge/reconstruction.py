@@ -27,7 +27,7 @@ from tokenbridge import provenance
 from tokenbridge.data import images_to_pixels, load_images, pixels_of, pixels_to_images
 from tokenbridge.experiment import WEIGHTS_FILE
 from tokenbridge.files import sha256_of, write_json, write_text
-from tokenbridge.metrics import _ImageDataset, psnr, score, ssim
+from tokenbridge.metrics import ImageDataset, psnr, score, ssim
 from tokenbridge.pictures import save_grid
 from tokenbridge.quantizer import (
     GAUSSIAN_RANGE,
@@ -56,6 +56,8 @@ PROBE_SIZE = 64  # pixels; a multiple of every down-sampling factor in use
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+# The hash that public repositories quote for this file; its first digits are in the name. Checked, because
+# torch-fidelity unpickles the file.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_VARIABLE = "TOKENBRIDGE_INCEPTION_WEIGHTS"
 
@@ -283,7 +285,7 @@ def inception_rfid(images: Tensor, reconstructions: Tensor, weights: Path | str,
         weights: what `inception_weights` returns; torch-fidelity unpickles it, so only a file that is known.
         batch_size: images per forward pass.
     """
-    first, second = (_ImageDataset(x.expand(-1, 3, -1, -1)) for x in (reconstructions, images))
+    first, second = (ImageDataset(x.expand(-1, 3, -1, -1)) for x in (reconstructions, images))
     values = torch_fidelity.calculate_metrics(
         input1=first,
         input2=second,
@@ -414,7 +416,8 @@ def _sha256(*tensors: Tensor) -> str:
 
 def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
     settings = report.settings
-    title = f"{settings['class']}: {settings['source']}, {settings['images']} images"
+    num_shown = len(pictures["original"])
+    title = f"{settings['class']}: {num_shown} of {settings['images']} images, {Path(settings['source']).name}"
     inches = min(1.6, max(0.6, settings["image shape"][-1] / 150))  # at 150 dots an inch, pixel for pixel up to 240
     save_grid(out / "reconstruction.png", list(pictures.values()), list(pictures), title, cell_inches=inches)
     value = {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenbridge import provenance, results
-from tokenbridge.data import images_to_pixels, labels_of, load_images, pixels_of
+from tokenbridge.data import images_to_pixels, labels_of, load_images, pixels_of, pixels_to_images
 from tokenbridge.experiment import WEIGHTS_FILE, load
 from tokenbridge.files import sha256_of, write_json, write_text
 from tokenbridge.metrics import class_accuracy, score
@@ -148,7 +148,7 @@ def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
     say("Table 1: reconstruction")
     vae = load(bench.scale.recipe("vae"), bench.weights).to(bench.device)
     vq = VQTokenizer(load(bench.scale.recipe("vq"), bench.weights).to(bench.device))
-    latents = LatentTokenizer(vae).latents(_images(bench.test_pixels, bench.device)).cpu()
+    latents = LatentTokenizer(vae).latents(pixels_to_images(bench.test_pixels).to(bench.device)).cpu()
     rows: list[Row] = []
     pictures: dict[str, Tensor] = {"original": bench.test_pixels}
 
@@ -386,12 +386,6 @@ def trends(rows: list[Row]) -> list[Trend]:
         0.95,
     )
     return found
-
-
-def _images(pixels: Tensor, device: torch.device) -> Tensor:
-    from tokenbridge.data import pixels_to_images
-
-    return pixels_to_images(pixels).to(device)
 
 
 def _first_of_each_class(labels: Tensor, num_classes: int) -> list[int]:
