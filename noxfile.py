@@ -19,17 +19,20 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".nox" / "tokenbridge"
 SCRIPTS = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
-INSTALLED = ENVIRONMENT / "installed-from.sha256"
+INSTALLED = ENVIRONMENT / "installed-from.txt"
 
 
 def shared_environment(session: nox.Session) -> None:
     """Make the environment, unless it was already made from the present requirements."""
     requirements = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
-    wanted = hashlib.sha256(requirements + sys.version.encode()).hexdigest()
-    if INSTALLED.exists() and INSTALLED.read_text() == wanted:
+    python = f"{sys.version} {ROOT}"  # a virtual environment is bound to both
+    wanted = f"{python}\n{hashlib.sha256(requirements).hexdigest()}"
+    installed = INSTALLED.read_text() if INSTALLED.exists() else ""
+    if installed == wanted:
         return
-    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-    session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
+    if not installed.startswith(python):
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        session.run(sys.executable, "-m", "venv", str(ENVIRONMENT), external=True)
     install = [
         "-m",
         "pip",

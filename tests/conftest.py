@@ -17,7 +17,9 @@ from torch import Tensor
 
 from tokenbridge.generator import TokenBridge
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDENS = ROOT / "reference_results" / "goldens"  # computed with the official code; README.md there
+SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(1)  # the models here are tiny, and test processes run side by side
 settings.register_profile("tokenbridge", deadline=None, max_examples=40, derandomize=True)
@@ -115,7 +117,7 @@ class Golden:
 @cache
 def load_golden(name: str) -> Golden:
     """Load shared/goldens/tokenbridge-`name`.npz, or skip the test."""
-    path = SHARED / "goldens" / f"tokenbridge-{name}.npz"
+    path = GOLDENS / f"tokenbridge-{name}.npz"
     if not path.is_file():
         pytest.skip(f"golden case {path} is absent")
     with np.load(path) as file:

@@ -319,7 +319,6 @@ def test_exact_size_is_untouched() -> None:
     assert centre_crop(image, 16) is image
 
 
-@pytest.mark.xfail(strict=True, reason="bug: to_pixels crops before it converts to RGB or grey")
 @pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK", "1"])
 def test_crop_sees_the_colours_of_any_mode(mode: str) -> None:
     """ADM converts to RGB before it crops: resizing palette indices, or with alpha, gives other pixels."""

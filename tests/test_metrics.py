@@ -42,7 +42,7 @@ def random_images(seed: int, count: int, *, channels: int = 1, offset: int = 0) 
 
 def make_classifier(*, num_features: int = 16, channels: int = 1) -> Classifier:
     torch.manual_seed(7)
-    classifier: Classifier = Classifier(image_size=16, in_channels=channels, width=8, num_features=num_features)
+    classifier: Classifier = Classifier(image_size=16, in_channels=channels, widths=(8, 8, 16, num_features))
     return classifier
 
 

@@ -202,4 +202,4 @@ def test_training_mask_count_has_the_right_mean() -> None:
     assert counts.mean().item() == pytest.approx(0.86703, abs=0.008)
     assert abs(0.85 - 0.86703) > 0.008
     torch.manual_seed(0)
-    assert training_mask_count(100, least_ratio=0.999) == 100
+    assert training_mask_count(100, ratio_min=0.999) == 100

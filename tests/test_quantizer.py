@@ -527,6 +527,24 @@ def test_loading_another_number_of_levels_is_refused() -> None:
         gaussian_quantizer(8).load_state_dict(gaussian_quantizer(16).state_dict())
 
 
+@given(st.integers(2, 64), st.integers(2, 4), st.integers(0, 10_000))
+def test_lloyd_max_is_never_worse_than_the_papers_codebook(num_levels: int, num_lumps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lumps = [torch.randn(300, generator=generator) * scale for scale in (0.05, 1.0, 3.0, 10.0)[:num_lumps]]
+    x = torch.cat([lump + 4 * torch.randn(1, generator=generator) for lump in lumps])
+    errors = [
+        (quantizer(x) - x).double().square().mean().item()
+        for quantizer in (lloyd_max_quantizer(x, num_levels), gaussian_quantizer(num_levels))
+    ]
+    assert errors[0] <= errors[1] * (1 + 1e-5)  # codebooks are float32
+
+
+def test_lloyd_max_uses_every_level() -> None:
+    """An outlier must not leave levels without values."""
+    x = torch.cat([torch.randn(10_000, generator=torch.Generator().manual_seed(0)), torch.tensor([1e4])])
+    assert lloyd_max_quantizer(x, 64).encode(x).unique().numel() == 64
+
+
 # The CPU's table look-up against the binary search
 
 

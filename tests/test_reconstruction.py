@@ -300,7 +300,7 @@ def test_batches_change_nothing(pixels: Tensor) -> None:
 def test_metrics_have_the_names_of_the_tables(pixels: Tensor) -> None:
     torch.manual_seed(0)
     noisy = (pixels.int() + torch.randint(-9, 10, pixels.shape)).clamp(0, 255).byte()
-    classifier = Classifier(in_channels=3, width=8, num_features=8)
+    classifier = Classifier(in_channels=3, widths=(8, 8, 8, 8))
     metrics = reconstruction_metrics(pixels, noisy, classifier=classifier, extractor="photos", bits=12.0)
     assert list(metrics) == ["PSNR", "SSIM", "rFID-photos", "IS-photos", "bits per image"]
     assert all(metric(name) for name in metrics)

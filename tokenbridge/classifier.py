@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 
 class Classifier(ModelMixin, ConfigMixin):
-    """Three convolutions with stride 2, a linear feature layer, a linear output layer.
+    """Four convolutions, averaged over the image, and a linear output layer.
+
+    The features are averages over positions, and the output layer acts on them directly, as in Inception's last
+    pooling layer, which FID is computed on: they say what strokes an image is made of, wherever these lie.
 
     Args:
-        image_size: height and width of the images, a multiple of 8.
+        image_size: height and width of the images.
         in_channels: channels of the images.
         num_classes: number of classes.
-        width: channels of the first convolution; doubled by each of the next two.
-        num_features: size of the feature vector that the Fréchet distance is computed on.
-        dropout: before the output layers, in training.
+        widths: channels of the convolutions; the last is the number of features.
+        dropout: of the features, in training.
     """
 
     @register_to_config
@@ -32,27 +34,24 @@ class Classifier(ModelMixin, ConfigMixin):
         image_size: int = 32,
         in_channels: int = 1,
         num_classes: int = 10,
-        width: int = 24,
-        num_features: int = 64,
+        widths: tuple[int, ...] = (32, 64, 96, 96),
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
-        widths = (in_channels, width, 2 * width, 4 * width)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size=5, stride=2, padding=2) for a, b in pairwise(widths)
+            nn.Conv2d(a, b, kernel_size=3 if i else 5, stride=1 if i % 2 else 2, padding=1 if i else 2)
+            for i, (a, b) in enumerate(pairwise((in_channels, *widths)))
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(8, b) for b in widths[1:])
-        self.to_features = nn.Linear(widths[-1] * (image_size // 8) ** 2, num_features)
-        self.to_logits = nn.Linear(num_features, num_classes)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths)
+        self.to_logits = nn.Linear(widths[-1], num_classes)
         self.dropout = dropout
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features [B, num_features] and logits [B, num_classes] of images [B, C, H, W] in [-1, 1]."""
+        """Return features [B, widths[-1]] and logits [B, num_classes] of images [B, C, H, W] in [-1, 1]."""
         x = images
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = F.silu(norm(convolution(x)))
-        x = F.dropout(x.flatten(1), self.dropout, self.training)
-        features = F.silu(self.to_features(x))
+        features = x.mean((2, 3))
         return features, self.to_logits(F.dropout(features, self.dropout, self.training))
 
 

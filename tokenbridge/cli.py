@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tokenbridge.provenance import EnvironmentProblemError, check_environment
@@ -79,8 +80,8 @@ def reproduce(
     reference: Annotated[
         Path | None, typer.Option(help="Results to compare with; the shipped ones by default.")
     ] = None,
-    num_images: Annotated[int, typer.Option(help="Samples of each system.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    num_images: Annotated[int, typer.Option(min=1, help="Samples of each system.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
@@ -91,11 +92,13 @@ def reproduce(
     chosen = find_scale(scale, data)
     shipped = reference_folder() / scale
     out = out or Path("runs") / scale
+    if reference is None and (shipped / "results.json").is_file():
+        reference = shipped / "results.json"
     measured, stored = run(
         chosen,
         weights=weights or shipped / "weights",
         out=out,
-        reference=reference or shipped / "results.json",
+        reference=reference,
         num_images=num_images,
         seed=seed,
         say=lambda text: print(text, file=sys.stderr, flush=True),
@@ -113,13 +116,13 @@ def reproduce(
 def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Path) -> None:
     from tokenbridge.results import TITLES, cell, columns_of, tables
 
-    colours = {"reproduced": "green", "not reproduced": "bold red", "not run": "yellow"}
+    colours = {"reproduced": "green", "not reproduced": "bold red", "not run": "yellow", "not compared": "yellow"}
     for table, rows in tables(measured).items():
         columns = columns_of(rows)
         body = []
         for row in rows:
             verdict, _ = judged[row.id]
-            body.append([row.label, *[cell(row, c) for c in columns], f"[{colours[verdict]}]{verdict}[/]"])
+            body.append([escape(row.label), *[cell(row, c) for c in columns], f"[{colours[verdict]}]{verdict}[/]"])
         _print_table(TITLES.get(table, table), ["", *columns, "verdict"], body)
     body = [
         [t.claim, f"{t.measured:.3g}", f"{t.relation} {t.bound:.3g}", "holds" if t.holds else "does not hold"]
@@ -128,11 +131,11 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
     _print_table("The paper's argument at this scale", ["claim", "measured", "asked", ""], body)
     console = Console(soft_wrap=True)
     for id_, (verdict, why) in judged.items():
-        if verdict != "reproduced":
-            console.print(f"{id_}: {verdict}: {why}", highlight=False)
+        if verdict not in ("reproduced", "not compared"):
+            console.print(f"{id_}: {verdict}: {why}", highlight=False, markup=False)
     counts = {v: sum(1 for verdict, _ in judged.values() if verdict == v) for v in colours}
-    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    console.print(f"{summary}. Tables and pictures are in {out}/.", highlight=False)
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    console.print(f"{summary}. Tables and pictures are in {out}/.", highlight=False, markup=False)
 
 
 def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
@@ -149,20 +152,25 @@ def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]
 def sample(
     scale: ScaleName = "tiny",
     name: Annotated[str, typer.Argument(help="Which generator of the scale.")] = "tokenbridge-64",
-    num_images: Annotated[int, typer.Option(help="How many images.")] = 100,
+    num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 100,
     label: Annotated[int | None, typer.Option(help="One class for all; by default all classes in turn.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; the recipe's by default.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     num_iterations: Annotated[int | None, typer.Option(help="At most the number of positions.")] = None,
     position_order: Annotated[str | None, typer.Option(help="random, raster or confidence.")] = None,
-    seed: Annotated[int, typer.Option(help="Images are a function of the seed and their number.")] = 0,
+    first_element: Annotated[str | None, typer.Option(help="Of the AR head: official or training-consistent.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="Folder of models; the shipped ones by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the PNGs; runs/SCALE-samples by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Empty folder for the PNGs; runs/SCALE-samples by default.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Generate images: numbered PNG files and one grid."""
+    import torch
+
     from tokenbridge.experiment import load
     from tokenbridge.pictures import save_grid, save_images
-    from tokenbridge.reproduce import open_bench, sample_pixels
+    from tokenbridge.sampling import sample_images
+    from tokenbridge.tokenizers import LatentTokenizer
 
     chosen = find_scale(scale)
     recipe = chosen.recipe(name)
@@ -173,17 +181,26 @@ def sample(
         "temperature": temperature,
         "num_iterations": num_iterations,
         "position_order": position_order,
+        "first_element": first_element,
     }
     config = replace(recipe.sampling, **{key: cast("Any", value) for key, value in given.items() if value is not None})
-    bench = open_bench(chosen, weights or reference_folder() / scale / "weights")
-    model = load(recipe, bench.weights).to(bench.device)
-    pixels, labels = sample_pixels(bench, model, config, num_images, seed, label=label)
     out = out or Path("runs") / f"{scale}-samples"
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; images of two runs must not mix. Name another folder with --out.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = weights or reference_folder() / scale / "weights"
+    model, autoencoder = (load(r, weights).to(device) for r in (recipe, chosen.recipe("vae")))
+    num_classes = len(chosen.classes)
+    labels = torch.arange(num_images) % num_classes if label is None else torch.full((num_images,), label)
+    pixels = sample_images(model, LatentTokenizer(autoencoder), config, labels, seed)
     save_images(out, pixels)
     rows = [pixels[i : i + 10] for i in range(0, min(num_images, 200), 10)]
     names = [str(i) for i in range(0, min(num_images, 200), 10)]
-    save_grid(out / "grid.png", rows, names, f"{name}, seed {seed}, {len(labels)} images")
-    print(f"{len(pixels)} images and grid.png are in {out}/")
+    save_grid(out / "grid.png", rows, names, f"{name}, seed {seed}, {len(pixels)} images")
+    if as_json:
+        print(json.dumps({"folder": str(out), "labels": labels.tolist(), "sampling": asdict(config), "seed": seed}))
+    else:
+        print(f"{len(pixels)} images and grid.png are in {out}/.")
 
 
 @app.command()
@@ -198,13 +215,13 @@ def reconstruct(
     scale: Annotated[str, typer.Option(help="Latent scale: config, measure or a number.")] = "config",
     split: Annotated[str, typer.Option(help="Split of the source.")] = "test",
     image_size: Annotated[int | None, typer.Option(help="Centre-crop to this size.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many images.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     inception_weights: Annotated[
         Path | None, typer.Option(help="torch-fidelity's Inception weights, for rFID.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/reconstruction"),
-    seed: Annotated[int, typer.Option(help="Of the draw of images under --limit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images under --limit.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Measure what a tokenizer keeps of images, continuous and quantised: PSNR, SSIM, rFID, bits per image."""
@@ -253,31 +270,37 @@ def train(
     scale: ScaleName = "tiny",
     names: Annotated[list[str] | None, typer.Argument(help="Which recipes; all of the scale by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where weights and logs go; runs/SCALE-training by default.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Models trained at a time; one per core on a CPU.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Models at a time; one per core on a CPU.")] = None,
     data: Data = None,
+    as_json: Json = False,
 ) -> None:
     """Train the models of a scale from nothing; a run that was killed goes on where it was."""
     import torch
 
+    from tokenbridge.experiment import latents_of, train_recipe
+
     chosen = find_scale(scale, data)
     out = out or Path("runs") / f"{scale}-training"
-    recipes = [chosen.recipe(name) for name in names] if names else list(chosen.recipes)
+    recipes = [chosen.recipe(name) for name in names] if names else [r for r in chosen.recipes if not r.optional]
     if not torch.cuda.is_available():
         # One thread a model: sums are then added in one order whatever the number of cores, so that a seed gives
         # the same weights, and two models side by side use two cores better than one model does.
         torch.set_num_threads(1)
         jobs = jobs or os.cpu_count() or 1
     if len(recipes) == 1:
-        from tokenbridge.experiment import train_recipe
-
         log = train_recipe(chosen, recipes[0].name, weights=out / "weights", runs=out)
         final_loss = log["loss"][-1][1]
-        print(f"{recipes[0].name}: loss {final_loss:.4f} after {log['seconds']:.0f} s, in {out / 'weights'}/")
+        if as_json:
+            print(json.dumps(log))
+        else:
+            print(f"{recipes[0].name}: loss {final_loss:.4f} after {log['seconds']:.0f} s, in {out / 'weights'}/")
         return
     # Generators need the autoencoder, so they come second.
     for stage in ([r for r in recipes if r.kind != "generator"], [r for r in recipes if r.kind == "generator"]):
+        if any(recipe.kind == "generator" for recipe in stage):
+            latents_of(chosen, out / "weights", out / "latents")  # once, before several processes want them
         with ThreadPoolExecutor(max_workers=jobs or 1) as pool:
-            options = ["--out", str(out), *(["--data", data] if data else [])]
+            options = ["--out", str(out), *(["--data", data] if data else []), *(["--json"] if as_json else [])]
             commands = [["train", scale, recipe.name, *options] for recipe in stage]
             if failed := [code for code in pool.map(_run_self, commands) if code]:
                 raise ValueError(f"{len(failed)} of {len(stage)} trainings failed; their messages are above.")

@@ -13,6 +13,7 @@ Shape letters: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ HUB_NAMES = {
 }
 """Short names of data sets on the hub (ImageNet asks for a licence agreement there)."""
 
+SPLIT_FOLDERS = ("train", "val", "validation", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 _DIGITS_PER_CLASS = 500
@@ -91,22 +93,27 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load_local(path: Path, split: str) -> Dataset:
-    """Load an image folder, or Parquet files (one per split, or one file for everything)."""
+    """Load an image folder, or Parquet files: one file is one split, whatever its name."""
     from datasets import load_dataset
 
     if path.is_file() and path.suffix == ".parquet":
         return load_dataset("parquet", data_files={split: str(path)}, split=split)
-    if path.is_dir() and (parquet := sorted(path.glob("**/*.parquet"))):
-        matching = [file for file in parquet if split in file.stem]
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a folder of images nor a Parquet file.")
+    if parquet := sorted(path.rglob("*.parquet")):
+        # `train.parquet`, `train-00000-of-00002.parquet` and `train/0000.parquet` are usual names.
+        names = {file: re.split(r"[^A-Za-z]+", str(file.relative_to(path).with_suffix(""))) for file in parquet}
+        matching = [str(file) for file in parquet if split in names[file]]
         if not matching:
-            raise ValueError(f"No Parquet file in {path} has {split!r} in its name: {[f.name for f in parquet]}.")
-        return load_dataset("parquet", data_files={split: [str(f) for f in matching]}, split=split)
-    if path.is_dir():
-        root = path / split if (path / split).is_dir() else path
-        if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in root.rglob("*")):
-            raise ValueError(f"No images ({', '.join(IMAGE_SUFFIXES)}) and no Parquet files under {root}.")
-        return load_dataset("imagefolder", data_dir=str(root), split="train", drop_labels=None)
-    raise ValueError(f"{path} is neither a folder of images nor a Parquet file.")
+            raise ValueError(f"No Parquet file in {path} is named after {split!r}: {[f.name for f in parquet][:8]}.")
+        return load_dataset("parquet", data_files={split: matching}, split=split)
+    splits = [name for name in SPLIT_FOLDERS if (path / name).is_dir()]
+    if splits and split not in splits:
+        raise ValueError(f"{path} has the splits {splits}, but no {split!r}.")
+    root = path / split if splits else path
+    if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in root.rglob("*")):
+        raise ValueError(f"No images ({', '.join(IMAGE_SUFFIXES)}) and no Parquet files under {root}.")
+    return load_dataset("imagefolder", data_dir=str(root), split="train", drop_labels=None)
 
 
 def _load_hub(name: str, split: str) -> Dataset:
@@ -163,12 +170,13 @@ def to_pixels(images: Sequence[Image.Image], *, size: int | None = None, channel
     if not images:
         raise ValueError("There are no images to convert.")
     mode = {1: "L", 3: "RGB"}[channels]
+    images = [image.convert(mode) for image in images]  # before the crop, as ADM: palettes cannot be averaged
     if size is not None:
         images = [centre_crop(image, size) for image in images]
     shapes = {image.size for image in images}
     if len(shapes) > 1:
         raise ValueError(f"The images have different sizes {sorted(shapes)[:4]}; give one size to crop them to.")
-    pixels = torch.from_numpy(np.stack([np.asarray(image.convert(mode)) for image in images]))
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
 
 

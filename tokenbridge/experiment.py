@@ -8,22 +8,26 @@ a run folder.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from tokenbridge import provenance
 from tokenbridge.classifier import Classifier, classifier_loss
-from tokenbridge.data import load_images, pixels_to_images, to_pixels
-from tokenbridge.files import replacing_folder, write_json
+from tokenbridge.data import labels_of, load_images, pixels_to_images, to_pixels
+from tokenbridge.files import sha256_of, write_json
 from tokenbridge.generator import TokenBridge, generator_loss
 from tokenbridge.latents import cache_latents
 from tokenbridge.orders import channel_order
 from tokenbridge.tokenizers import autoencoder_loss, sample_posterior, vq_loss
 from tokenbridge.training import train
+from tokenbridge.weights import WEIGHTS_FILE, load_model, save_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +40,6 @@ MODEL_CLASSES: dict[str, Any] = {
     "classifier": Classifier,
     "generator": TokenBridge,
 }
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def build(recipe: Recipe, **overrides: Any) -> Any:
@@ -50,22 +53,15 @@ def load(recipe: Recipe, weights: Path | str) -> Any:
 
     Raises:
         FileNotFoundError: the model is not there; the message says where it should be and how to make it.
+        ValueError: what is there is not whole, or another model.
     """
-    folder = Path(weights) / recipe.name
-    if not (folder / WEIGHTS_FILE).is_file():
+    try:
+        return load_model(MODEL_CLASSES[recipe.kind], Path(weights) / recipe.name, recipe.model)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"The weights of {recipe.name!r} are missing: {folder / WEIGHTS_FILE} does not exist. "
-            "Train them with `tokenbridge train`, or name the folder that holds them with --weights."
-        )
-    model_class: Any = MODEL_CLASSES[recipe.kind]
-    return model_class.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
-
-
-def save(model: Any, folder: Path | str) -> None:
-    """Save a model in half precision as safetensors; the folder's files appear whole or not at all."""
-    with replacing_folder(folder) as temporary:
-        nn.Module.half(model).save_pretrained(temporary, safe_serialization=True)
-    model.float()
+            f"The model {recipe.name!r} is missing. {error} Train it with `tokenbridge train`, or name the folder that "
+            "holds it with --weights."
+        ) from error
 
 
 def train_recipe(
@@ -104,10 +100,12 @@ def train_recipe(
         "versions": provenance.versions(),
         "hardware": provenance.hardware(),
     }
-    write_json(runs / "loss.json", log)
     if recipe.kind == "autoencoder":
         model.register_to_config(scaling_factor=_measure_scaling(model, dataset))
-    save(model, Path(weights) / name)
+    if PartialState().is_main_process:
+        write_json(runs / "loss.json", log)
+        save_model(model, Path(weights) / name)
+    PartialState().wait_for_everyone()
     return log
 
 
@@ -118,22 +116,41 @@ def images_of(scale: Scale, split: str) -> Dataset:
         pixels = to_pixels(batch["image"], size=scale.image_size, channels=scale.channels)
         return {"images": pixels_to_images(pixels), "labels": torch.tensor(batch["label"])}
 
-    return load_images(scale.data, split).with_transform(transform)
+    return labelled_images(scale, split).with_transform(transform)
+
+
+def labelled_images(scale: Scale, split: str) -> Dataset:
+    """Return a split of the scale's images; every one must have a label of the scale's classes.
+
+    Raises:
+        ValueError: there are no labels, or labels of other classes.
+    """
+    dataset = load_images(scale.data, split)
+    labels = labels_of(dataset)
+    if not (0 <= int(labels.min()) and int(labels.max()) < len(scale.classes)):
+        raise ValueError(
+            f"{scale.data!r} has the labels {int(labels.min())} to {int(labels.max())}, but scale {scale.name} has "
+            f"{len(scale.classes)} classes."
+        )
+    return dataset
 
 
 def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
-    """Return the cached moments of the training images, encoded by the autoencoder in `weights`."""
+    """Return the moments of the training images, encoded by the autoencoder in `weights`; cached under `folder`."""
     autoencoder = load(scale.recipe("vae"), weights)
     if torch.cuda.is_available():
         autoencoder.cuda()
-    return cache_latents(
-        autoencoder,
-        load_images(scale.data, "train"),
-        folder,
-        image_size=scale.image_size,
-        channels=scale.channels,
-        with_mirrored=scale.with_mirrored,
-    )
+    images = labelled_images(scale, "train")
+    # Latents of another autoencoder or of other images must never be taken for these.
+    options: dict[str, Any] = {
+        "image_size": scale.image_size,
+        "channels": scale.channels,
+        "with_mirrored": scale.with_mirrored,
+    }
+    what = [sha256_of(Path(weights) / "vae" / WEIGHTS_FILE), scale.data, len(images), options]
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    with PartialState().main_process_first():
+        return cache_latents(autoencoder, images, folder / name, **options)
 
 
 def _some_latents(dataset: Dataset) -> Tensor:

@@ -8,7 +8,7 @@ Shape letters: B batch, L positions, C channels, H height, W width, V levels, K 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -198,31 +198,34 @@ def generator_loss(
     *,
     label_dropout: float = 0.1,
     num_loss_positions: int | None = None,
+    mask_ratio_min: float = 0.7,
+    mask_ratio_std: float = 0.25,
 ) -> Tensor:
     """Cross-entropy of the masked positions' tokens, in nats per token.
 
     Which positions are masked, which labels are dropped: from torch's global generator.
 
     Args:
-        model: called as `model(...)`, so that it may be wrapped by accelerate.
+        model: in training mode, for dropout.
         latents: [B, C, H, W], scaled to about unit variance.
         labels: [B].
         label_dropout: share of labels replaced by "no class", for guidance.
         num_loss_positions: take the loss on this many of the masked positions of each image (chosen at random,
             so the gradient stays unbiased); on all of them if None, as the official training does.
+        mask_ratio_min: see `training_mask_count`.
+        mask_ratio_std: likewise.
 
     Returns:
         Scalar.
     """
-    inner: Any = getattr(model, "module", model)
-    batch, length = latents.shape[0], inner.num_positions
-    tokens = inner.quantizer.nearest(inner.to_sequence(latents))
+    batch, length = latents.shape[0], model.num_positions
+    tokens = model.quantizer.nearest(model.to_sequence(latents))
     order = random_orders(batch, length, latents.device)
-    num_masked = training_mask_count(length)
+    num_masked = training_mask_count(length, ratio_min=mask_ratio_min, ratio_std=mask_ratio_std)
     visible = order[:, num_masked:].sort(dim=1).values
     num_predicted = num_masked if num_loss_positions is None else min(num_masked, num_loss_positions)
     positions = order[:, :num_predicted]
     dropped = torch.rand(batch, device=latents.device) < label_dropout
     logits = model(tokens, labels, visible, positions, dropped=dropped)
-    targets = take(tokens, positions)[..., inner.channel_order]
+    targets = take(tokens, positions)[..., model.channel_order]
     return F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten())

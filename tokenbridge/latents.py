@@ -53,7 +53,7 @@ def cache_latents(
     if not folder.exists():
         device = next(autoencoder.parameters()).device
 
-        def rows() -> Iterator[dict[str, Any]]:
+        def rows(images: Dataset) -> Iterator[dict[str, Any]]:
             for batch in images.iter(batch_size):
                 pixels = pixels_to_images(to_pixels(batch["image"], size=image_size, channels=channels)).to(device)
                 columns = {"moments": _moments(autoencoder, pixels)}
@@ -65,7 +65,9 @@ def cache_latents(
                         row["label"] = batch["label"][i]
                     yield row
 
-        first = next(rows())
+        if not len(images):
+            raise ValueError("There are no images to encode.")
+        first = next(rows(images.select([0])))
         features = Features(
             {
                 name: Value("int64") if name == "label" else Array3D(value.shape, "float32")
@@ -73,7 +75,8 @@ def cache_latents(
             }
         )
         with tempfile.TemporaryDirectory() as cache, replacing_folder(folder) as temporary:
-            Dataset.from_generator(rows, features=features, cache_dir=cache).save_to_disk(str(temporary))
+            table = Dataset.from_generator(rows, gen_kwargs={"images": images}, features=features, cache_dir=cache)
+            table.save_to_disk(str(temporary))
     return Dataset.load_from_disk(str(folder)).with_format("torch")
 
 

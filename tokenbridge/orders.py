@@ -83,16 +83,16 @@ def random_orders(batch_size: int, num_positions: int, device: torch.device | st
     return torch.rand(batch_size, num_positions, device=device).argsort(dim=1)
 
 
-def training_mask_count(num_positions: int, *, least_ratio: float = 0.7) -> int:
-    """Draw how many positions of a training batch are masked: one number for the whole batch.
+def training_mask_count(num_positions: int, *, ratio_min: float = 0.7, ratio_std: float = 0.25) -> int:
+    """Draw how many positions of a training batch are masked, in [1, L]: one number for the whole batch.
 
-    ceil(L * rate), rate from a normal of mean 1 and deviation 0.25 cut to [`least_ratio`, 1]
-    (MAR and TokenBridge, `mask_ratio_generator`). Drawn by inverse CDF from torch's global generator.
+    ceil(L * ratio), the ratio from a normal of mean 1 and deviation `ratio_std` cut to [`ratio_min`, 1]; the
+    defaults are those of MAR and TokenBridge (`mask_ratio_generator`). By inverse CDF from torch's global generator.
     """
-    lower = float(stats.norm.cdf((least_ratio - 1.0) / 0.25))
+    lower = float(stats.norm.cdf((ratio_min - 1.0) / ratio_std))
     uniform = torch.rand((), dtype=torch.float64).item()
-    rate = 1.0 + 0.25 * float(stats.norm.ppf(lower + uniform * (0.5 - lower)))
-    return min(num_positions, math.ceil(num_positions * rate))
+    ratio = 1.0 + ratio_std * float(stats.norm.ppf(lower + uniform * (0.5 - lower)))
+    return max(1, min(num_positions, math.ceil(num_positions * ratio)))
 
 
 def masked_counts(num_positions: int, num_iterations: int) -> list[int]:

@@ -44,9 +44,10 @@ def check_environment() -> None:
     try:
         import torchvision  # noqa: F401
     except (RuntimeError, ImportError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise EnvironmentProblemError(
-            f"torchvision {_version('torchvision')} does not load beside torch {_version('torch')} "
-            f"({str(error).splitlines()[0]}); install a pair built for each other, for example with "
+            f"torchvision {_version('torchvision')} does not load beside torch {_version('torch')} ({reason}); "
+            "install a pair built for each other, for example with "
             f"`{sys.executable} -m pip install --force-reinstall torch torchvision`, both from the same index "
             "(a CPU-only torch wheel does not fit the torchvision of the default index)."
         ) from error
@@ -54,7 +55,8 @@ def check_environment() -> None:
 
 def command() -> str:
     """Return the command line that is running, without the path of the interpreter."""
-    return " ".join(["tokenbridge", *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return " ".join(["tokenbridge" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
@@ -71,6 +73,7 @@ def _version(package: str) -> str:
 
 def hardware() -> dict[str, Any]:
     """Return processor, cores, memory and accelerators of this machine."""
+    import psutil
     import torch
 
     return {
@@ -78,7 +81,7 @@ def hardware() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 

@@ -265,9 +265,9 @@ def lloyd_max_quantizer(
 ) -> ScalarQuantizer:
     """Return the quantiser of least squared error on calibration latents (Lloyd 1982, Max 1960).
 
-    Starts at the Gaussian codebook scaled to the data, then alternates nearest-value assignment and cell means,
-    which never raises the error on the calibration data. Sorted data and its running sums make one iteration
-    cost a search of the V midpoints.
+    Alternates nearest-value assignment and cell means, from quantiles and from Gaussian bins, and keeps the best: on
+    the calibration data it is never worse than `gaussian_quantizer` with its defaults. Sorted data and running sums
+    make one iteration cost a search of the V midpoints.
 
     Args:
         latents: calibration latents, any shape.
@@ -289,15 +289,26 @@ def lloyd_max_quantizer(
 
 
 def _fit_lloyd_max(values: Tensor, num_levels: int, num_iterations: int) -> Tensor:
+    """Run Lloyd's iteration from several starts and return the levels of least squared error."""
     values = values.to("cpu", torch.float64).sort().values
-    if values.unique_consecutive().numel() < num_levels:
+    distinct = values.unique_consecutive()
+    if distinct.numel() < num_levels:
         raise ValueError(f"{num_levels} levels need at least as many distinct calibration values.")
+    # Lloyd's iteration finds the optimum near its start, and a level that starts without values keeps none. Quantiles
+    # start every level with values, whatever the distribution; Gaussian bins are near the optimum of most latents,
+    # and starting from the paper's own codebook makes sure never to be worse than it.
+    places = (torch.arange(num_levels) + 0.5) * distinct.numel() / num_levels
+    starts = [distinct[places.long()], *_gaussian_starts(values, num_levels)]
+    fitted = [_iterate_lloyd(values, start, num_iterations) for start in starts]
+    return min(fitted, key=lambda levels: _squared_error(values, levels))
+
+
+def _iterate_lloyd(values: Tensor, levels: Tensor, num_iterations: int) -> Tensor:
+    """Alternate nearest-level cells and cell means on sorted values, until no cell changes."""
     sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    levels = _initial_levels(values, num_levels)
     previous = None
     for _ in range(num_iterations):
-        inner = torch.searchsorted(values, (levels[:-1] + levels[1:]) / 2, right=True)
-        ends = torch.cat([inner.new_zeros(1), inner, inner.new_tensor([values.numel()])])
+        ends = _cell_ends(values, levels)
         if previous is not None and torch.equal(ends, previous):
             break
         previous = ends
@@ -307,15 +318,23 @@ def _fit_lloyd_max(values: Tensor, num_levels: int, num_iterations: int) -> Tens
     return levels
 
 
-def _initial_levels(values: Tensor, num_levels: int) -> Tensor:
-    """Start from Gaussian bins fitted to the data; from the data's quantiles where those are too many."""
+def _cell_ends(values: Tensor, levels: Tensor) -> Tensor:
+    """Return where each level's cell begins and ends in the sorted values, [V + 1]."""
+    inner = torch.searchsorted(values, (levels[:-1] + levels[1:]) / 2, right=True)
+    return torch.cat([inner.new_zeros(1), inner, inner.new_tensor([values.numel()])])
+
+
+def _squared_error(values: Tensor, levels: Tensor) -> float:
+    return (values - levels.repeat_interleave(_cell_ends(values, levels).diff())).square().sum().item()
+
+
+def _gaussian_starts(values: Tensor, num_levels: int) -> list[Tensor]:
+    """Return the paper's codebook as it is and fitted to the data; nothing where there are too many levels."""
     try:
-        unit = gaussian_codebook(num_levels, value_range=GAUSSIAN_RANGE, num_sigmas=GAUSSIAN_SIGMAS)
+        unit = gaussian_codebook(num_levels, value_range=GAUSSIAN_RANGE, num_sigmas=GAUSSIAN_SIGMAS).double()
     except ValueError:
-        distinct = values.unique_consecutive()
-        places = (torch.arange(num_levels) + 0.5) * distinct.numel() / num_levels
-        return distinct[places.long()]
-    return values.mean() + values.std() * unit.double()
+        return []
+    return [unit, values.mean() + values.std() * unit]
 
 
 def _check_levels(num_levels: int) -> None:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from tokenbridge import provenance
 from tokenbridge.data import images_to_pixels, load_images, pixels_of, pixels_to_images
-from tokenbridge.experiment import WEIGHTS_FILE
 from tokenbridge.files import sha256_of, write_json, write_text
 from tokenbridge.metrics import ImageDataset, psnr, score, ssim
 from tokenbridge.pictures import save_grid
@@ -40,6 +39,7 @@ from tokenbridge.quantizer import (
 )
 from tokenbridge.results import Row, cell, markdown_table
 from tokenbridge.tokenizers import LatentTokenizer, Tokenizer, VQTokenizer
+from tokenbridge.weights import WEIGHTS_FILE, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +133,7 @@ def reconstruct(
         for num_levels in levels:
             label = f"{quantizer}, {num_levels} levels"
             chosen = _make_quantizer(quantizer, num_levels, value_range, latents)
-            distortions[_row_id(label)] = measure_distortion(chosen, latents)  # moves the quantiser to the CPU
+            distortions[_row_id(label)] = measure_distortion(chosen, latents)
             tokenizers[label] = LatentTokenizer(model, chosen.to(model.device))
 
     shown = torch.linspace(0, len(pixels) - 1, min(NUM_SHOWN, len(pixels))).long()  # sources come sorted by class
@@ -186,18 +186,9 @@ def load_tokenizer_model(name: str) -> Any:
     if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
         raise ValueError(f"{name!r} holds a {class_name}, not an autoencoder of diffusers.")
     try:
-        model, info = model_class.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except Exception as error:  # missing, cut off, of another shape: each raises a type of its own
-        raise ValueError(
-            f"The {class_name} in {name!r} does not load; it needs a whole {WEIGHTS_FILE} beside its config.json: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if info["missing_keys"]:  # diffusers would go on with random numbers
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"The {class_name} in {name!r} lacks {len(missing)} weights, the first is {missing[0]}.")
-    return model.eval()
+        return load_model(model_class, folder)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
 
 
 def reconstruct_with(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, float | None]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "tokenbridge-results/1"
 
-Verdict = Literal["reproduced", "not reproduced", "not run"]
+Verdict = Literal["reproduced", "not reproduced", "not run", "not compared"]
 
 
 class _Strict(BaseModel):
@@ -68,6 +68,7 @@ class Provenance(_Strict):
     hardware: dict[str, Any]
     data_sha256: dict[str, str]
     weights_sha256: dict[str, str]
+    settings: dict[str, Any]  # number of images, sampling settings of each system
 
 
 class Results(_Strict):
@@ -95,7 +96,7 @@ _SAMPLING = (
     "rounding on another processor can flip single tokens, which re-draws part of the images; "
     "about three standard deviations over seeds"
 )
-_TIMING = "time: compared as order of magnitude only; the ratios within one run are what counts"
+_TIMING = "a time depends on the machine and is not compared; the ratios within one run are"
 
 METRICS: dict[str, Metric] = {
     "PSNR": Metric(2, 0.0, 0.05, _SAME_NUMBERS),
@@ -110,6 +111,7 @@ METRICS: dict[str, Metric] = {
     "class accuracy": Metric(3, 0.0, 0.015, _SAMPLING),
     "bits per image": Metric(0, 0.0, 0.0, "counted"),
     "relative MSE": Metric(6, 0.01, 0.0, _SAME_NUMBERS),
+    "images": Metric(0, 0.0, 0.0, "counted"),
     "parameters": Metric(0, 0.0, 0.0, "counted"),
     "seconds per image": Metric(4, math.inf, 0.0, _TIMING),
     "ms per position": Metric(2, math.inf, 0.0, _TIMING),
@@ -145,7 +147,7 @@ def compare(row: Row, reference: Row | None) -> tuple[Verdict, str]:
     if missing := reference.metrics.keys() ^ row.metrics.keys():
         return "not reproduced", f"only one of the two has {', '.join(sorted(missing))}"
     off = [
-        f"{name} {row.metrics[name]:.4g} against {value:.4g}"
+        f"{name} {row.metrics[name]:.10g} against {value:.10g}"
         for name, value in reference.metrics.items()
         if not within(name, row.metrics[name], value)
     ]
@@ -202,8 +204,15 @@ def cell(row: Row, name: str) -> str:
 
 def verdicts(results: Results, reference: Results | None) -> dict[str, tuple[Verdict, str]]:
     """Return (verdict, reason) of every row by its id."""
-    by_id = {row.id: row for row in reference.rows} if reference else {}
-    return {row.id: compare(row, by_id.get(row.id)) for row in results.rows}
+    if reference is None:
+        without: tuple[Verdict, str] = ("not compared", "there is no stored result to compare with")
+        return {row.id: ("not run", row.not_run) if row.not_run else without for row in results.rows}
+    by_id = {row.id: row for row in reference.rows}
+    judged = {row.id: compare(row, by_id.get(row.id)) for row in results.rows}
+    for id_, row in by_id.items():
+        if id_ not in judged and row.not_run is None:
+            judged[id_] = ("not reproduced", "only the reference has this row")
+    return judged
 
 
 def to_markdown(results: Results, reference: Results | None) -> str:
@@ -224,6 +233,8 @@ def to_markdown(results: Results, reference: Results | None) -> str:
         lines += [*markdown_table(header, body), ""]
         lines += [f"- {r.label}: {judged[r.id][1]}" for r in rows if judged[r.id][0] != "reproduced"]
         lines += [""]
+    absent = judged.keys() - {row.id for row in results.rows}
+    lines += [f"- {id_}: {': '.join(judged[id_])}" for id_ in sorted(absent)] + [""] * bool(absent)
     if results.trends:
         lines += ["## The paper's argument at this scale", ""]
         body = [

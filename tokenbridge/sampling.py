@@ -19,11 +19,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
+from tokenbridge.data import images_to_pixels
 from tokenbridge.generator import TokenBridge
 from tokenbridge.heads import FirstElement, Pick
 from tokenbridge.orders import guidance_at, masked_counts
+from tokenbridge.tokenizers import LatentTokenizer
 from tokenbridge.transformer import take
 
 
@@ -59,6 +63,8 @@ class ImageNoise:
 
 def image_noise(seed: int, image_indices: list[int], num_positions: int, num_channels: int) -> ImageNoise:
     """Draw each image's stream from (seed, image index), on the CPU so that every device sees the same."""
+    if seed < 0:
+        raise ValueError(f"A seed is at least 0, not {seed}.")
     orders, uniforms = [], []
     for index in image_indices:
         stream = np.random.default_rng((seed, index))
@@ -87,10 +93,12 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
     orders, uniforms = noise.orders.to(device), noise.uniforms.to(device)
     batch, length = orders.shape
     if labels is not None:
-        _check_labels(labels, model.num_classes)
+        _check_labels(labels, batch, model.num_classes)
         labels = labels.to(device)
     if config.position_order == "raster":
         orders = torch.arange(length - 1, -1, -1, device=device).expand(batch, -1)
+    # An index tensor once: indexing with the tuple would copy it to the device, and wait, in every iteration.
+    to_latent_order = torch.tensor(model.inverse_channel_order, device=device)
     tokens = torch.zeros(batch, length, model.num_channels, dtype=torch.int64, device=device)
     num_masked = length
     for still_masked in masked_counts(length, config.num_iterations):
@@ -110,9 +118,49 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
             positions = orders[:, still_masked:num_masked]
             chosen = take(chosen, by_confidence[:, still_masked:num_masked])
         places = positions[..., None].expand(-1, -1, model.num_channels)
-        tokens.scatter_(1, places, chosen[..., model.inverse_channel_order])
+        tokens.scatter_(1, places, chosen[..., to_latent_order])
         num_masked = still_masked
     return tokens
+
+
+def sample_images(
+    model: TokenBridge,
+    tokenizer: LatentTokenizer,
+    config: SamplingConfig,
+    labels: Tensor,
+    seed: int,
+    *,
+    batch_size: int = 250,
+    show_progress: bool = True,
+) -> Tensor:
+    """Generate one image for each label; image i is a function of the seed, its label and i alone.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: decodes the model's latents.
+        config: how to sample.
+        labels: [N] class labels, N >= 1.
+        seed: at least 0.
+        batch_size: images at a time.
+        show_progress: draw a progress bar on stderr.
+
+    Returns:
+        uint8 pixels [N, C, H, W] on the CPU.
+
+    Raises:
+        ValueError: no labels, labels out of range, a negative seed, more iterations than positions.
+    """
+    if len(labels) < 1:
+        raise ValueError("The number of images must be at least 1.")
+    pixels = []
+    starts = range(0, len(labels), batch_size)
+    console = Console(stderr=True)
+    for start in track(starts, "sample", console=console, transient=True, disable=not show_progress):
+        indices = list(range(start, min(start + batch_size, len(labels))))
+        noise = image_noise(seed, indices, model.num_positions, model.num_channels)
+        tokens = generate_tokens(model, labels[indices], config, noise)
+        pixels.append(images_to_pixels(tokenizer.images(model.to_latents(tokens))).cpu())
+    return torch.cat(pixels)
 
 
 def _guided_context(
@@ -153,7 +201,9 @@ def _picker(temperature: float, uniforms: Tensor) -> Pick:
     return pick
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
+    if list(labels.shape) != [batch]:
+        raise ValueError(f"There must be one label for each of {batch} images, not labels {list(labels.shape)}.")
     if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
         raise ValueError(
             f"Class labels span [{int(labels.min())}, {int(labels.max())}], "

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenbridge.quantizer import ScalarQuantizer
 
@@ -71,17 +71,18 @@ class LatentTokenizer:
     @torch.inference_mode()
     def latents(self, images: Tensor) -> Tensor:
         """Return the scaled latents [B, C, h, w] of images; the posterior's mean where there is a posterior."""
-        output = self.autoencoder.encode(images)
+        output = self.autoencoder.encode(images.to(self.autoencoder.dtype))
         if hasattr(output, "latent_dist"):
             raw = output.latent_dist.mode()
         else:
             raw = output.latents if hasattr(output, "latents") else output.latent  # AutoencoderDC says `latent`
-        return (raw - self.shift) * self.scale
+        return (raw.float() - self.shift) * self.scale
 
     @torch.inference_mode()
     def images(self, latents: Tensor) -> Tensor:
         """Decode scaled latents [B, C, h, w] to images, clamped to [-1, 1]."""
-        return self.autoencoder.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
+        raw = (latents / self.scale + self.shift).to(self.autoencoder.dtype)
+        return self.autoencoder.decode(raw).sample.float().clamp(-1, 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the tokens [B, C, h, w] of images."""
@@ -150,7 +151,7 @@ class VQTokenizer:
         return tokens[0].numel() * math.log2(self.num_codes)
 
 
-def autoencoder_loss(model: nn.Module, images: Tensor, *, kl_weight: float) -> Tensor:
+def autoencoder_loss(model: Any, images: Tensor, *, kl_weight: float) -> Tensor:
     """Return the loss of a KL autoencoder: squared error + kl_weight * KL(posterior, N(0, 1)), each per pixel.
 
     Args:
@@ -158,14 +159,13 @@ def autoencoder_loss(model: nn.Module, images: Tensor, *, kl_weight: float) -> T
         images: [B, C, H, W] in [-1, 1].
         kl_weight: small values leave all latent channels in use, large ones shut most of them.
     """
-    inner: Any = getattr(model, "module", model)
-    posterior = inner.encode(images).latent_dist
-    reconstruction = inner.decode(posterior.sample()).sample
+    posterior = model.encode(images).latent_dist
+    reconstruction = model.decode(posterior.sample()).sample
     kl = posterior.kl().mean() / images[0].numel()
     return F.mse_loss(reconstruction, images) + kl_weight * kl
 
 
-def vq_loss(model: nn.Module, images: Tensor) -> Tensor:
+def vq_loss(model: Any, images: Tensor) -> Tensor:
     """Return the loss of a VQ autoencoder: squared error per pixel, codebook and commitment terms."""
     output = model(images)
     return F.mse_loss(output.sample, images) + output.commit_loss.mean()

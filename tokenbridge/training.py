@@ -57,6 +57,22 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.batch_size < 1:
             raise ValueError("num_steps and batch_size must be at least 1.")
+        if self.checkpoint_every % LOG_EVERY:
+            # Only then is every checkpoint preceded by a look at the loss, and no half-filled mean is lost.
+            raise ValueError(f"checkpoint_every must be a multiple of {LOG_EVERY}, not {self.checkpoint_every}.")
+
+
+class _Step(nn.Module):
+    """A model and its loss as one module, so that accelerate sees the whole step, whatever the loss calls."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the scalar loss."""
+        return self.loss(self.model, batch)
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -126,11 +142,15 @@ def train(
         lr=config.learning_rate,
         betas=config.betas,
     )
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"{config.batch_size} images a step cannot be shared by {accelerator.num_processes} processes."
+        )
+    step_loss, optimizer = accelerator.prepare(_Step(model, loss), optimizer)
     ema = EMAModel(list(model.parameters()), decay=config.ema_decay)
     ema.to(accelerator.device)
 
-    fingerprint = _fingerprint(model, dataset, config)
+    fingerprint = _fingerprint(model, dataset, loss, config)
     checkpoint = folder / "checkpoint.pt"
     first_step, curve, seconds = _resume(checkpoint, fingerprint, model, optimizer, ema)
 
@@ -146,8 +166,7 @@ def train(
             torch.manual_seed(step_seed(config.seed, step, rank))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
-            with accelerator.autocast():
-                value = loss(wrapped, batch)
+            value = step_loss(batch)
             accelerator.backward(value)
             accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step()
@@ -157,7 +176,9 @@ def train(
 
             done = step + 1
             if done % LOG_EVERY == 0 or done == config.num_steps:
-                mean = torch.stack(recent).mean().item()  # the only synchronisation of the loop
+                mean = accelerator.reduce(
+                    torch.stack(recent).mean(), "mean"
+                ).item()  # the only synchronisation of the loop
                 recent.clear()
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"The loss of {name} became {mean} by step {done}.")
@@ -184,14 +205,16 @@ def train(
     return log
 
 
-def _fingerprint(model: nn.Module, dataset: Dataset, config: TrainingConfig) -> str:
-    """Identify a run by its model's shapes, its data and its settings."""
+def _fingerprint(model: nn.Module, dataset: Dataset, loss: Loss, config: TrainingConfig) -> str:
+    """Identify a run by its model's shapes, its settings, its loss's settings, and the data of its first step."""
     shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
     model_config = dict(getattr(model, "config", {}))
-    what = json.dumps(
-        [shapes, model_config, len(dataset), dataset.column_names, dataclasses.asdict(config)], default=str
-    )
-    return hashlib.sha256(what.encode()).hexdigest()
+    settings = [shapes, model_config, getattr(loss, "keywords", {}), len(dataset), dataclasses.asdict(config)]
+    digest = hashlib.sha256(json.dumps(settings, default=str).encode())
+    first = dataset[batch_indices(len(dataset), config.batch_size, config.seed, 0).tolist()]
+    for name, value in sorted(first.items()):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _save(
@@ -223,8 +246,12 @@ def _resume(
     """Load a checkpoint, if there is one: return the first step to do, the curve so far, the seconds so far."""
     if not path.exists():
         return 0, [], 0.0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["fingerprint"] != fingerprint:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["fingerprint"]
+    except Exception as error:  # cut off, empty, or another file: each raises a type of its own
+        raise ValueError(f"{path} is damaged, or no checkpoint; remove it to start again.") from error
+    if found != fingerprint:
         raise ValueError(
             f"{path} belongs to another run (other model, data or settings). "
             "Train into an empty folder, or remove that checkpoint."
