@@ -19,13 +19,14 @@ from PIL import Image
 
 from tokenbridge import cli, experiment, recipes
 from tokenbridge.data import load_images
-from tokenbridge.experiment import WEIGHTS_FILE, build, load, train_recipe
+from tokenbridge.experiment import build, load, train_recipe
 from tokenbridge.files import sha256_of
 from tokenbridge.provenance import hash_of_dataset
 from tokenbridge.recipes import TINY, Scale
 from tokenbridge.reproduce import reproduce
 from tokenbridge.results import Results, compare, read, verdicts
 from tokenbridge.training import TrainingConfig
+from tokenbridge.weights import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -225,9 +226,11 @@ def test_results_are_a_valid_file(world: World) -> None:
     assert read(world.reference) == world.results
     provenance = world.results.provenance
     assert provenance.seed == 0
-    assert sorted(provenance.weights_sha256) == sorted(TRAINED)
+    files = [f"{name}/{file}" for name in TRAINED for file in ("config.json", WEIGHTS_FILE)]
+    assert sorted(provenance.weights_sha256) == sorted(files)
     for name, found in provenance.weights_sha256.items():
-        assert found == sha256_of(world.weights / name / WEIGHTS_FILE)
+        assert found == sha256_of(world.weights / name)
+    assert provenance.settings["num_images"] == 20
     assert provenance.data_sha256 == {
         f"{DATA}/{split}": hash_of_dataset(load_images(str(world.root / DATA), split)) for split in ("train", "test")
     }
@@ -262,7 +265,7 @@ def test_rows_of_all_tables(world: World) -> None:
         "table2a": ["parallel", "autoregressive"],
         "table2b": ["natural", "frequency"],
         "table2c": ["16", "64"],
-        "table3": ["tokenbridge", "tokenbridge-16", "parallel", "real"],
+        "table3": ["tokenbridge", "tokenbridge-16", "parallel", "tokenbridge-as-many", "real"],
         "table5": ["uncached", "cached"],
     }
     metrics = {row.id: row.metrics for row in world.results.rows}
@@ -283,7 +286,7 @@ def test_missing_generators_are_rows_not_run(world: World) -> None:
     ]
     for reason in not_run.values():
         assert reason is not None
-        assert WEIGHTS_FILE in reason
+        assert "tokenbridge train" in reason
         assert any(name in reason for name in NOT_TRAINED)
     assert {trend.id for trend in world.results.trends} == {
         "ptq-lossless",
@@ -321,7 +324,12 @@ def test_other_seed_is_not_reproduced(world: World, tmp_path: Path) -> None:
     again, _ = reproduce(MINI, weights=world.weights, out=tmp_path, reference=None, num_images=20, seed=1, say=silent)
     ours, first = untimed(again), untimed(world.results)
     samples = [id_ for id_ in ours if id_ in ("table2a/autoregressive", "table3/tokenbridge")]
-    assert {id_ for id_ in ours if ours[id_] != first[id_]} == {*samples, "table2b/frequency", "table2c/64"}
+    assert {id_ for id_ in ours if ours[id_] != first[id_]} == {
+        *samples,
+        "table2b/frequency",
+        "table2c/64",
+        "table3/tokenbridge-as-many",
+    }
     reference = {row.id: row for row in world.results.rows}
     [system] = [row for row in again.rows if row.id == "table3/tokenbridge"]
     assert compare(system, reference["table3/tokenbridge"])[0] == "not reproduced"
@@ -441,7 +449,7 @@ def test_reproduced_is_exit_0_and_json_is_json(
     assert Results.model_validate(value) == read(tmp_path / "out" / "results.json")
     assert value["provenance"]["command"].startswith("tokenbridge reproduce mini --weights")
     assert "Table 1: reconstruction" in err
-    assert "Not run: parallel-64 (no weights)" in err
+    assert "Not run: The model 'parallel-64' is missing." in err
 
 
 def test_tampered_number_is_exit_1_and_named(
@@ -454,7 +462,7 @@ def test_tampered_number_is_exit_1_and_named(
     code, out, _ = run(*reproduce_arguments(world, tmp_path / "out", own_times))
     assert code == 1
     assert re.search(r"^table1a/ptq-16: not reproduced: PSNR [\d.]+ against [\d.]+$", out, re.MULTILINE)
-    assert re.search(r"^17 reproduced, 1 not reproduced, 5 not run\.", out, re.MULTILINE)
+    assert re.search(r"^18 reproduced, 1 not reproduced, 5 not run\.", out, re.MULTILINE)
     assert "Table 1a." in out
     assert "The paper's argument at this scale" in out
     for text in ("post-training, 16 levels", "FID-digits", "seconds per image"):
@@ -466,14 +474,14 @@ def test_tampered_number_is_exit_1_and_named(
 def test_reasons_may_hold_brackets(
     run: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path, own_times: Path
 ) -> None:
-    """The reason of a row that was not run holds a path, and a path may hold anything."""
-    for name in ("[dim]", "[", "a[/b]"):
-        weights = tmp_path / name
-        shutil.copytree(world.weights, weights)
-        code, out, err = run(*reproduce_arguments(world, tmp_path / "out", own_times), "--weights", weights)
-        assert "Traceback" not in err
-        assert code == 0
-        assert str(weights / "parallel-64") in out
+    """A reason may hold anything: brackets are no markup."""
+    value = json.loads(own_times.read_text())
+    extra = {"id": "table9/[dim]a[/b]", "label": "[", "metrics": {"PSNR": 1.0}, "not_run": None}
+    own_times.write_text(json.dumps({**value, "rows": [*value["rows"], extra]}))
+    code, out, err = run(*reproduce_arguments(world, tmp_path / "out", own_times))
+    assert "Traceback" not in err
+    assert code == 1
+    assert "table9/[dim]a[/b]: not reproduced: only the reference has this row" in out
 
 
 def test_train_one_recipe(run: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path) -> None:
@@ -495,9 +503,13 @@ def test_train_all_runs_generators_last(
         return 0
 
     monkeypatch.setattr(cli, "_run_self", note)
+    monkeypatch.setattr(experiment, "latents_of", lambda *_: calls.append(["latents"]))
     code, _, _ = run("train", "mini", "--out", tmp_path, "--jobs", "1", "--data", DATA)
     assert code == 0
-    assert [call[2] for call in calls] == [*TRAINED, *NOT_TRAINED]
+    optional = [recipe.name for recipe in MINI.recipes if recipe.optional]
+    latents = calls.pop(calls.index(["latents"]))
+    assert latents  # cached once, before the generators want them
+    assert [call[2] for call in calls] == [n for n in (*TRAINED, *NOT_TRAINED) if n not in optional]
     assert {tuple(call[:2] + call[3:]) for call in calls} == {("train", "mini", "--out", str(tmp_path), "--data", DATA)}
 
 

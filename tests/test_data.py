@@ -251,7 +251,7 @@ def no_image_column(path: Path) -> str:
         (empty_folder, "No images .* and no Parquet files"),
         (folder_without_images, "No images .* and no Parquet files"),
         (text_file, "neither a folder of images nor a Parquet file"),
-        (other_split, r"No Parquet file .* has 'train' in its name: \['validation.parquet'\]"),
+        (other_split, r"No Parquet file .* is named after 'train': \['validation.parquet'\]"),
         (no_image_column, r"has no image column, only \['text', 'label'\]"),
     ],
 )

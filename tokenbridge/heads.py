@@ -37,6 +37,7 @@ class HeadConfig:
     width: int = 1024  # W
     depth: int = 4
     num_heads: int = 8
+    mlp_ratio: float = 4.0
     norm_eps: float = 1e-6
     dropout: float = 0.1
 
@@ -53,7 +54,8 @@ class _ChannelTransformer(nn.Module):
         self.channel_embed = nn.Parameter(torch.randn(1, c.num_channels, w) * 0.02)
         self.timesteps_embeddings = nn.Parameter(torch.randn(1, c.num_channels, w) * 0.02)
         self.channel_blocks = nn.ModuleList(
-            ModulatedBlock(w, c.num_heads, norm_eps=c.norm_eps, dropout=c.dropout) for _ in range(c.depth)
+            ModulatedBlock(w, c.num_heads, mlp_ratio=c.mlp_ratio, norm_eps=c.norm_eps, dropout=c.dropout)
+            for _ in range(c.depth)
         )
         self.channel_norm = nn.LayerNorm(w, eps=c.norm_eps)
         self.channel_final = FinalLayer(w, norm_eps=c.norm_eps)

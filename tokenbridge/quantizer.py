@@ -247,7 +247,8 @@ def gaussian_codebook(num_levels: int, *, value_range: float, num_sigmas: float)
 
 def gaussian_bin_edges(num_levels: int, *, num_sigmas: float) -> Tensor:
     """Return the edges [V + 1] float32 of equal-probability bins of N(0, 1), cut at ±`num_sigmas` (equation 2)."""
-    probabilities = torch.linspace(0, 1, num_levels + 1)
+    # Named, so that a model built on the meta device (presets.create_model) has its codebook all the same.
+    probabilities = torch.linspace(0, 1, num_levels + 1, device="cpu")
     edges = torch.from_numpy(stats.norm.ppf(probabilities.numpy())).to(torch.float32)
     return edges.clamp(-num_sigmas, num_sigmas)
 

@@ -1,0 +1,368 @@
+"""Published checkpoints: names, shapes, both directions, and files that are damaged, foreign or malicious."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, TINY, tiny_model
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from tokenbridge.backbone import MaskedBackbone
+from tokenbridge.conformance import rule_state
+from tokenbridge.generator import TokenBridge
+from tokenbridge.official import (
+    BUFFERS,
+    convert,
+    create_kl16,
+    from_official,
+    layout,
+    load_checkpoint,
+    load_kl16,
+    load_official,
+    load_tokenbridge,
+    official_buffers,
+    to_official,
+)
+from tokenbridge.presets import PRESETS, create_model, find_preset
+
+RULE = {"rule": "fan-in-normal-v1", "salt": "official"}
+PUBLISHED = [name for name, preset in PRESETS.items() if preset.official_name]
+SMALL_VAE: dict[str, Any] = {
+    "embed_dim": 4,
+    "ch": 32,
+    "ch_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attn_resolutions": (8,),
+    "resolution": 16,
+}
+
+
+def shared_names(name: str) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of shared/state_dicts/`name`.json, or skip the test."""
+    path = SHARED / "state_dicts" / f"{name}.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent")
+    return {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
+
+
+def empty_tiny(**changes: Any) -> TokenBridge:
+    with torch.device("meta"):
+        return TokenBridge(**{**TINY, **changes}).eval()
+
+
+def official_state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in to_official(module).items()}
+
+
+def filled_vae() -> AutoencoderKL:
+    vae = create_kl16(**SMALL_VAE)
+    load_official(vae, rule_state(vae, RULE))
+    return vae
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_names_shapes_and_counts(name: str) -> None:
+    published = shared_names(PRESETS[name].official_name or "")
+    model = create_model(name)
+    assert model.device.type == "meta"
+    # The list was made with the official constructor without its quantiser's two buffers.
+    state = {key: tuple(value.shape) for key, value in official_buffers(model).items() if key == "channel_mask"}
+    state |= {key: place.shape for key, place in layout(model).items()}
+    assert state == published
+    assert sum(p.numel() for p in model.parameters()) == PRESETS[name].num_parameters
+
+
+def test_kl16_has_the_published_names_shapes_and_count() -> None:
+    vae = create_kl16()
+    assert {key: place.shape for key, place in layout(vae).items()} == shared_names("kl16")
+    assert sum(p.numel() for p in vae.parameters()) == 66_456_019  # shared/paper/tables.yaml, counted
+
+
+def test_the_tiny_preset_is_the_tiny_recipe() -> None:
+    model = create_model("tokenbridge-tiny")
+    assert model.num_positions == 16
+    assert PRESETS["tokenbridge-tiny"].sampling_config().num_iterations == 16
+
+
+def test_sampling_settings_of_readme_and_paper() -> None:
+    large, huge = PRESETS["tokenbridge-l"], PRESETS["tokenbridge-h"]
+    settings = large.sampling_config()
+    assert (settings.num_iterations, settings.guidance_scale, settings.temperature) == (256, 3.1, 0.96)
+    assert settings.guidance_schedule == "linear"
+    assert large.sampling_config("paper").temperature == 0.97
+    assert huge.sampling_config().guidance_scale == 3.45
+    assert huge.sampling_config() == huge.sampling_config("paper")
+    with pytest.raises(ValueError, match="No sampling settings were published"):
+        PRESETS["tokenbridge-b"].sampling_config()
+    with pytest.raises(ValueError, match="no sampling settings 'article'"):
+        large.sampling_config("article")
+
+
+def test_presets_answer_to_their_official_names() -> None:
+    assert find_preset("tokenbridge_large") is PRESETS["tokenbridge-l"]
+    with pytest.raises(ValueError, match=r"Unknown preset 'tokenbridge-xl'.*tokenbridge-h"):
+        create_model("tokenbridge-xl")
+
+
+def test_a_wrong_parameter_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = PRESETS["tokenbridge-tiny"]
+    monkeypatch.setitem(PRESETS, preset.name, type(preset)(preset.name, preset.model, preset.num_parameters + 1))
+    with pytest.raises(ValueError, match="not the expected"):
+        create_model(preset.name)
+    create_model(preset.name, head_depth=1)  # a model of another size has no count to meet
+
+
+def test_a_model_of_the_meta_device_has_its_codebook() -> None:
+    """The quantiser is no part of a checkpoint: it must be there before any weights are."""
+    codebook = empty_tiny().quantizer.codebook
+    assert codebook.device.type == "cpu"
+    assert torch.equal(codebook, tiny_model().quantizer.codebook)
+
+
+# -------------------------------------------------------------------------------------- both directions
+
+
+def test_tokenbridge_round_trip() -> None:
+    model, again = tiny_model(), empty_tiny()
+    load_official(again, official_state(model))
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_kl16_round_trip() -> None:
+    vae = create_kl16(**SMALL_VAE)
+    state = rule_state(vae, RULE)
+    load_official(vae, state)
+    back = to_official(vae)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(state[name], back[name]) for name in state)
+    assert back["encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
+
+
+def test_loading_takes_the_tensors_themselves() -> None:
+    """No second copy of the model: parameters lie where the state's tensors lie."""
+    model = empty_tiny()
+    state = rule_state(model, RULE)
+    load_official(model, state)
+    pointers = {value.data_ptr() for value in state.values()}
+    assert {p.data_ptr() for p in model.parameters()} == pointers
+
+
+def test_parts_have_official_names() -> None:
+    backbone = tiny_model().backbone
+    assert isinstance(backbone, MaskedBackbone)
+    assert "encoder_blocks.0.attn.qkv.weight" in layout(backbone)
+
+
+def test_buffers_may_be_absent_but_not_wrong() -> None:
+    state = official_state(tiny_model())
+    from_official(empty_tiny(), {name: value for name, value in state.items() if name not in BUFFERS})
+    for name in BUFFERS:
+        wrong = {**state, name: state[name].clone()}
+        wrong[name].view(-1)[0] += 0.01
+        with pytest.raises(ValueError, match=f"1 of another model: {name}"):
+            from_official(empty_tiny(), wrong)
+    rounded = state["reconstruction_values"] + 1e-5  # what another libm makes of erf and exp
+    from_official(empty_tiny(), {**state, "reconstruction_values": rounded})
+
+
+@pytest.mark.parametrize("kind", ["tokenbridge", "kl16"])
+def test_strictness(kind: str) -> None:
+    full: nn.Module = tiny_model() if kind == "tokenbridge" else filled_vae()
+    empty: nn.Module = empty_tiny() if kind == "tokenbridge" else create_kl16(**SMALL_VAE)
+    state = official_state(full)
+    names = list(layout(full))
+    lacking = {name: value for name, value in state.items() if name not in names[3:10]}
+    with pytest.raises(ValueError, match=rf"7 missing: {names[3]}, .* and 2 more"):
+        from_official(empty, lacking)
+    with pytest.raises(ValueError, match=r"1 left over: loss\.logvar"):
+        from_official(empty, {**state, "loss.logvar": torch.zeros(())})
+    with pytest.raises(ValueError, match=rf"1 of another shape: {names[0]} \[7\] instead of"):
+        from_official(empty, {**state, names[0]: torch.zeros(7)})
+    with pytest.raises(ValueError, match=rf"1 not floating point: {names[0]}"):
+        from_official(empty, {**state, names[0]: state[names[0]].long()})
+
+
+def test_two_tensors_that_change_places_are_kept_apart() -> None:
+    """The control of the round trip: values tell tensors of one shape apart."""
+    state = official_state(tiny_model())
+    first, second = "decoder_blocks.0.mlp.fc1.weight", "decoder_blocks.1.mlp.fc1.weight"
+    swapped = {**state, first: state[second], second: state[first]}
+    model = empty_tiny()
+    load_official(model, swapped)  # shapes agree; tests/test_conformance.py shows that a golden notices
+    assert not torch.equal(model.state_dict()["backbone." + first], state[first])
+
+
+def test_the_error_names_the_model_that_it_is() -> None:
+    large = {
+        name: torch.empty(place.shape, device="meta") for name, place in layout(create_model("tokenbridge-l")).items()
+    }
+    with pytest.raises(ValueError, match=r"not the state of tokenbridge-h .* It is the state of tokenbridge-l\.$"):
+        from_official(create_model("tokenbridge-h"), large)
+    with pytest.raises(ValueError, match=r"not the state of KL-16 .* It is the state of tokenbridge-l\.$"):
+        from_official(create_kl16(**SMALL_VAE), large)
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Declare a preset as small as the tests' model, so that files of its weights are small."""
+    preset = PRESETS["tokenbridge-tiny"]
+    count = sum(p.numel() for p in empty_tiny().parameters())
+    monkeypatch.setitem(PRESETS, "tokenbridge-test", type(preset)("tokenbridge-test", TINY, count))
+    return "tokenbridge-test"
+
+
+def write_checkpoint(path: Path, **changes: Any) -> Path:
+    """Write a file as the official save_model does (util/misc.py): more in it than weights."""
+    model = tiny_model()
+    content = {
+        "model": {
+            name: value + 1 if value.is_floating_point() else value for name, value in official_state(model).items()
+        },
+        "model_ema": official_state(model),
+        "optimizer": {
+            "state": {0: {"step": 3, "exp_avg": torch.ones(3)}},
+            "param_groups": [{"lr": 1e-4, "params": [0]}],
+        },
+        "epoch": 399,
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0},
+        "args": argparse.Namespace(model="tokenbridge_large", quant_bits=6, device="cuda", resume=None),
+        **changes,
+    }
+    # The buffers of "model" are not trained.
+    content["model"] = {**content["model"], **official_buffers(model)}
+    torch.save(content, path)
+    return path
+
+
+def test_a_checkpoint_with_its_arguments_loads_the_moving_average(tmp_path: Path, tiny_preset: str) -> None:
+    path = write_checkpoint(tmp_path / "checkpoint-last.pth")
+    model = load_tokenbridge(tmp_path, tiny_preset)  # the folder will do, as for the official --resume
+    expected = tiny_model().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not model.training
+    plain = load_tokenbridge(path, tiny_preset, ema=False).state_dict()
+    assert torch.equal(plain["backbone.mask_token"], expected["backbone.mask_token"] + 1)
+
+
+def test_weights_outlive_their_file(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "checkpoint.pth")
+    state = load_checkpoint(path)
+    path.write_bytes(b"")  # a file still mapped would kill the process here
+    assert torch.equal(state["mask_token"], tiny_model().backbone.mask_token.detach())
+
+
+def test_the_old_file_format_loads_too(tmp_path: Path) -> None:
+    state = {"decoder.conv_in.bias": torch.arange(3.0)}
+    torch.save({"model": state}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    loaded = load_checkpoint(tmp_path / "old.ckpt", ema=False)
+    assert torch.equal(loaded["decoder.conv_in.bias"], torch.arange(3.0))
+
+
+def test_kl16_file_and_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = filled_vae()
+    torch.save({"model": to_official(vae)}, tmp_path / "kl16.ckpt")
+    monkeypatch.setattr("tokenbridge.official.create_kl16", lambda: create_kl16(**SMALL_VAE))
+    loaded = load_kl16(tmp_path / "kl16.ckpt")
+    image = torch.rand(1, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(loaded(image).sample, vae(image).sample)
+    assert loaded.config.scaling_factor == 0.2325
+    convert(tmp_path / "kl16.ckpt", tmp_path / "vae", "kl16")
+    again = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    with torch.inference_mode():
+        assert torch.equal(again.eval()(image).sample, vae(image).sample)
+
+
+def test_convert_writes_a_folder_that_loads(tmp_path: Path, tiny_preset: str) -> None:
+    path = write_checkpoint(tmp_path / "checkpoint.pth")
+    convert(path, tmp_path / "model", tiny_preset)
+    convert(path, tmp_path / "model", tiny_preset)  # a model folder may be replaced
+    assert (tmp_path / "model" / "diffusion_pytorch_model.safetensors").is_file()
+    loaded = TokenBridge.from_pretrained(tmp_path / "model", low_cpu_mem_usage=False).state_dict()
+    expected = tiny_model().state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    with pytest.raises(ValueError, match="no model folder"):
+        convert(path, tmp_path, tiny_preset)
+    assert path.is_file()
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    path = write_checkpoint(tmp_path / "evil.pth", epoch=Malicious(mark))
+    with pytest.raises(ValueError, match=r"evil\.pth holds pickled code, which is never run \(posix\.mkdir\)"):
+        load_checkpoint(path)
+    assert not mark.exists()
+    torch.load(path, weights_only=False)  # the control: it would have run
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
+def test_a_truncated_file_says_so(tmp_path: Path, share: float) -> None:
+    path = write_checkpoint(tmp_path / "checkpoint.pth")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=rf"checkpoint\.pth \({path.stat().st_size:,} bytes\) is truncated"):
+        load_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch, of what looks like another pickle protocol
+def test_random_bytes_are_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "noise.pth"
+    for seed in range(50):
+        path.write_bytes(np.random.default_rng(seed).bytes(200))
+        with pytest.raises(ValueError, match=r"noise\.pth \(200 bytes\) is truncated, damaged or no checkpoint"):
+            load_checkpoint(path)
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path, tiny_preset: str) -> None:
+    page = tmp_path / "page.pth"
+    page.write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=r"page\.pth \(16 bytes\) is truncated, damaged or no checkpoint"):
+        load_checkpoint(page)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-last\.pth"):
+        load_tokenbridge(tmp_path, tiny_preset)
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"holds no weights under 'model_ema'; it has keys \['state_dict'\]"):
+        load_checkpoint(tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="it has a list"):
+        load_checkpoint(tmp_path / "list.pth")
+    torch.save({"model": {"a": 3}}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match="'a' under 'model' is no tensor"):
+        load_checkpoint(tmp_path / "numbers.pth", ema=False)
+    write_checkpoint(tmp_path / "no-average.pth", model_ema=None)  # the official code writes None without EMA
+    with pytest.raises(ValueError, match="no weights under 'model_ema'"):
+        load_checkpoint(tmp_path / "no-average.pth")
+
+
+def test_a_checkpoint_of_another_size_names_its_file(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "small.pth")
+    with pytest.raises(ValueError, match=r"small\.pth: This is not the state of tokenbridge-l .*of another shape"):
+        load_tokenbridge(path, "tokenbridge-l")

@@ -1,0 +1,164 @@
+"""Presets: the models by name, each with its size, its sampling settings and what was published of it.
+
+Sizes and official settings: YuqingWang1029/TokenBridge at 3ede281, models/tokenbridge.py (`tokenbridge_base`,
+`tokenbridge_large`, `tokenbridge_huge`) and README.md; the paper is arXiv 2503.16430 v1. Parameter counts were
+counted with the official code, for 64 levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tokenbridge.generator import TokenBridge
+from tokenbridge.recipes import TINY
+from tokenbridge.sampling import SamplingConfig
+
+OFFICIAL = "official"  # the README's settings: the default where there are any
+PAPER = "paper"
+
+
+@dataclass(frozen=True)
+class SamplingRecipe:
+    """How a preset was sampled, and who says so."""
+
+    config: SamplingConfig
+    source: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model by name."""
+
+    name: str
+    model: Mapping[str, Any]  # keyword arguments of `TokenBridge`
+    num_parameters: int  # expected; buffers are not counted
+    official_name: str | None = None  # function of the official code that builds it
+    sampling: Mapping[str, SamplingRecipe] = field(default_factory=dict)  # by name; the first is the default
+    published: Mapping[str, float] = field(default_factory=dict)  # table 3; 50,000 images, ImageNet 256 × 256
+
+    def sampling_config(self, variant: str | None = None) -> SamplingConfig:
+        """Return the settings called `variant`; the default ones if None.
+
+        Raises:
+            ValueError: there are none of that name, or none at all.
+        """
+        if not self.sampling:
+            raise ValueError(f"No sampling settings were published for {self.name}.")
+        if variant is None:
+            variant = next(iter(self.sampling))
+        if variant not in self.sampling:
+            raise ValueError(f"{self.name} has no sampling settings {variant!r}; there are {list(self.sampling)}.")
+        return self.sampling[variant].config
+
+
+def _published(width: int, depth: int, num_heads: int, head_width: int, head_depth: int) -> dict[str, Any]:
+    """Return the sizes of a published model; everything else is alike in all of them."""
+    return {
+        "latent_size": 16,
+        "num_channels": 16,
+        "num_classes": 1000,
+        "num_levels": 64,
+        "width": width,
+        "encoder_depth": depth,
+        "decoder_depth": depth,
+        "num_heads": num_heads,
+        "num_buffer": 64,
+        "head_width": head_width,
+        "head_depth": head_depth,
+        "head_num_heads": 8,
+        "norm_eps": 1e-6,
+        "dropout": 0.1,
+    }
+
+
+def _sampling(guidance_scale: float, temperature: float, source: str) -> SamplingRecipe:
+    """Return settings of the published evaluations: 256 iterations, linear guidance."""
+    return SamplingRecipe(
+        SamplingConfig(
+            num_iterations=256,
+            guidance_scale=guidance_scale,
+            guidance_schedule="linear",
+            temperature=temperature,
+            first_element="official",
+        ),
+        source,
+    )
+
+
+_README = "README.md of YuqingWang1029/TokenBridge at 3ede281, section Evaluation"
+_PAPER = "arXiv 2503.16430 v1, table 4 (temperature and guidance; it names no number of iterations)"
+_TINY_RECIPE = TINY.recipe("tokenbridge-64")
+assert _TINY_RECIPE.sampling is not None
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="tokenbridge-b",
+            model=_published(width=768, depth=12, num_heads=12, head_width=768, head_depth=4),
+            num_parameters=218_024_704,
+            official_name="tokenbridge_base",  # in the code, but neither weights nor settings were published
+        ),
+        Preset(
+            name="tokenbridge-l",
+            model=_published(width=1024, depth=16, num_heads=16, head_width=1024, head_depth=4),
+            num_parameters=486_889_472,
+            official_name="tokenbridge_large",
+            sampling={OFFICIAL: _sampling(3.1, 0.96, _README), PAPER: _sampling(3.1, 0.97, _PAPER)},
+            published={"FID": 1.76, "IS": 294.8, "precision": 0.80, "recall": 0.63},
+        ),
+        Preset(
+            name="tokenbridge-h",
+            model=_published(width=1280, depth=20, num_heads=16, head_width=1024, head_depth=6),
+            num_parameters=910_040_576,
+            official_name="tokenbridge_huge",
+            sampling={OFFICIAL: _sampling(3.45, 0.91, _README), PAPER: _sampling(3.45, 0.91, _PAPER)},
+            published={"FID": 1.55, "IS": 313.3, "precision": 0.80, "recall": 0.65},
+        ),
+        Preset(
+            name="tokenbridge-tiny",
+            model=_TINY_RECIPE.model,
+            num_parameters=1_078_640,
+            sampling={"tiny": SamplingRecipe(_TINY_RECIPE.sampling, "this project, recipes.py")},
+        ),
+    )
+}
+
+
+def find_preset(name: str) -> Preset:
+    """Return the preset called `name`, by our name or the official one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for preset in PRESETS.values():
+        if name in (preset.name, preset.official_name):
+            return preset
+    raise ValueError(f"Unknown preset {name!r}; there are {', '.join(PRESETS)}.")
+
+
+def create_model(name: str, **changes: Any) -> TokenBridge:
+    """Build a preset on the meta device: sizes without memory, in evaluation mode.
+
+    Give it weights with `load_state_dict(state, assign=True)`, which takes the tensors of `state` as they are and
+    so needs no second copy of the model (`official.load_official` does so), or memory with `to_empty`. The
+    quantiser's codebook is there from the start.
+
+    Args:
+        name: of the preset; the official names work too.
+        changes: keyword arguments of `TokenBridge` that replace the preset's.
+
+    Raises:
+        ValueError: an unknown name, or a model whose parameter count is not the preset's (without `changes`).
+    """
+    preset = find_preset(name)
+    with torch.device("meta"):
+        model = TokenBridge(**{**preset.model, **changes}).eval()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if not changes and count != preset.num_parameters:
+        raise ValueError(f"{preset.name} has {count:,} parameters, not the expected {preset.num_parameters:,}.")
+    return model
