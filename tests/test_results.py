@@ -259,7 +259,7 @@ def test_page_has_rows_verdicts_trends_tolerances() -> None:
     assert by_first["64 levels"] == ["64 levels", "24.90", "–", "1,536", "reproduced"]
     assert by_first["parallel head"] == ["parallel head", "–", "–", "not run"]
     assert by_first["levels keep PSNR"] == ["levels keep PSNR", "0.99", ">= 0.95", "holds"]
-    assert by_first["FID-digits"][1] == "15% + 0.01"
+    assert by_first["FID-digits"][1] == "5% + 0.002"
     assert by_first["bits per image"][1] == "exact"
     assert "- VAE, continuous: PSNR 25 against 20" in lines
     assert "- parallel head: no weights" in lines

@@ -55,7 +55,8 @@ def save_grid(
     # The canvas is drawn to scale: inches of the grid plus margins for the names around it.
     grid_width = num_columns * cell_inches
     grid_height = len(rows) * cell_inches * height / width
-    margin_left, margin_top, margin = 0.15 + 0.062 * max(len(name) for name in row_names), 0.5, 0.08
+    margin_left = 0.15 + 0.062 * max(len(name) for name in row_names)
+    margin_top, margin = 0.5 if column_names else 0.3, 0.08
     size = (margin_left + grid_width + margin, margin_top + grid_height + margin)
     figure = Figure(figsize=size, dpi=150)
     box = (margin_left / size[0], margin / size[1], grid_width / size[0], grid_height / size[1])
