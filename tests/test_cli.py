@@ -468,7 +468,7 @@ def test_tampered_number_is_exit_1_and_named(
     for text in ("post-training, 16 levels", "FID-digits", "seconds per image"):
         assert text in out  # nothing is cut off where there is no terminal
     page = (tmp_path / "out" / "tables.md").read_text()
-    assert "- post-training, 16 levels: PSNR" in page
+    assert "- post-training, 16 levels: not reproduced: PSNR" in page
 
 
 def test_reasons_may_hold_brackets(

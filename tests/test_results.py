@@ -261,8 +261,8 @@ def test_page_has_rows_verdicts_trends_tolerances() -> None:
     assert by_first["levels keep PSNR"] == ["levels keep PSNR", "0.99", ">= 0.95", "holds"]
     assert by_first["FID-digits"][1] == "5% + 0.002"
     assert by_first["bits per image"][1] == "exact"
-    assert "- VAE, continuous: PSNR 25 against 20" in lines
-    assert "- parallel head: no weights" in lines
+    assert "- VAE, continuous: not reproduced: PSNR 25 against 20" in lines
+    assert "- parallel head: not run: no weights" in lines
     assert not any(line.startswith("- 64 levels") for line in lines)
     for text in ("tokenbridge reproduce tiny", "seed 0", "0123abc", "uncommitted changes"):
         assert text in page
