@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenbridge.generator import TokenBridge
 from tokenbridge.orders import masked_counts
@@ -337,3 +338,33 @@ def test_golden_sample_fails_for_wrong_channel_order() -> None:
     model = golden.model()
     model.inverse_channel_order = tuple(range(16))
     assert golden_agreement(golden, model=model) < 0.99
+
+
+class Waits(TorchDispatchMode):
+    """Count the operations that wait for a device, or copy to it."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(name in str(func) for name in self.NAMES)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("position_order", ["random", "confidence"])
+def test_loop_does_not_wait_for_the_device(position_order: Any) -> None:
+    """More iterations make no more synchronisations: what there is, is before the loop."""
+    model = TokenBridge(**TINY).eval()
+    counts = []
+    for num_iterations in (2, 8):
+        config = SamplingConfig(num_iterations=num_iterations, guidance_scale=2.0, position_order=position_order)
+        with Waits() as waits:
+            generate_tokens(model, torch.arange(3), config, image_noise(0, [0, 1, 2], 16, 4))
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+    with Waits() as waits:  # mutation: a condition on a tensor would be counted
+        bool(torch.ones(()) > 0)
+    assert waits.count > 0

@@ -202,6 +202,6 @@ SMALL = Scale(
         replace(_SMALL_AR64, name="parallel-64", model={**_SMALL_GENERATOR, "head_type": "parallel"}),
     ),
 )
-"""CIFAR-10 on one GPU. Declared and exercised for a few steps by the tests; no weights are shipped yet."""
+"""CIFAR-10 on one GPU. Declared, and tested for one step of each loss; not trained, and no weights are shipped yet."""
 
 SCALES = {scale.name: scale for scale in (TINY, SMALL)}
