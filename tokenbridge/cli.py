@@ -114,7 +114,7 @@ def reproduce(
 
 
 def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Path) -> None:
-    from tokenbridge.results import TITLES, cell, columns_of, tables
+    from tokenbridge.results import TITLES, TREND_COLUMNS, cell, columns_of, tables, trend_cells
 
     colours = {"reproduced": "green", "not reproduced": "bold red", "not run": "yellow", "not compared": "yellow"}
     for table, rows in tables(measured).items():
@@ -124,11 +124,8 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
             verdict, _ = judged[row.id]
             body.append([escape(row.label), *[cell(row, c) for c in columns], f"[{colours[verdict]}]{verdict}[/]"])
         _print_table(TITLES.get(table, table), ["", *columns, "verdict"], body)
-    body = [
-        [t.claim, f"{t.measured:.3g}", f"{t.relation} {t.bound:.3g}", "holds" if t.holds else "does not hold"]
-        for t in measured.trends
-    ]
-    _print_table("The paper's argument at this scale", ["claim", "measured", "asked", ""], body)
+    trends = [trend_cells(trend) for trend in measured.trends]
+    _print_table("The paper's argument at this scale", TREND_COLUMNS, trends)
     console = Console(soft_wrap=True)
     for id_, (verdict, why) in judged.items():
         if verdict not in ("reproduced", "not compared"):

@@ -202,6 +202,15 @@ def cell(row: Row, name: str) -> str:
     return f"{row.metrics[name]:,.{metric(name).decimals}f}" if name in row.metrics else "–"
 
 
+TREND_COLUMNS = ("claim", "measured", "asked", "")
+
+
+def trend_cells(trend: Trend) -> list[str]:
+    """Format a trend for a table with `TREND_COLUMNS`."""
+    asked = f"{trend.relation} {trend.bound:.3g}"
+    return [trend.claim, f"{trend.measured:.3g}", asked, "holds" if trend.holds else "does not hold"]
+
+
 def verdicts(results: Results, reference: Results | None) -> dict[str, tuple[Verdict, str]]:
     """Return (verdict, reason) of every row by its id."""
     if reference is None:
@@ -238,16 +247,7 @@ def to_markdown(results: Results, reference: Results | None) -> str:
     lines += [f"- {id_}: {': '.join(judged[id_])}" for id_ in sorted(absent)] + [""] * bool(absent)
     if results.trends:
         lines += ["## The paper's argument at this scale", ""]
-        body = [
-            [
-                t.claim,
-                f"{t.measured:.3g}",
-                f"{t.relation} {t.bound:.3g}",
-                "holds" if t.holds else "does not hold",
-            ]
-            for t in results.trends
-        ]
-        lines += [*markdown_table(["claim", "measured", "asked", ""], body), ""]
+        lines += [*markdown_table(TREND_COLUMNS, [trend_cells(t) for t in results.trends]), ""]
     lines += ["## Tolerances", ""]
     used = columns_of(results.rows)
     body = [[name, _tolerance(metric(name)), metric(name).reason] for name in used]
