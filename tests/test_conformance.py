@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenbridge import conformance as c
+from tokenbridge import golden as g
+from tokenbridge import golden_tokenbridge as gt
 from tokenbridge.cli import reference_folder
 from tokenbridge.heads import ARHead, FirstElement
 from tokenbridge.official import layout
@@ -128,14 +130,14 @@ def test_two_tensors_that_change_places_are_noticed(
     name: str, first: str, second: str, outputs: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the mapping of names: shapes cannot tell these apart, the numbers do."""
-    original = c.rule_state
+    original = g.rule_state
 
     def swapped(*arguments: Any) -> dict[str, Tensor]:
         state = original(*arguments)
         assert state[first].shape == state[second].shape
         return {**state, first: state[second], second: state[first]}
 
-    monkeypatch.setattr(c, "rule_state", swapped)
+    monkeypatch.setattr(g, "rule_state", swapped)
     assert failed(c.run_file(golden(name))) == outputs
 
 
@@ -234,7 +236,7 @@ def move_to_midpoint(distance: float) -> Callable[[dict[str, Any], Arrays], None
     """Put one value `distance` above the midpoint of levels 3 and 4, and claim the lower index for it."""
 
     def change(meta: dict[str, Any], arrays: Arrays) -> None:
-        quantizer = c.make_quantizer(c.tokenbridge_config(meta["config"]))
+        quantizer = gt.make_quantizer(gt.tokenbridge_config(meta["config"]))
         arrays["in.x"][100] = quantizer.midpoints[3].item() + distance
         arrays["out.indices"][100] = 3
         arrays["out.dequantized"][100] = quantizer.codebook[3].item()
@@ -284,24 +286,24 @@ def test_the_schedule_of_guidance_is_followed(tmp_path: Path) -> None:
 
 
 def test_a_preset_is_completed_by_the_constructors_defaults() -> None:
-    config = c.tokenbridge_config({"preset": "tokenbridge_huge", "class_num": 10, "proj_dropout": 0.3})
+    config = gt.tokenbridge_config({"preset": "tokenbridge_huge", "class_num": 10, "proj_dropout": 0.3})
     assert config["decoder_embed_dim"] == 1280
     assert config["channel_embed_dim"] == 1024
     assert config["channel_depth"] == 6
     assert config["norm_layer_eps"] == 1e-6
     assert config["quant_levels"] == 32  # the constructor's default; the published models were given 64
     assert config["class_num"] == 10
-    assert c.tokenbridge_config({"preset": "tokenbridge_base", "norm_layer_eps": 1e-5})["norm_layer_eps"] == 1e-5
-    bare = c.tokenbridge_config({})
+    assert gt.tokenbridge_config({"preset": "tokenbridge_base", "norm_layer_eps": 1e-5})["norm_layer_eps"] == 1e-5
+    bare = gt.tokenbridge_config({})
     assert (bare["channel_embed_dim"], bare["norm_layer_eps"]) == (256, 1e-5)
 
 
 def test_a_full_size_preset_is_built_without_memory() -> None:
-    config = c.tokenbridge_config({"preset": "tokenbridge_large", "quant_levels": 64})
-    model = c.make_model(config)
+    config = gt.tokenbridge_config({"preset": "tokenbridge_large", "quant_levels": 64})
+    model = gt.make_model(config)
     assert sum(p.numel() for p in model.parameters()) == 486_889_472
     assert model.device.type == "meta"
-    parts = {**layout(c.make_backbone(config)), **layout(c.make_head(config))}
+    parts = {**layout(gt.make_backbone(config)), **layout(gt.make_head(config))}
     assert {name: place.shape for name, place in parts.items()} == {n: p.shape for n, p in layout(model).items()}
 
 
@@ -327,7 +329,7 @@ ASYMMETRIC: dict[str, Any] = {
 
 def test_encoder_and_decoder_of_different_widths() -> None:
     """Checked against the official code when this was written; here: sizes, and that everything runs."""
-    model = c.make_model(c.tokenbridge_config(ASYMMETRIC))
+    model = gt.make_model(gt.tokenbridge_config(ASYMMETRIC))
     shapes = {name: place.shape for name, place in layout(model).items()}
     assert shapes["decoder_embed.weight"] == (32, 24)
     assert shapes["fake_latent"] == (1, 24)
@@ -337,10 +339,10 @@ def test_encoder_and_decoder_of_different_widths() -> None:
 
 
 def test_a_range_that_is_not_symmetric() -> None:
-    quantizer = c.make_quantizer(c.tokenbridge_config(ASYMMETRIC))
+    quantizer = gt.make_quantizer(gt.tokenbridge_config(ASYMMETRIC))
     assert quantizer.codebook.mean().item() == pytest.approx(1.0, abs=1e-5)
     span = (quantizer.codebook[-1] - quantizer.codebook[0]).item()
-    symmetric = c.make_quantizer(c.tokenbridge_config({"quant_levels": 8})).codebook
+    symmetric = gt.make_quantizer(gt.tokenbridge_config({"quant_levels": 8})).codebook
     assert span == pytest.approx((symmetric[-1] - symmetric[0]).item(), abs=1e-5)
 
 
@@ -353,7 +355,7 @@ def test_orders_that_are_no_permutations(tmp_path: Path) -> None:
 
 def test_patches_are_channels_then_rows_then_columns() -> None:
     latents = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).float()
-    patches = c._patches(latents, {"patch_size": 2})
+    patches = gt._patches(latents, {"patch_size": 2})
     assert patches.shape == (2, 4, 12)
     assert patches[0, 1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23, 34, 35, 38, 39]
 
@@ -375,7 +377,7 @@ def test_too_many_levels(tmp_path: Path) -> None:
 
 def test_the_rule() -> None:
     """Numbers computed by hand from the text of shared/goldens/README.md."""
-    state = c.rule_state(c.make_head(c.tokenbridge_config(ASYMMETRIC)), SALT)
+    state = g.rule_state(gt.make_head(gt.tokenbridge_config(ASYMMETRIC)), SALT)
     for name, shape in (
         ("condition_proj.weight", (16, 32)),
         ("channel_norm.weight", (16,)),

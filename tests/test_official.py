@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from tokenbridge.backbone import MaskedBackbone
-from tokenbridge.conformance import rule_state
 from tokenbridge.generator import TokenBridge
+from tokenbridge.golden import rule_state
 from tokenbridge.official import (
     BUFFERS,
     convert,
