@@ -50,6 +50,9 @@ def layout(module: nn.Module) -> dict[str, Place]:
         module: a `TokenBridge`, its backbone or its head alone, or diffusers' AutoencoderKL; on any device, the
             meta device included.
     """
+    own = getattr(module, "official_layout", None)
+    if own is not None:
+        return own()
     if isinstance(module, AutoencoderKL):
         return _kl16_layout(module)
     prefix = isinstance(module, TokenBridge)  # "backbone." or "head."; the parts alone have the official names
@@ -325,7 +328,7 @@ def _wrong_buffers(buffers: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
 
 def _describe(module: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in module.parameters())
-    kind = "KL-16" if isinstance(module, AutoencoderKL) else "TokenBridge"
+    kind = "KL-16" if isinstance(module, AutoencoderKL) else type(module).__name__
     name = next((p.name for p in PRESETS.values() if p.num_parameters == count), kind)
     return f"{name} ({count:,} parameters)"
 
