@@ -161,7 +161,7 @@ def official_pixels(images: Tensor, size: int) -> Tensor:
     """Scale images [B, 3, H, W] to [size, size] and map them to uint8 pixels, as the official evaluation does.
 
     Quirks kept (sample_c2i_ddp.py): bicubic scaling without anti-aliasing, of images that were not clamped; then
-    127.5 x + 128, clamped and cut off, which is half a level brighter on average than `data.images_to_pixels`.
+    127.5 x + 128, cut off: what `data.images_to_pixels` rounds to, but where x lies half-way, always up.
     """
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic")
