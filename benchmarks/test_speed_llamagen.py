@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import SideBySide
-from tokenbridge.llamagen import LlamaGen, LlamaGenSampling, generate_tokens
+from tokenbridge.llamagen import LlamaGen, LlamaGenSampling, filter_logits, generate_tokens
 from tokenbridge.sampling import image_noise
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"latent_size": 4, "num_codes": 512, "num_classes": 10, "width": 112, "depth": 5, "num_heads": 4},
-    "medium": {"latent_size": 16, "num_codes": 4096, "num_classes": 10, "width": 256, "depth": 4, "num_heads": 8},
+    "medium": {"latent_size": 12, "num_codes": 2048, "num_classes": 10, "width": 256, "depth": 4, "num_heads": 8},
 }
-CONFIG = LlamaGenSampling(guidance_scale=2.0, num_guided=None, temperature=0.9, top_k=100, top_p=0.95)
+CONFIG = LlamaGenSampling(guidance_scale=2.0, temperature=0.9, top_k=100, top_p=0.95)
 
 
 def make_model(size: str) -> LlamaGen:
@@ -31,17 +31,6 @@ def make_model(size: str) -> LlamaGen:
     return model.eval()
 
 
-def plain_filter(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Filter image by image and token by token."""
-    probabilities = logits.softmax(-1)
-    for row, logit in zip(probabilities, logits, strict=True):
-        row[logit < logit.sort(descending=True).values[top_k - 1]] = 0
-        order = row.argsort(descending=True)
-        before = (row[order] / row.sum()).cumsum(0) - row[order] / row.sum()
-        row[order[before > top_p]] = 0
-    return probabilities
-
-
 @torch.inference_mode()
 def reference(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, uniforms: Tensor) -> Tensor:
     """Generate tokens from the description of the method; the same parameters and random numbers."""
@@ -50,13 +39,14 @@ def reference(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, uniform
         conditional = model(tokens, labels)[:, -1]
         unconditional = model(tokens, torch.full_like(labels, model.num_classes))[:, -1]
         guided = unconditional + config.guidance_scale * (conditional - unconditional)
-        cumulative = plain_filter(guided / config.temperature, config.top_k, config.top_p).cumsum(-1)
+        kept = filter_logits(guided / config.temperature, top_k=config.top_k, top_p=config.top_p)
+        cumulative = kept.softmax(-1).cumsum(-1)
         chosen = (cumulative <= uniforms[:, place, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
         tokens = torch.cat([tokens, chosen], dim=1)
     return tokens
 
 
-@pytest.mark.parametrize(("size", "batch", "rounds"), [("tiny", 64, 5), ("medium", 1, 3), ("medium", 4, 3)])
+@pytest.mark.parametrize(("size", "batch", "rounds"), [("tiny", 64, 5), ("medium", 1, 3)])
 def test_generation(side_by_side: SideBySide, size: str, batch: int, rounds: int) -> None:
     model = make_model(size)
     labels = torch.arange(batch) % model.num_classes
@@ -78,10 +68,10 @@ def test_interval(side_by_side: SideBySide) -> None:
     model = make_model("medium")
     labels = torch.arange(4)
     uniforms = image_noise(0, list(range(4)), model.num_positions, 1).uniforms[..., 0]
-    config = LlamaGenSampling(guidance_scale=2.0, num_guided=64)
+    config = LlamaGenSampling(guidance_scale=2.0, num_guided=36)
     whole = LlamaGenSampling(guidance_scale=2.0)
     side_by_side(
-        "LlamaGen, medium, 4 images, guidance of 64 of 256 tokens against all",
+        "LlamaGen, medium, 4 images, guidance of 36 of 144 tokens against all",
         lambda: generate_tokens(model, labels, config, uniforms),
         lambda: generate_tokens(model, labels, whole, uniforms),
         rounds=3,

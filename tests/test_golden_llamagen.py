@@ -18,6 +18,7 @@ from tokenbridge import conformance as c
 from tokenbridge import golden as g
 from tokenbridge import golden_llamagen as gl
 from tokenbridge import llamagen, llamagen_vq
+from tokenbridge.official import load_official
 
 CASES = ["greedy", "greedy-interval", "logits", "topk-topp", "vq"]
 
@@ -158,7 +159,10 @@ def test_other_filters_are_noticed(
 
 def test_padding_of_the_encoder_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     original = llamagen_vq.LlamaGenVQ.latents
-    flipped = lambda self, images: original(self, images.flip(-1)).flip(-1)  # noqa: E731
+
+    def flipped(vq: llamagen_vq.LlamaGenVQ, images: Tensor) -> Tensor:
+        return original(vq, images.flip(-1)).flip(-1)
+
     monkeypatch.setattr(llamagen_vq.LlamaGenVQ, "latents", flipped)
     assert "z" in failed(c.run_file(golden("llamagen-vq")))
 
@@ -218,8 +222,8 @@ def test_kv_heads_of_a_case_are_followed() -> None:
     state = g.rule_state(model, {"rule": "fan-in-normal-v1", "salt": "kv"})
     q, k, v = state["layers.0.attention.wqkv.weight"].split([32, 16, 16])
     repeated = [part.view(2, 8, 32).repeat_interleave(2, dim=0).flatten(0, 1) for part in (k, v)]
-    g.load_official(model, state)
-    g.load_official(full, state | {"layers.0.attention.wqkv.weight": torch.cat([q, *repeated])})
+    load_official(model, state)
+    load_official(full, state | {"layers.0.attention.wqkv.weight": torch.cat([q, *repeated])})
     tokens, labels = torch.tensor([[3, 1, 2]]), torch.tensor([7])
     torch.testing.assert_close(model(tokens, labels), full(tokens, labels), atol=1e-5, rtol=1e-5)
     assert F.mse_loss(model(tokens, labels), model(tokens, labels + 1)) > 1e-3

@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
     "num_heads": 4,
     "hidden_multiple": 16,
 }
-ROUNDING = {"atol": 1e-5, "rtol": 1e-4}  # float32 sums in another order; logits are of order 1
+ROUNDING: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}  # float32 sums in another order; logits are of order 1
 
 
 def empty(**changes: Any) -> LlamaGen:
@@ -175,7 +175,10 @@ vectors = st.integers(0, 2**31).map(lambda seed: torch.randn(2, 1, 16, generator
 def test_scores_follow_from_the_difference_of_rows_and_columns(pair: Tensor, r: int, c: int, s: int, d: int) -> None:
     query, key = pair
     here = score(query, key, 1 + 5 * r + c, 1 + 5 * s + d)
-    one_down, one_right = score(query, key, 6 + 5 * r + c, 6 + 5 * s + d), score(query, key, 2 + 5 * r + c, 2 + 5 * s + d)
+    one_down, one_right = (
+        score(query, key, 6 + 5 * r + c, 6 + 5 * s + d),
+        score(query, key, 2 + 5 * r + c, 2 + 5 * s + d),
+    )
     torch.testing.assert_close(torch.stack([one_down, one_right]), here.expand(2), atol=1e-4, rtol=0)
 
 
@@ -209,7 +212,12 @@ def test_the_table_stays_exact_in_half_precision(tmp_path: Path) -> None:
     half = small().to(torch.bfloat16)
     assert half.rotary_rows().dtype == torch.float32
     seen = []
-    half.sample(labels, lambda logits, place: (seen.append(logits), tokens[:, place])[1], num_tokens=8)
+
+    def pick(logits: Tensor, place: int) -> Tensor:
+        seen.append(logits)
+        return tokens[:, place]
+
+    half.sample(labels, pick, num_tokens=8)
     # bfloat16 has 8 bits: some 1 % of logits of order 1.
     torch.testing.assert_close(torch.stack(seen, 1), MODEL(tokens[:, :7], labels), atol=0.1, rtol=0)
 
@@ -268,9 +276,13 @@ def test_what_passes_the_threshold_stays() -> None:
 
 def test_the_temperature_comes_before_the_filters() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    seen = []
-    pick = _picker(2.0, torch.tensor([[0.5]]), lambda x: seen.append(x) or x)
-    pick(logits, 0)
+    seen: list[Tensor] = []
+
+    def keep(scaled: Tensor) -> Tensor:
+        seen.append(scaled)
+        return scaled
+
+    _picker(2.0, torch.tensor([[0.5]]), keep)(logits, 0)
     torch.testing.assert_close(seen[0].softmax(-1), (logits / 2).softmax(-1))
     kept = [lg.filter_logits(x, top_p=0.7).isfinite().sum().item() for x in (seen[0], logits)]
     assert kept == [3, 2]
@@ -357,7 +369,7 @@ def test_labels_that_are_none() -> None:
         {"top_p": 1.1},
     ],
 )
-def test_settings_out_of_range(changes: dict[str, float]) -> None:
+def test_settings_out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         replace(GUIDED, **changes)
 

@@ -1,7 +1,7 @@
 """LlamaGen's VQ tokenizers: VQ-16 (the published models' own) and VQ-8, on diffusers' encoder and decoder.
 
-Official code: FoundationVision/LlamaGen at ce98ec4, tokenizer/tokenizer_image/vq_model.py. What diffusers' VQModel
-lacks is the l2-normalised codebook and attention in the deepest encoder and decoder levels; its Encoder and Decoder fit.
+Official code: FoundationVision/LlamaGen at ce98ec4, tokenizer/tokenizer_image/vq_model.py. diffusers' VQModel has
+neither the l2-normalised codebook nor sides of different depth; its Encoder and Decoder fit.
 
 Shape letters: B batch, C channels of a code, V codes, h, w height and width of the token grid.
 """
