@@ -195,7 +195,7 @@ def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
     Raises:
         ValueError: there is no such file, it does not hold Inception's weights, or not the published ones.
     """
-    published = _check_weights(path, INCEPTION_FILE, INCEPTION_SHA256, allow_other)
+    sha256 = _hash_of_weights(path, INCEPTION_FILE, INCEPTION_SHA256, allow_other)
     content = io.BytesIO()
     try:
         torch.save(torch.load(path, map_location="cpu", weights_only=True), content)
@@ -205,7 +205,7 @@ def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"{path} does not hold the weights of torch-fidelity's Inception: {reason}") from error
-    return Inception(network.to(_device()), sha256_of(path), published)
+    return Inception(network.to(_device()), sha256, sha256 == INCEPTION_SHA256)
 
 
 def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
@@ -215,7 +215,7 @@ def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> I
         ValueError: there is no such file, it has another name, or is not the published one.
     """
     path = Path(path)
-    published = _check_weights(path, CLEANFID_FILE, CLEANFID_SHA256, allow_other)
+    sha256 = _hash_of_weights(path, CLEANFID_FILE, CLEANFID_SHA256, allow_other)
     if path.name != CLEANFID_FILE:
         raise ValueError(f"clean-fid asks for a file called {CLEANFID_FILE}, not {path.name}.")
     try:
@@ -230,7 +230,7 @@ def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> I
         network.resize_inside = images.dtype == torch.uint8
         return (network(images.float()),)
 
-    return Inception(extract, sha256_of(path), published)
+    return Inception(extract, sha256, sha256 == CLEANFID_SHA256)
 
 
 def load_reference(
@@ -462,12 +462,7 @@ def make_reference(
         "versions": provenance.versions(),
         "hardware": provenance.hardware(),
     }
-    arrays: dict[str, Any] = {
-        "mu": mean,
-        "sigma": covariance,
-        "num_images": np.array(len(images)),
-        "meta": np.array(json.dumps(meta)),
-    }
+    arrays: dict[str, Any] = {"mu": mean, "sigma": covariance, "num_images": len(images), "meta": json.dumps(meta)}
     if keep_images:
         arrays["arr_0"] = array
     with replacing(out) as temporary:
@@ -511,8 +506,8 @@ def _cleanfid_statistics(images: ImageSet, inception: Inception, mode: str, batc
     return metrics.statistics_of(torch.cat([features for _, (features,) in batches]))
 
 
-def _check_weights(path: Path | str, name: str, sha256: str, allow_other: bool) -> bool:
-    """Return whether a file of weights is the published one; refuse another unless it is allowed."""
+def _hash_of_weights(path: Path | str, name: str, sha256: str, allow_other: bool) -> str:
+    """Return the SHA-256 of a file of weights; refuse another than the published one unless that is allowed."""
     if not Path(path).is_file():
         raise ValueError(f"There is no file of Inception weights {path}.")
     found = sha256_of(path)
@@ -521,7 +516,7 @@ def _check_weights(path: Path | str, name: str, sha256: str, allow_other: bool) 
             f"{path} is not the published {name}: its SHA-256 is {found}, not {sha256}. Scores by other weights are "
             f"no FID; they can be asked for (--allow-other-inception) and are labelled FID-{OTHER}."
         )
-    return found == sha256
+    return found
 
 
 def _open_samples(samples: Sequence[Path | str], allow_few: bool) -> list[ImageSet]:
