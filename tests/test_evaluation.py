@@ -91,6 +91,7 @@ def weights(root: Path) -> Path:
     for branch in branches:
         scale = getattr(network.Mixed_7c, branch).bn.weight
         scale[12 if branch == "branch1x1" else 0 :] = 0
+    network.fc.weight *= 50  # classes that differ from image to image
     torch.save(network.state_dict(), root / "random.pth")
     return root / "random.pth"
 
@@ -234,7 +235,7 @@ def test_statistics_are_float64(extracted: tuple[Tensor, Tensor, Reference]) -> 
     np.testing.assert_allclose(exact.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(exact.covariance, (x - mean).T @ (x - mean) / (len(x) - 1), atol=1e-15)
     right = metrics.fidelity_distance(exact, reference.statistics)
-    single = Statistics(exact.mean.astype(np.float32), exact.covariance)
+    single = Statistics(exact.mean.astype(np.float32).astype(np.float64), exact.covariance)
     assert metrics.fidelity_distance(single, reference.statistics) != pytest.approx(right, rel=EXACT)
 
 
@@ -387,7 +388,7 @@ class Layers(nn.Module):
     """Features of 12 patches of a 299 x 299 image, followed by zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
-        patches = nn.functional.adaptive_avg_pool2d(x, (2, 2)).flatten(1)
+        patches = nn.functional.adaptive_avg_pool2d(x.square(), (2, 2)).flatten(1)  # blurred or not: a difference
         return nn.functional.pad(patches, (0, 2036))
 
 
@@ -401,7 +402,7 @@ class Base(nn.Module):
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
         assert return_features
         y = nn.functional.interpolate(x, size=[299, 299], mode="bilinear", align_corners=False)
-        return self.layers.forward((y - 128) / 128 + 0.1 * x.shape[2])  # the term tells how it was called
+        return self.layers.forward((y - 128) / 128)
 
 
 @pytest.fixture(scope="session")

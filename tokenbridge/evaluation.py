@@ -564,7 +564,7 @@ def _read_statistics(path: Path) -> tuple[Statistics | None, dict[str, Any], lis
         with np.load(path, allow_pickle=False) as archive:
             names = list(archive.files)
             values = {key: archive[key] for key in ("mu", "sigma", "meta") if key in names}
-    except (*DAMAGED, AttributeError, pickle.UnpicklingError) as error:  # a plain .npy has no `files`
+    except (*DAMAGED, TypeError, pickle.UnpicklingError) as error:  # TypeError: a plain .npy is no context
         raise ValueError(f"{path} is no .npz file of statistics, or cut off: {error}.") from error
     if not {"mu", "sigma"} <= values.keys():
         if "arr_0" in names:
