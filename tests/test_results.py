@@ -163,9 +163,10 @@ def test_metric_finds_labelled_names() -> None:
         assert metric(name) is METRICS[name]
         assert metric(f"{name}-digits") is METRICS[name]
     assert metric("FID-cleanfid-digits") is METRICS["FID-cleanfid"]
+    assert metric("FID-low-other-inception (1,000 images)") is METRICS["FID"]
 
 
-@pytest.mark.parametrize("name", ["XYZ", "XYZ-digits", "", "fid"])
+@pytest.mark.parametrize("name", ["XYZ", "XYZ-digits", "", "fid", "XYZ (5 images)", "-FID"])
 def test_unknown_metric(name: str) -> None:
     with pytest.raises(KeyError):
         metric(name)

@@ -255,6 +255,105 @@ def reconstruct(
     print(f"Table and picture are in {out}/.")
 
 
+@app.command()
+def evaluate(
+    samples: Annotated[
+        list[Path], typer.Argument(help="Folders of images or .npz (arr_0), one for each seed.", show_default=False)
+    ],
+    reference: Annotated[Path, typer.Option(help="Statistics (.npz: mu, sigma, arr_0), or a folder of images.")],
+    inception: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception weights; the usual places by default.")
+    ] = None,
+    cleanfid_inception: Annotated[
+        Path | None, typer.Option(help="clean-fid's inception-2015-12-05.pt, for FID by its own features.")
+    ] = None,
+    allow_other_inception: Annotated[
+        bool, typer.Option("--allow-other-inception", help="Take unpublished weights; scores are labelled.")
+    ] = False,
+    allow_few: Annotated[
+        bool, typer.Option("--allow-few", help="Take fewer than 2,048 images; scores are labelled.")
+    ] = False,
+    num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for FID's interval; 0 for none.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of IS, KID and bootstrap; torch-fidelity's by default.")] = 2020,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    cache: Annotated[Path, typer.Option(help="Folder for features.")] = Path("runs/features"),
+    out: Annotated[Path | None, typer.Option(help="Result file to write (JSON).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
+    from tokenbridge.evaluation import evaluate as run
+    from tokenbridge.files import write_json
+    from tokenbridge.reconstruction import inception_weights
+    from tokenbridge.results import cell, columns_of
+
+    measured = run(
+        samples,
+        reference,
+        inception=inception or inception_weights(),
+        cleanfid_inception=cleanfid_inception,
+        allow_other_inception=allow_other_inception,
+        allow_few=allow_few,
+        num_bootstrap=num_bootstrap,
+        seed=seed,
+        batch_size=batch_size,
+        cache=cache,
+    )
+    if out is not None:
+        write_json(out, measured.model_dump())
+    if as_json:
+        print(json.dumps(measured.model_dump(), indent=2))
+        return
+    scored = [row for row in measured.rows if row.not_run is None]
+    body = [[name, *[cell(row, name) for row in scored]] for name in columns_of(scored)]
+    _print_table(f"Evaluation against {reference}", ["", *[row.label for row in scored]], body)
+    console = Console(soft_wrap=True)
+    for row in measured.rows:
+        if row.not_run is not None:
+            console.print(f"{row.label}: not run: {row.not_run}.", highlight=False, markup=False)
+    for note in measured.provenance.settings["notes"]:
+        console.print(note, highlight=False, markup=False)
+
+
+@app.command()
+def reference(
+    source: Annotated[str, typer.Argument(help="Images: a folder, Parquet, digits, cifar10, imagenet or a hub name.")],
+    out: Annotated[Path, typer.Option(help="File to write (.npz).")],
+    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
+    image_size: Annotated[int, typer.Option(min=1, help="Centre-crop to this size, as ADM does.")] = 256,
+    keep_images: Annotated[
+        int, typer.Option(min=0, help="Store so many of the images too, for precision, recall and KID.")
+    ] = 0,
+    inception: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception weights; the usual places by default.")
+    ] = None,
+    allow_other_inception: Annotated[
+        bool, typer.Option("--allow-other-inception", help="Take unpublished weights.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images to keep.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Make the reference statistics of a data set: mean and covariance of Inception's features."""
+    from tokenbridge.evaluation import make_reference
+    from tokenbridge.reconstruction import inception_weights
+
+    meta = make_reference(
+        source,
+        out,
+        inception=inception or inception_weights(),
+        split=split,
+        image_size=image_size,
+        keep_images=keep_images,
+        allow_other_inception=allow_other_inception,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    if as_json:
+        print(json.dumps(meta, indent=2))
+    else:
+        print(f"Statistics of {meta['num_images']:,} images are in {out}.")
+
+
 def _number(text: str, what: str) -> float:
     try:
         return float(text)

@@ -1,8 +1,9 @@
 """Image metrics: samples against a reference, and reconstructions against their originals.
 
-`score` is torch-fidelity (0.4.0, https://github.com/toshas/torch-fidelity) with a `Classifier` as its feature
-extractor: Fréchet distance, Inception Score, precision, recall and KID. As a cross-check, clean-fid (0.1.35,
-https://github.com/GaParmar/clean-fid) computes the Fréchet distance again, from features extracted here.
+Fréchet distance, Inception Score, precision, recall and KID are torch-fidelity's (0.4.0,
+https://github.com/toshas/torch-fidelity), of features that are given: `score` takes a `Classifier`'s,
+`evaluation.evaluate` Inception's. As a cross-check, clean-fid (0.1.35, https://github.com/GaParmar/clean-fid)
+computes the Fréchet distance again. All take float64: torch-fidelity averages in the precision it is given.
 PSNR and SSIM are scikit-image's. Scores carry the extractor's name (`FID-digits`): only Inception's is FID.
 
 Shape letters: N samples, M reference images, C channels, H height, W width, F features, K classes.
@@ -16,16 +17,19 @@ import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cleanfid.fid
 import numpy as np
 import scipy.linalg
 import torch
-import torch_fidelity
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from tokenbridge.data import pixels_to_images
 
@@ -34,11 +38,18 @@ if TYPE_CHECKING:
 
     from tokenbridge.classifier import Classifier
 
-EXTRACTOR_NAME = "tokenbridge-classifier"  # ours in torch-fidelity's registry
 ISC_SPLITS = 10  # parts that the Inception Score is averaged over (torch-fidelity's and the paper's default)
 KID_SUBSET_SIZE = 1000  # images per KID subset (torch-fidelity's default)
 PRC_NEIGHBOURS = 3  # radius of the manifold: distance to the 3rd neighbour (the paper's and ADM's value)
 PRC_BATCH_SIZE = 1000  # rows of the distance matrix held at once; changes memory, not values
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of features: what the Fréchet distance compares."""
+
+    mean: np.ndarray  # [F], float64
+    covariance: np.ndarray  # [F, F], float64, over N - 1
 
 
 @dataclass(frozen=True)
@@ -105,45 +116,72 @@ def score(
     _check_images("The reference images", reference, minimum=2)
     if samples.shape[1:] != reference.shape[1:]:
         raise ValueError(f"Samples are {list(samples.shape[1:])} and reference images {list(reference.shape[1:])}.")
-    sample_features, _ = extract_features(samples, classifier, batch_size)
+    sample_features, logits = extract_features(samples, classifier, batch_size)
     reference_features, _ = extract_features(reference, classifier, batch_size)
     fid_cleanfid = frechet_distance(sample_features, reference_features)  # first: refuses NaN clearly
-
-    smaller = min(len(samples), len(reference))
-    # torch-fidelity ignores names it does not know; tests/test_metrics.py checks these against its list.
-    values = torch_fidelity.calculate_metrics(
-        input1=ImageDataset(samples),  # precision counts input1's images, recall input2's
-        input2=ImageDataset(reference),
-        feature_extractor=EXTRACTOR_NAME,
-        classifier=classifier,  # not torch-fidelity's: all names reach the extractor's constructor
-        fid=True,
-        isc=True,
-        kid=True,
-        prc=True,
-        isc_splits=min(ISC_SPLITS, len(samples)),
-        kid_subset_size=min(KID_SUBSET_SIZE, smaller),
-        prc_neighborhood=min(PRC_NEIGHBOURS, smaller - 1),
-        prc_batch_size=PRC_BATCH_SIZE,
-        batch_size=batch_size,
-        rng_seed=seed,
-        cuda=classifier.device.type == "cuda",  # on by default, and fails without a GPU
-        save_cpu_ram=True,  # also what keeps it from starting 4 worker processes per input
-        cache=False,
-        verbose=False,
-    )
+    inception, inception_std = inception_score(logits, seed)
+    precision, recall = precision_and_recall(sample_features, reference_features)
+    kid, kid_std = kernel_distance(sample_features, reference_features, seed)
     return Scores(
         extractor=extractor,
         num_samples=len(samples),
         num_reference=len(reference),
-        fid=values[torch_fidelity.KEY_METRIC_FID],
-        inception_score=values[torch_fidelity.KEY_METRIC_ISC_MEAN],
-        inception_score_std=values[torch_fidelity.KEY_METRIC_ISC_STD],
-        precision=values[torch_fidelity.KEY_METRIC_PRECISION],
-        recall=values[torch_fidelity.KEY_METRIC_RECALL],
-        kid=values[torch_fidelity.KEY_METRIC_KID_MEAN],
-        kid_std=values[torch_fidelity.KEY_METRIC_KID_STD],
+        fid=fidelity_distance(statistics_of(sample_features), statistics_of(reference_features)),
+        inception_score=inception,
+        inception_score_std=inception_std,
+        precision=precision,
+        recall=recall,
+        kid=kid,
+        kid_std=kid_std,
         fid_cleanfid=fid_cleanfid,
     )
+
+
+def statistics_of(features: Tensor) -> Statistics:
+    """Return mean and covariance, in float64, of features [N, F], N >= 2."""
+    values = fid_features_to_statistics(features.double().cpu())
+    return Statistics(values["mu"], values["sigma"])
+
+
+def fidelity_distance(a: Statistics, b: Statistics) -> float:
+    """Return torch-fidelity's Fréchet distance: FID, where the features are Inception's."""
+    pair = ({"mu": s.mean, "sigma": s.covariance} for s in (a, b))
+    return float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
+
+
+def inception_score(logits: Tensor, seed: int) -> tuple[float, float]:
+    """Return torch-fidelity's Inception Score of logits [N, K], shuffled by `seed`: mean and deviation over splits."""
+    values = isc_features_to_metric(logits, splits=min(ISC_SPLITS, len(logits)), rng_seed=seed)
+    return values[KEY_METRIC_ISC_MEAN], values[KEY_METRIC_ISC_STD]
+
+
+def precision_and_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Return torch-fidelity's precision and recall (Kynkäänniemi et al., 2019) of features, on their device.
+
+    Precision is the share of the samples inside the reference's manifold, recall the share of the reference inside
+    the samples'. ADM's evaluator, which takes the reference first, returns the same two in the same order.
+
+    Args:
+        samples: [N, F], N >= 2; torch-fidelity's first input.
+        reference: [M, F], M >= 2; its second.
+    """
+    neighbours = min(PRC_NEIGHBOURS, len(samples) - 1, len(reference) - 1)
+    values = prc_features_to_metric(
+        samples,
+        reference,
+        prc_neighborhood=neighbours,
+        prc_batch_size=PRC_BATCH_SIZE,
+        save_cpu_ram=True,  # never the whole distance matrix
+        verbose=False,
+    )
+    return values[KEY_METRIC_PRECISION], values[KEY_METRIC_RECALL]
+
+
+def kernel_distance(samples: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
+    """Return torch-fidelity's KID of features [N, F] and [M, F]: mean and deviation over subsets drawn by `seed`."""
+    size = min(KID_SUBSET_SIZE, len(samples), len(reference))
+    values = kid_features_to_metric(samples, reference, kid_subset_size=size, rng_seed=seed, verbose=False)
+    return values[KEY_METRIC_KID_MEAN], values[KEY_METRIC_KID_STD]
 
 
 @torch.no_grad()
@@ -182,14 +220,8 @@ def extract_features(images: Tensor, classifier: Classifier, batch_size: int = 2
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Return clean-fid's Fréchet distance of two sets of features: the cross-check of torch-fidelity's.
 
-    |mean_a - mean_b|² + tr(S_a) + tr(S_b) - 2 tr sqrt(S_a S_b), with means and covariances S in float64, in
-    squared feature units. Results below 0, which only rounding makes, become 0.
-
-    clean-fid takes the matrix square root by `scipy.linalg.sqrtm(..., disp=False)`, and scipy 1.18 drops
-    `disp`. There the trace is computed here, without forming S_a S_b: with S = RᵀR, the square roots of its
-    eigenvalues are the singular values of R_a R_bᵀ. Where the covariances have full rank both ways agree to
-    rounding. Where they have not (fewer images than features), rounding errors of 1e-16 in eigenvalues that
-    should be 0 become 1e-8 under the root, in clean-fid and torch-fidelity alike; singular values avoid that.
+    In squared feature units; see `cleanfid_distance`, which this is but where scipy no longer has what clean-fid
+    needs: there the factors come from the features, which keeps their rank.
 
     Args:
         features_a: [N, F], N >= 2, F >= 2.
@@ -203,24 +235,53 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         raise ValueError(f"Features are [N, F] and [M, F], all at least 2, not {a.shape} and {b.shape}.")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("Features must be finite.")
-    if "disp" not in inspect.signature(scipy.linalg.sqrtm).parameters:
+    if not _sqrtm_has_disp():
         return frechet_distance_by_singular_values(a, b)
+    return cleanfid_distance(statistics_of(features_a), statistics_of(features_b))
+
+
+def cleanfid_distance(a: Statistics, b: Statistics) -> float:
+    """Return clean-fid's Fréchet distance of two sets of statistics.
+
+    |mean_a - mean_b|² + tr(S_a) + tr(S_b) - 2 tr sqrt(S_a S_b), with means and covariances S in float64, in
+    squared feature units. Results below 0, which only rounding makes, become 0.
+
+    clean-fid takes the matrix square root by `scipy.linalg.sqrtm(..., disp=False)`, and scipy 1.18 drops
+    `disp`. There the trace is computed here, without forming S_a S_b: with S = RᵀR, the square roots of its
+    eigenvalues are the singular values of R_a R_bᵀ. Where the covariances have full rank both ways agree to
+    rounding. Where they have not (fewer images than features), rounding errors of 1e-16 in eigenvalues that
+    should be 0 become 1e-8 under the root, in clean-fid and torch-fidelity alike; singular values avoid that.
+    """
+    if not _sqrtm_has_disp():
+        return _distance(a.mean, root_of(a.covariance), b.mean, root_of(b.covariance))
     # clean-fid prints if the root is not finite.
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # `disp` is deprecated; singular covariances are expected
-        distance = cleanfid.fid.frechet_distance(
-            a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False)
-        )
+        distance = cleanfid.fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
     return max(0.0, float(distance))
 
 
+def root_of(covariance: np.ndarray) -> np.ndarray:
+    """Return R [F, F] with RᵀR = covariance [F, F]."""
+    values, vectors = np.linalg.eigh(covariance)
+    return np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+
+
+def _sqrtm_has_disp() -> bool:
+    return "disp" in inspect.signature(scipy.linalg.sqrtm).parameters
+
+
 def frechet_distance_by_singular_values(a: np.ndarray, b: np.ndarray) -> float:
-    """Compute the same distance from factors R of the covariances, S = RᵀR (see `frechet_distance`)."""
+    """Compute the same distance from factors R of the covariances, S = RᵀR (see `cleanfid_distance`)."""
     root_a, root_b = (
         np.linalg.qr(x - x.mean(axis=0), mode="r") / np.sqrt(len(x) - 1) for x in (a, b)
     )  # [min(N, F), F]
+    return _distance(a.mean(axis=0), root_a, b.mean(axis=0), root_b)
+
+
+def _distance(mean_a: np.ndarray, root_a: np.ndarray, mean_b: np.ndarray, root_b: np.ndarray) -> float:
     trace = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    means = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2)
+    means = np.sum((mean_a - mean_b) ** 2)
     return max(0.0, float(means + np.sum(root_a**2) + np.sum(root_b**2) - 2 * trace))
 
 
@@ -300,37 +361,3 @@ class ImageDataset(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
-
-
-class _ClassifierExtractor(torch_fidelity.FeatureExtractorBase):
-    """A classifier as torch-fidelity's feature extractor, registered once for all classifiers.
-
-    torch-fidelity makes its extractors itself, by name, and gives them every argument of `calculate_metrics`,
-    so the classifier comes along as one of those. It stays out of the module tree, where torch-fidelity would
-    freeze its parameters and move it to another device.
-    """
-
-    def __init__(
-        self, name: str, features_list: list[str], *, classifier: Classifier, batch_size: int, **_: Any
-    ) -> None:
-        super().__init__(name, features_list)
-        self.extract = partial(extract_features, classifier=classifier, batch_size=batch_size)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "features", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        outputs = dict(zip(self.get_provided_features_list(), self.extract(images), strict=True))
-        return tuple(outputs[layer] for layer in self.features_list)  # asked for in any order
-
-
-torch_fidelity.register_feature_extractor(EXTRACTOR_NAME, _ClassifierExtractor)

@@ -260,7 +260,7 @@ def inception_weights(path: Path | str | None = None) -> Path:
     if not file.is_file():
         raise FileNotFoundError(
             f"Inception's weights are not in {file}. Put {INCEPTION_FILE} (from {INCEPTION_URL}) into "
-            f"{cached.parent}, or name the file with {INCEPTION_VARIABLE} or --inception-weights."
+            f"{cached.parent}, or name the file with {INCEPTION_VARIABLE} or on the command line."
         )
     if (found := sha256_of(file)) != INCEPTION_SHA256:
         raise ValueError(f"{file} is not {INCEPTION_FILE}: its SHA-256 is {found}, not {INCEPTION_SHA256}.")

@@ -118,7 +118,7 @@ METRICS: dict[str, Metric] = {
     "± ms": Metric(2, math.inf, 0.0, _TIMING),
     "speed-up": Metric(2, 0.5, 0.0, "ratio of two times of one run, on a machine that others may share"),
 }
-"""Metrics by name; `FID-digits` and its like are found by the part before the last dash."""
+"""Metrics by name; `FID-digits`, `FID-low` or `FID (50 images)` are found by what they begin with."""
 
 
 def metric(name: str) -> Metric:
@@ -127,7 +127,10 @@ def metric(name: str) -> Metric:
     Raises:
         KeyError: an unknown metric.
     """
-    return METRICS[name] if name in METRICS else METRICS[name.rpartition("-")[0]]
+    known = name.partition(" (")[0]
+    while known and known not in METRICS:
+        known = known.rpartition("-")[0]
+    return METRICS[known or name]
 
 
 def within(name: str, measured: float, reference: float) -> bool:
@@ -181,6 +184,7 @@ TITLES = {
     "table2c": "Table 2c. Quantisation levels of the generator",
     "table3": "Table 3. Systems",
     "table5": "Table 5. Time to predict one position, batch 1",
+    "evaluation": "Evaluation",
 }
 
 
