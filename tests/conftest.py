@@ -40,6 +40,14 @@ TINY: dict[str, Any] = {
     "head_depth": 2,
     "head_num_heads": 2,
 }
+SMALL_VAE: dict[str, Any] = {
+    "embed_dim": 4,
+    "ch": 32,
+    "ch_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attn_resolutions": (8,),
+    "resolution": 16,
+}
 
 
 def rule_weights(model: TokenBridge, salt: str) -> TokenBridge:

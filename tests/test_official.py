@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, TINY, tiny_model
+from conftest import SHARED, SMALL_VAE, TINY, tiny_model
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
@@ -35,14 +35,6 @@ from tokenbridge.presets import PRESETS, create_model, find_preset
 
 RULE = {"rule": "fan-in-normal-v1", "salt": "official"}
 PUBLISHED = [name for name, preset in PRESETS.items() if preset.official_name]
-SMALL_VAE: dict[str, Any] = {
-    "embed_dim": 4,
-    "ch": 32,
-    "ch_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attn_resolutions": (8,),
-    "resolution": 16,
-}
 
 
 def shared_names(name: str) -> dict[str, tuple[int, ...]]:
@@ -298,7 +290,7 @@ def test_convert_writes_a_folder_that_loads(tmp_path: Path, tiny_preset: str) ->
     loaded = TokenBridge.from_pretrained(tmp_path / "model", low_cpu_mem_usage=False).state_dict()
     expected = tiny_model().state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-    with pytest.raises(ValueError, match="no model folder"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         convert(path, tmp_path, tiny_preset)
     assert path.is_file()
 
