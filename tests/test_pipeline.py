@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_VAE, TINY, tiny_model
+from conftest import TINY, tiny_model
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from official_files import declare_small_models, small_vae, write_checkpoint, write_kl16
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tokenbridge
 from tokenbridge.data import pixels_to_images
-from tokenbridge.golden import rule_state
-from tokenbridge.official import create_kl16, load_official, to_official
+from tokenbridge.official import to_official
 from tokenbridge.pipeline import TokenBridgePipeline, class_number, convert_pipeline, imagenet_labels
-from tokenbridge.presets import PRESETS, SamplingRecipe
+from tokenbridge.presets import PRESETS
 from tokenbridge.sampling import SamplingConfig, sample_images
 from tokenbridge.tokenizers import LatentTokenizer
 from tokenbridge.weights import WEIGHTS_FILE
@@ -35,16 +35,10 @@ NAMES = {0: "zero, nought", 1: "one", 2: "two", 3: "three", 4: "four"}
 DEFAULTS = SamplingConfig(num_iterations=3, guidance_scale=2.0, temperature=0.9, first_element="training-consistent")
 
 
-def make_vae() -> Any:
-    vae = create_kl16(**SMALL_VAE)
-    load_official(vae, rule_state(vae, {"rule": "fan-in-normal-v1", "salt": "pipeline"}))
-    return vae
-
-
 def make_pipeline(**changes: Any) -> TokenBridgePipeline:
     parts = {
         "transformer": tiny_model(),
-        "vae": make_vae(),
+        "vae": small_vae(),
         "id2label": NAMES,
         "sampling": dataclasses.asdict(DEFAULTS),
     }
@@ -283,24 +277,19 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path: Path, name: str) -> No
 
 @pytest.fixture
 def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path, Path]:
-    """Declare a preset as small as the tests' model; return its name and official files of its weights."""
-    count = sum(parameter.numel() for parameter in PIPELINE.transformer.parameters())
-    sampling = {"official": SamplingRecipe(DEFAULTS, "test"), "paper": SamplingRecipe(SamplingConfig(4), "test")}
-    preset = dataclasses.replace(
-        PRESETS["tokenbridge-tiny"], name="tokenbridge-test", model=TINY, num_parameters=count, sampling=sampling
-    )
-    monkeypatch.setitem(PRESETS, preset.name, preset)
-    monkeypatch.setattr("tokenbridge.official.create_kl16", lambda: create_kl16(**SMALL_VAE))
-    torch.save({"model_ema": to_official(PIPELINE.transformer)}, tmp_path / "checkpoint-last.pth")
-    torch.save({"model": to_official(PIPELINE.vae)}, tmp_path / "kl16.ckpt")
-    return preset.name, tmp_path / "checkpoint-last.pth", tmp_path / "kl16.ckpt"
+    """Return the arguments of `from_preset`: a preset as small as the tests' model, and its official files."""
+    name = declare_small_models(monkeypatch)
+    return name, write_checkpoint(tmp_path / "checkpoint-last.pth"), write_kl16(tmp_path / "kl16.ckpt")
 
 
 def test_a_preset_and_its_official_files(official: tuple[str, Path, Path]) -> None:
     pipeline = TokenBridgePipeline.from_preset(*official)
-    assert pipeline([1, 4], seed=9).images == PIPELINE([1, 4], seed=9).images
+    settings_of_preset = {"num_iterations": 4, "guidance_scale": 2.0, "temperature": 1.0}
+    assert pipeline.config.sampling == dataclasses.asdict(SamplingConfig(**settings_of_preset))
+    expected = make_pipeline(sampling=settings_of_preset)([1, 4], seed=9).images
+    assert pipeline([1, 4], seed=9).images == expected
     paper = TokenBridgePipeline.from_preset(*official, variant="paper")
-    assert paper.config.sampling["num_iterations"] == 4
+    assert paper.config.sampling["num_iterations"] == 3
     with pytest.raises(ValueError, match="no sampling settings 'article'"):
         TokenBridgePipeline.from_preset(*official, variant="article")
 
@@ -328,7 +317,8 @@ def test_conversion_to_a_pipeline_folder(official: tuple[str, Path, Path], tmp_p
     convert_pipeline(checkpoint, vae, tmp_path / "folder", name)  # a pipeline folder may be replaced
     again = TokenBridgePipeline.from_pretrained(tmp_path / "folder")
     again.set_progress_bar_config(disable=True)
-    assert again([1, 4], seed=9).images == PIPELINE([1, 4], seed=9).images
+    expected = TokenBridgePipeline.from_preset(name, checkpoint, vae)([1, 4], seed=9).images
+    assert again([1, 4], seed=9).images == expected
     with pytest.raises(ValueError, match=r"has no model_index\.json"):
         convert_pipeline(checkpoint, vae, tmp_path, name)
 
