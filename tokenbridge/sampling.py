@@ -75,7 +75,14 @@ def image_noise(seed: int, image_indices: list[int], num_positions: int, num_cha
 
 
 @torch.inference_mode()
-def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingConfig, noise: ImageNoise) -> Tensor:
+def generate_tokens(
+    model: TokenBridge,
+    labels: Tensor | None,
+    config: SamplingConfig,
+    noise: ImageNoise,
+    *,
+    on_iteration: Callable[[], object] | None = None,
+) -> Tensor:
     """Generate the tokens of a batch of images.
 
     Args:
@@ -83,6 +90,7 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
         labels: [B] class labels; None generates without a class.
         config: how to sample.
         noise: orders and uniform numbers of these images.
+        on_iteration: called after each iteration, for a progress bar; the device may still be at work then.
 
     Returns:
         tokens [B, L, C] int64, in the latents' channel order.
@@ -121,6 +129,8 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
         places = positions[..., None].expand(-1, -1, model.num_channels)
         tokens.scatter_(1, places, chosen[..., to_latent_order])
         num_masked = still_masked
+        if on_iteration is not None:
+            on_iteration()
     return tokens
 
 
