@@ -6,7 +6,8 @@ run as one batch; the last decoder block runs for predicted positions only; guid
 the head runs once. Source: models/tokenbridge.py, `sample_tokens`.
 
 Randomness: every image has a stream of its own, made from (seed, image index): its order and one uniform number
-for every token. An image does not depend on the batch it was made in.
+for every token. An image does not depend on the batch it was made in. Or, to follow the official code's draws,
+numpy's and torch's global streams (`global_noise`).
 
 Shape letters: B batch, L positions, C channels, V levels, K positions of an iteration, D width.
 """
@@ -58,7 +59,9 @@ class ImageNoise:
     """The random numbers of a batch of images."""
 
     orders: Tensor  # [B, L] int64; an order is consumed from its END (as in the official code)
-    uniforms: Tensor  # [B, L, C] in [0, 1): one for every token, by position and place in generation order
+    # [B, L, C] in [0, 1): one for every token, by position and place in generation order. None: tokens are drawn
+    # from torch's global stream as they come.
+    uniforms: Tensor | None
 
 
 def image_noise(seed: int, image_indices: list[int], num_positions: int, num_channels: int) -> ImageNoise:
@@ -73,6 +76,15 @@ def image_noise(seed: int, image_indices: list[int], num_positions: int, num_cha
     return ImageNoise(torch.from_numpy(np.stack(orders)), torch.from_numpy(np.stack(uniforms)))
 
 
+def global_noise(num_images: int, num_positions: int) -> ImageNoise:
+    """Draw orders from numpy's global stream, and leave the tokens to torch's, as the official code does.
+
+    Source: models/tokenbridge.py, `sample_orders`: one shuffle of the positions for each image in turn.
+    """
+    orders = [np.random.permutation(num_positions) for _ in range(num_images)]  # noqa: NPY002  the official generator
+    return ImageNoise(torch.from_numpy(np.stack(orders)), None)
+
+
 @torch.inference_mode()
 def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingConfig, noise: ImageNoise) -> Tensor:
     """Generate the tokens of a batch of images.
@@ -84,13 +96,14 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
         noise: orders and uniform numbers of these images.
 
     Returns:
-        tokens [B, L, C] int64, in the latents' channel order.
+        tokens [B, L, C] int64, in the latents' channel order; -1 where the logits were NaN.
 
     Raises:
         ValueError: labels out of range, or more iterations than positions.
     """
     device = model.device
-    orders, uniforms = noise.orders.to(device), noise.uniforms.to(device)
+    orders = noise.orders.to(device)
+    uniforms = None if noise.uniforms is None else noise.uniforms.to(device)
     batch, length = orders.shape
     if labels is not None:
         _check_labels(labels, batch, model.num_classes)
@@ -107,10 +120,13 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
         # Orders by confidence are decided as we go: try all masked positions, then keep the surest.
         first = 0 if config.position_order == "confidence" else still_masked
         positions = orders[:, first:num_masked]
+        if uniforms is None:
+            positions = positions.sort(dim=1).values  # the official code draws for rising positions
         z = _guided_context(model, tokens, visible, positions, labels, guidance)
-        pick = _picker(config.temperature, take(uniforms, positions).flatten(0, 1))
+        pick = _picker(config.temperature, None if uniforms is None else take(uniforms, positions).flatten(0, 1))
         chosen, log_probs = model.head.sample(z.flatten(0, 1), pick, first=config.first_element)
-        chosen = chosen.unflatten(0, positions.shape)
+        # Whatever is picked by NaN logits is a valid token: mark it, so that one look at the end finds it.
+        chosen = chosen.masked_fill(log_probs.isnan(), -1).unflatten(0, positions.shape)
         if config.position_order == "confidence":
             confidence = log_probs.sum(-1).unflatten(0, positions.shape)
             by_confidence = confidence.argsort(dim=1)  # the surest last, where orders are consumed
@@ -186,10 +202,20 @@ def _guided_context(
     return unconditional + guidance * (conditional - unconditional)
 
 
-def _picker(temperature: float, uniforms: Tensor) -> Pick:
-    """Return the function that chooses tokens: the inverse of the cumulative distribution at uniforms [N, C]."""
+def _picker(temperature: float, uniforms: Tensor | None) -> Pick:
+    """Return the function that chooses tokens: the inverse of the cumulative distribution at uniforms [N, C].
+
+    Without uniforms: what torch.multinomial draws from the global stream, without its wait for the device.
+    """
     if temperature == 0:
         return lambda logits, place: logits.argmax(-1)
+
+    def race(logits: Tensor, place: int) -> Tensor:
+        probabilities = (logits.float() / temperature).softmax(-1)
+        return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+    if uniforms is None:
+        return race
 
     def pick(logits: Tensor, place: int) -> Tensor:
         logits = logits.float()
