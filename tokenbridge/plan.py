@@ -44,8 +44,14 @@ class Plannable(Protocol):
         """Return the operations of one image by part."""
         ...
 
-    def image_bytes(self) -> int:
-        """Return the size of one image, uncompressed."""
+    @property
+    def channels(self) -> int:
+        """Colour channels of the images: 1 or 3."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
         ...
 
 
@@ -133,7 +139,8 @@ def plan_run(
     there = folder.absolute()
     while not there.exists():
         there = there.parent
-    copies = 2 if config.format == "npz" else 1  # the parts, and the file they are put together in
+    # An .npz has three channels, and while it is put together its parts are there too.
+    copies = 2 * 3 // system.channels if config.format == "npz" else 1
     return Plan(
         name=system.name,
         num_images=config.num_images,
@@ -143,7 +150,7 @@ def plan_run(
         dtype=dtype,
         num_processes=num_processes,
         matmul_flop_per_second=measure_matmul(device, DTYPES[dtype]),
-        disk_bytes=copies * config.num_images * system.image_bytes(),
+        disk_bytes=copies * config.num_images * system.channels * system.image_size**2,
         free_bytes=shutil.disk_usage(there).free,
         missing=tuple(missing),
     )

@@ -224,7 +224,8 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
         show_progress: tell images/s, time left and peak memory on stderr.
 
     Raises:
-        ValueError: labels that are no classes; a folder that holds something else, or a run of another recipe.
+        ValueError: labels that are no classes; a folder that holds something else, or a run of another recipe; a
+            batch too large for the accelerator's memory.
         FloatingPointError: an image is NaN or black; what was made before stays.
         OSError: the folder cannot be written to, or the disk is full; what was made before stays.
     """
@@ -236,7 +237,7 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
         left: list[Any] = [None]
         if state.is_main_process:
             _claim(folder, run_recipe(sampler, config, state.num_processes))
-            store.clear_leftovers()
+            _clear_leftovers(folder, store.pieces)
             left = [store.present()]
         # One process looks at the disk, and all go by what it saw; others might look while a first one writes.
         present: set[int] = broadcast_object_list(left)[0]
@@ -312,6 +313,8 @@ def _make(sampler: Sampler, config: RunConfig, labels: Tensor, number: int, seed
             f"Image {indices.start + error.row} (seed {config.seed}, class {int(labels[indices.start + error.row])}) "
             f"of {sampler.name} {error}. The images made before stay."
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{config.batch_size} images at a time need too much memory: lower the batch size.") from error
     shape = (len(indices), sampler.channels, sampler.image_size, sampler.image_size)
     assert pixels.dtype == torch.uint8, pixels.dtype
     assert tuple(pixels.shape) == shape, (pixels.shape, shape)
@@ -393,6 +396,13 @@ def _claim(folder: Path, recipe: Mapping[str, Any]) -> None:
         )
 
 
+def _clear_leftovers(*folders: Path) -> None:
+    """Remove what killed processes had begun to write (see `files.replacing`)."""
+    begun = re.compile(r"\.(run|streams-\d+|samples|no-result|grid|\d+)-\w{8}\.\w+")
+    for folder in folders:
+        _remove(path for path in folder.glob(".*") if begun.fullmatch(path.name))
+
+
 def _provenance() -> dict[str, Any]:
     return {**provenance.commit(), "versions": provenance.versions(), "hardware": provenance.hardware()}
 
@@ -411,8 +421,7 @@ class _PngFolder:
     """Images as PNG files of a folder."""
 
     def __init__(self, folder: Path, config: RunConfig, name: str | None) -> None:
-        self.samples = folder / (name or "images")
-        self.num_images = config.num_images
+        self.samples = self.pieces = folder / (name or "images")
         self.config = config
 
     def present(self) -> set[int]:
@@ -425,10 +434,6 @@ class _PngFolder:
         rows = [row for row, index in enumerate(self.config.batch(number)) if index not in present]
         save_images(self.samples, pixels[rows], [self.config.batch(number)[row] for row in rows])
 
-    def clear_leftovers(self) -> None:
-        """Remove what a killed process had begun to write."""
-        _remove(self.samples.glob(".*.png"))
-
     def finish(self, labels: NDArray[Any]) -> None:
         """Nothing is left to do: the folder is the result."""
 
@@ -438,11 +443,11 @@ class _Npz:
 
     def __init__(self, folder: Path, config: RunConfig, name: str | None) -> None:
         self.samples = folder / f"{name or 'samples'}.npz"
-        self.parts = folder / "parts"
+        self.pieces = folder / "parts"
         self.config = config
 
     def _part(self, number: int) -> Path:
-        return self.parts / f"{number:06d}.npy"
+        return self.pieces / f"{number:06d}.npy"
 
     def present(self) -> set[int]:
         """Return the numbers of the images that are there."""
@@ -457,11 +462,6 @@ class _Npz:
         with replacing(self._part(number)) as temporary, temporary.open("wb") as file:
             _write_npy(file, pixels.shape, [pixels.numpy()])
 
-    def clear_leftovers(self) -> None:
-        """Remove what a killed process had begun to write or to remove."""
-        _remove(self.parts.glob(".*.npy"))
-        _remove(self.samples.parent.glob(".*.npz"))
-
     def finish(self, labels: NDArray[Any]) -> None:
         """Put the parts together, one at a time, and remove them."""
         paths = [self._part(number) for number in range(self.config.num_batches)]
@@ -474,8 +474,8 @@ class _Npz:
                 with archive.open("arr_1.npy", "w") as file:
                     _write_npy(file, labels.shape, [labels])
         _remove(paths)
-        if self.parts.exists():
-            self.parts.rmdir()
+        if self.pieces.exists():
+            self.pieces.rmdir()
 
 
 _STORES: dict[str, type[_PngFolder] | type[_Npz]] = {"png": _PngFolder, "npz": _Npz}
@@ -492,7 +492,7 @@ def _write_npy(file: IO[bytes], shape: Sequence[int], chunks: Iterable[NDArray[A
 
 
 def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
+    for path in list(paths):
         path.unlink(missing_ok=True)
 
 

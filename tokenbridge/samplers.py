@@ -7,7 +7,6 @@ Shape letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from tokenbridge import experiment, recipes
+from tokenbridge import recipes
 from tokenbridge.data import images_to_pixels
 from tokenbridge.files import sha256_of
 from tokenbridge.generator import TokenBridge
@@ -66,12 +65,12 @@ class TokenBridgeSampler:
     @property
     def image_size(self) -> int:
         """Height and width of the images."""
-        return _image_shape(self.model.latent_size, self.tokenizer.autoencoder)[1]
+        return _image_size(self.model.latent_size, self.tokenizer.autoencoder)
 
     @property
     def channels(self) -> int:
         """Colour channels of the images."""
-        return _image_shape(self.model.latent_size, self.tokenizer.autoencoder)[0]
+        return _channels(self.tokenizer.autoencoder)
 
     @torch.inference_mode()
     def images(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
@@ -147,9 +146,15 @@ class TokenBridgeSystem:
         """Count the operations of one image by part (see `plan.tokenbridge_flop`)."""
         return tokenbridge_flop(self.model, self.sampling, self.create_vae())
 
-    def image_bytes(self) -> int:
-        """Return the size of one image, uncompressed."""
-        return math.prod(_image_shape(self.model["latent_size"], self.create_vae()))
+    @property
+    def channels(self) -> int:
+        """Colour channels of the images."""
+        return _channels(self.create_vae())
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return _image_size(self.model["latent_size"], self.create_vae())
 
     def missing(self) -> list[str]:
         """Return what is not there, one line each: what, where it was looked for, how to name it."""
@@ -225,12 +230,13 @@ def find_system(
     Raises:
         ValueError: an unknown name or variant, a recipe that is no generator, a path without a preset.
     """
-    if name not in PRESETS and (path := Path(name)).exists() and _recipe_of(name) is None:
+    if name not in PRESETS and _recipe_of(name) is None and Path(name).exists():
         if preset is None:
             raise ValueError(f"{name} is a path: say with --preset which model is there ({', '.join(PRESETS)}).")
         if weights is not None:
             raise ValueError("Weights are given twice: as the model's path, and with --weights.")
-        return _published(find_preset(preset), variant, path, vae)
+        system = find_system(find_preset(preset).name, shipped=shipped, variant=variant, vae=vae)
+        return replace(system, weights=Path(name))
     if preset is not None:
         raise ValueError(f"--preset says which model a path holds, but there is no path {name!r}.")
     if name in PRESETS and name not in SHIPPED_PRESETS:
@@ -253,8 +259,8 @@ def find_system(
         model=recipe.model,
         create_vae=partial(_on_meta, AutoencoderKL, scale.recipe("vae").model),
         sampling=sampling,
-        load_model=lambda path: experiment.load(recipe, path.parent),
-        load_vae=lambda path: load_model(AutoencoderKL, path),
+        load_model=lambda path: load_model(TokenBridge, path, recipe.model),
+        load_vae=lambda path: load_model(AutoencoderKL, path, scale.recipe("vae").model),
         weights=folder / recipe.name,
         vae=vae or folder / "vae",
         is_published=False,
@@ -287,10 +293,13 @@ def _weights_file(path: Path) -> Path:
     return path / (WEIGHTS_FILE if (path / "config.json").is_file() else CHECKPOINT)
 
 
-def _image_shape(latent_size: int, vae: Any) -> tuple[int, int, int]:
-    """Return C, H, W of the images; the VAE doubles the latents' size at every level but one."""
-    size = latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    return int(vae.config.out_channels), size, size
+def _image_size(latent_size: int, vae: Any) -> int:
+    """Return height and width of the images; the VAE doubles the latents' at every level but one."""
+    return latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _channels(vae: Any) -> int:
+    return int(vae.config.out_channels)
 
 
 def _on_meta(model_class: Any, arguments: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class SamplingConfig:
             raise ValueError(f"The temperature must be at least 0, not {self.temperature}.")
         if self.position_order not in ("random", "raster", "confidence"):
             raise ValueError(f"Unknown position order {self.position_order!r}.")
+        if self.first_element not in get_args(FirstElement):
+            raise ValueError(f"Unknown first element {self.first_element!r}; there are {get_args(FirstElement)}.")
 
 
 @dataclass(frozen=True)
