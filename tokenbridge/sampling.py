@@ -6,7 +6,8 @@ run as one batch; the last decoder block runs for predicted positions only; guid
 the head runs once. Source: models/tokenbridge.py, `sample_tokens`.
 
 Randomness: every image has a stream of its own, made from (seed, image index): its order and one uniform number
-for every token. An image does not depend on the batch it was made in.
+for every token. An image does not depend on the batch it was made in. Or, to follow the official code's draws,
+numpy's and torch's global streams (`global_noise`).
 
 Shape letters: B batch, L positions, C channels, V levels, K positions of an iteration, D width.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -52,6 +53,8 @@ class SamplingConfig:
             raise ValueError(f"The temperature must be at least 0, not {self.temperature}.")
         if self.position_order not in ("random", "raster", "confidence"):
             raise ValueError(f"Unknown position order {self.position_order!r}.")
+        if self.first_element not in get_args(FirstElement):
+            raise ValueError(f"Unknown first element {self.first_element!r}; there are {get_args(FirstElement)}.")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class ImageNoise:
     """The random numbers of a batch of images."""
 
     orders: Tensor  # [B, L] int64; an order is consumed from its END (as in the official code)
-    uniforms: Tensor  # [B, L, C] in [0, 1): one for every token, by position and place in generation order
+    # [B, L, C] in [0, 1): one for every token, by position and place in generation order. None: tokens are drawn
+    # from torch's global stream as they come.
+    uniforms: Tensor | None
 
 
 def image_noise(seed: int, image_indices: list[int], num_positions: int, num_channels: int) -> ImageNoise:
@@ -72,6 +77,15 @@ def image_noise(seed: int, image_indices: list[int], num_positions: int, num_cha
         orders.append(stream.permutation(num_positions))
         uniforms.append(stream.random((num_positions, num_channels), dtype=np.float32))
     return ImageNoise(torch.from_numpy(np.stack(orders)), torch.from_numpy(np.stack(uniforms)))
+
+
+def global_noise(num_images: int, num_positions: int) -> ImageNoise:
+    """Draw orders from numpy's global stream, and leave the tokens to torch's, as the official code does.
+
+    Source: models/tokenbridge.py, `sample_orders`: one shuffle of the positions for each image in turn.
+    """
+    orders = [np.random.permutation(num_positions) for _ in range(num_images)]  # noqa: NPY002  the official generator
+    return ImageNoise(torch.from_numpy(np.stack(orders)), None)
 
 
 @torch.inference_mode()
@@ -93,13 +107,14 @@ def generate_tokens(
         on_iteration: called after each iteration, for a progress bar; the device may still be at work then.
 
     Returns:
-        tokens [B, L, C] int64, in the latents' channel order.
+        tokens [B, L, C] int64, in the latents' channel order; -1 where the logits were NaN.
 
     Raises:
         ValueError: labels out of range, or more iterations than positions.
     """
     device = model.device
-    orders, uniforms = noise.orders.to(device), noise.uniforms.to(device)
+    orders = noise.orders.to(device)
+    uniforms = None if noise.uniforms is None else noise.uniforms.to(device)
     batch, length = orders.shape
     if labels is not None:
         _check_labels(labels, batch, model.num_classes)
@@ -116,10 +131,13 @@ def generate_tokens(
         # Orders by confidence are decided as we go: try all masked positions, then keep the surest.
         first = 0 if config.position_order == "confidence" else still_masked
         positions = orders[:, first:num_masked]
+        if uniforms is None:
+            positions = positions.sort(dim=1).values  # the official code draws for rising positions
         z = _guided_context(model, tokens, visible, positions, labels, guidance)
-        pick = _picker(config.temperature, take(uniforms, positions).flatten(0, 1))
+        pick = _picker(config.temperature, None if uniforms is None else take(uniforms, positions).flatten(0, 1))
         chosen, log_probs = model.head.sample(z.flatten(0, 1), pick, first=config.first_element)
-        chosen = chosen.unflatten(0, positions.shape)
+        # Whatever is picked by NaN logits is a valid token: mark it, so that one look at the end finds it.
+        chosen = chosen.masked_fill(log_probs.isnan(), -1).unflatten(0, positions.shape)
         if config.position_order == "confidence":
             confidence = log_probs.sum(-1).unflatten(0, positions.shape)
             by_confidence = confidence.argsort(dim=1)  # the surest last, where orders are consumed
@@ -206,20 +224,29 @@ def _guided_context(
     return unconditional + guidance * (conditional - unconditional)
 
 
-def _picker(temperature: float, uniforms: Tensor, keep: Callable[[Tensor], Tensor] | None = None) -> Pick:
+def _picker(temperature: float, uniforms: Tensor | None, keep: Callable[[Tensor], Tensor] | None = None) -> Pick:
     """Return the function that chooses tokens: the inverse of the cumulative distribution at uniforms [N, C].
 
+    Without uniforms: what torch.multinomial draws from the global stream, without its wait for the device.
     `keep`, if given, sets logits [N, V] to -inf after they were divided by the temperature, for top-k and the like.
     """
     if temperature == 0:
         return lambda logits, place: logits.argmax(-1)
 
-    def pick(logits: Tensor, place: int) -> Tensor:
+    def probabilities(logits: Tensor) -> Tensor:
         logits = logits.float()
         scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
-        if keep is not None:
-            scaled = keep(scaled)
-        cumulative = scaled.softmax(-1).cumsum(-1)
+        return (scaled if keep is None else keep(scaled)).softmax(-1)
+
+    def race(logits: Tensor, place: int) -> Tensor:
+        p = probabilities(logits)
+        return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+    if uniforms is None:
+        return race
+
+    def pick(logits: Tensor, place: int) -> Tensor:
+        cumulative = probabilities(logits).cumsum(-1)
         threshold = uniforms[:, place, None] * cumulative[:, -1:]  # rounding: the sum is not exactly 1
         return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
