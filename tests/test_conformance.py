@@ -23,7 +23,8 @@ from tokenbridge.cli import reference_folder
 from tokenbridge.heads import ARHead, FirstElement
 from tokenbridge.official import layout
 
-GOLDENS = sorted((reference_folder() / "goldens").glob("*.npz"))
+SYSTEMS = ("tokenbridge-", "kl16-")  # the baselines' cases are in tests of their own
+GOLDENS = sorted(p for p in (reference_folder() / "goldens").glob("*.npz") if p.name.startswith(SYSTEMS))
 NAMES = [path.stem for path in GOLDENS]
 SALT = {"rule": "fan-in-normal-v1", "salt": "test"}
 

@@ -155,9 +155,7 @@ class Diffusion:
             return reverse.mean
         return reverse.mean + torch.exp(0.5 * reverse.log_variance) * noise * temperature
 
-    def losses(
-        self, start: Tensor, x: Tensor, noise: Tensor, t: Tensor, output: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, start: Tensor, x: Tensor, noise: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two terms of the loss, each [N]: mean over the channels. The loss is their plain sum.
 
         Args:
