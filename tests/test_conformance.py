@@ -165,7 +165,7 @@ def test_the_other_first_element_is_noticed(
     ("change", "reason"),
     [
         (set_meta("format", to=2), "Format version 2 is unknown"),
-        (set_meta("system", to="mar"), "System 'mar' is unknown"),
+        (set_meta("system", to="var"), "System 'var' is unknown"),
         (set_meta("entry", to="speed"), "Entry 'speed' of tokenbridge is unknown"),
         (set_meta("config", "rope", to=True), "Unknown configuration keys: rope"),
         (set_meta("config", "preset", to="tokenbridge_giant"), "Unknown preset 'tokenbridge_giant'"),

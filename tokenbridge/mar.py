@@ -63,7 +63,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Embed timesteps [...] in 0 .. 999: [..., W]."""
-        return self.mlp(sinusoid(timesteps).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(timesteps).to(next(self.parameters()).dtype))
 
 
 def sinusoid(timesteps: Tensor) -> Tensor:
@@ -251,8 +251,9 @@ class MAR(ModelMixin, ConfigMixin):
         )
         self.head = DiffusionHead(self.num_channels, decoder_width or width, head_width, head_depth)
         initialise(self)
-        for layer in (self.head.time_embed.mlp[0], self.head.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.head.time_embed.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.final_layer.linear.weight)
 
     @property
