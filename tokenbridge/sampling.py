@@ -231,6 +231,9 @@ def decode_in_batches(
         num_images: N, at least 1.
         batch_size: images at a time.
         show_progress: draw a progress bar on stderr.
+
+    Raises:
+        ValueError: no images.
     """
     if num_images < 1:
         raise ValueError("The number of images must be at least 1.")
