@@ -97,5 +97,5 @@ def write_random_inception(path: Path | str, seed: int = 0) -> None:
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)  # as made, the features fade to 0
-    with replacing(path) as temporary:
-        torch.save(network.state_dict(), temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # torch takes no path of a hidden file
+        torch.save(network.state_dict(), file)
