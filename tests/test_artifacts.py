@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import socket
 import threading
 import time
@@ -352,7 +353,7 @@ def test_download_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         asked.append(arguments)
         return str(fetched)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: Info())
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: Info())
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert resolve(["tokenbridge-h"]) == {"tokenbridge-h": fetched}
     assert asked == [("Epiphqny/TokenBridge", "a/tokenbridge_huge/checkpoint-last.pth")]
@@ -371,7 +372,7 @@ def test_the_address_is_asked_where_the_hub_fails(
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("no way")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     declare(monkeypatch, "kl16", url=f"{address}/kl16.ckpt")
     assert resolve(["kl16"])["kl16"].read_bytes() == b"vae"
 
@@ -454,7 +455,7 @@ def test_lock_is_in_the_folder_if_it_can_be_written_to_else_here(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(folder / "kl16.ckpt")
-    monkeypatch.setattr(artifacts.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     resolve(["kl16"])
     assert (tmp_path / "cwd" / LOCK_FILE).is_file()
     assert not (folder / LOCK_FILE).exists()

@@ -336,16 +336,20 @@ def test_missing_inception_weights_are_noted(photographs: str, models: dict[str,
         reconstruct(photographs, tokenizer=models["kl"], inception_weights="/not/there", image_size=32, out=tmp_path)
 
 
-@pytest.fixture(scope="module")
-def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file of random weights in torch-fidelity's format, most of whose features stay 0."""
-    file = tmp_path_factory.mktemp("inception") / "random.pth"
-    write_random_inception(file)
+def write_quick_inception(file: Path, seed: int = 0) -> None:
+    """Write random weights most of whose features stay 0, so that eigenvalues take a second instead of ten."""
+    write_random_inception(file, seed)
     weights = torch.load(file, weights_only=True)
     for branch in ("branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b"):
-        # So that the eigenvalues take a second instead of ten.
         torch.nn.init.zeros_(weights[f"Mixed_7c.{branch}.bn.weight"])
     torch.save(weights, file)
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a file of random weights in torch-fidelity's format."""
+    file = tmp_path_factory.mktemp("inception") / "random.pth"
+    write_quick_inception(file)
     return file
 
 

@@ -489,7 +489,7 @@ def _ask_hub(artifact: Artifact, folder: Path | None) -> Callable[[], Path]:
     The official README names the folder of each checkpoint, but not where it lies in the repository.
     """
     assert artifact.hub is not None
-    siblings = huggingface_hub.HfApi().repo_info(artifact.hub, timeout=TIMEOUT).siblings or []
+    siblings = huggingface_hub.HfApi().model_info(artifact.hub, timeout=TIMEOUT).siblings or []
     paths = [s.rfilename for s in siblings if f"/{s.rfilename}".endswith(f"/{artifact.file}")]
     if len(paths) != 1:
         raise _NotFetchedError(f"{artifact.hub} has {len(paths)} files …{artifact.file}")
