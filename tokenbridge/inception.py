@@ -29,10 +29,6 @@ class InceptionWeights:
     sha256: str
     published: bool
 
-    def label(self, metric: str) -> str:
-        """Return the name of a score by these weights: `rFID`, or `rFID-other`."""
-        return metric if self.published else f"{metric}-other"
-
 
 def find_inception(
     path: Path | str | None = None,
