@@ -414,7 +414,7 @@ def _in_folder(artifact: Artifact, folder: Path) -> Path | None:
 
 
 def _in_hub_cache(artifact: Artifact) -> Path | None:
-    """Return the cached file of the repository's main branch whose path ends in `artifact.file`, or the data set's folder."""
+    """Return the cached file of the main branch whose path ends in `artifact.file`, or the data set's folder."""
     assert artifact.hub is not None
     kind = "dataset" if artifact.is_dataset else "model"
     pattern = "data/train*" if artifact.is_dataset else f"*{artifact.file}"
