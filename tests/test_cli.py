@@ -333,7 +333,9 @@ def test_main_system_missing_is_not_run_like_the_others(world: World, tmp_path: 
 def test_help_of_all_commands(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    commands = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    commands = [
+        command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands if command.callback
+    ]
     assert {"reproduce", "train", "sample", "reconstruct"} <= set(commands)
     for command in commands:
         assert command in out

@@ -138,7 +138,7 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
 def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for line in body:
         table.add_row(*line)
     # Not cut to 80 columns where the output goes to a file or a log.
@@ -335,13 +335,13 @@ def evaluate(
     """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
     from tokenbridge.evaluation import evaluate as run
     from tokenbridge.files import write_json
-    from tokenbridge.reconstruction import inception_weights
+    from tokenbridge.inception import find_inception
     from tokenbridge.results import cell, columns_of
 
     measured = run(
         samples,
         reference,
-        inception=inception or inception_weights(),
+        inception=inception or find_inception().path,
         cleanfid_inception=cleanfid_inception,
         allow_other_inception=allow_other_inception,
         allow_few=allow_few,
@@ -387,12 +387,12 @@ def reference(
 ) -> None:
     """Make the reference statistics of a data set: mean and covariance of Inception's features."""
     from tokenbridge.evaluation import make_reference
-    from tokenbridge.reconstruction import inception_weights
+    from tokenbridge.inception import find_inception
 
     meta = make_reference(
         source,
         out,
-        inception=inception or inception_weights(),
+        inception=inception or find_inception().path,
         split=split,
         image_size=image_size,
         keep_images=keep_images,
@@ -443,6 +443,100 @@ def convert(
 
         convert_pipeline(checkpoint, vae, out, name, ema=ema)
     print(f"{name} is in {out}/")
+
+
+@app.command()
+def artifacts(
+    keys: Annotated[list[str] | None, typer.Argument(help="Which files; all by default.", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash the files that are here, and check them.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the KEYS that are missing.")] = False,
+    accept: Annotated[str | None, typer.Option(help="Record this file's hash anew.", metavar="KEY")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the published files: missing, present, or verified; exit code 1 if one of KEYS is missing or changed."""
+    from tokenbridge import artifacts as files
+
+    if accept is not None:
+        files.accept(accept, folder=folder)
+    if download:
+        if not keys:
+            raise ValueError("All files are more than 20: name those to download.")
+        files.resolve(keys, folder=folder)
+    if verify:
+        here = [s.artifact.key for s in files.status(keys, folder=folder) if s.state != "missing"]
+        files.resolve(here, folder=folder, download=False)
+    listed = files.status(keys, folder=folder)
+    if as_json:
+        print(json.dumps([status.as_dict() for status in listed], indent=2))
+    else:
+        _print_artifacts(listed)
+    if keys and any(status.state in ("missing", "changed") for status in listed):
+        sys.exit(1)
+
+
+def _print_artifacts(listed: Sequence[Any]) -> None:
+    colours = {"verified": "green", "present": "yellow", "changed": "bold red", "missing": "red"}
+    body = []
+    for status in listed:
+        size = f"{status.size / 1e6:,.1f} MB" if status.size is not None else "–"
+        sha256 = f"{status.sha256[:12]}…" if status.sha256 else "–"
+        where = str(status.path or status.artifact.origin)
+        state = f"[{colours[status.state]}]{status.state}[/]"
+        body.append([status.artifact.key, state, size, sha256, escape(status.artifact.licence), escape(where)])
+    _print_table("Published files", ["", "", "size", "SHA-256", "licence", "path, or origin"], body)
+
+
+@app.command()
+def reproduce_table1(
+    num_images: Annotated[int | None, typer.Option(help="In all; 50,000 by default, as published.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 50,
+    imagenet: Annotated[Path | None, typer.Option(help="ImageNet: folder with train/, or Parquet files.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt.")] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.")] = None,
+    other_inception: Annotated[
+        Path | None, typer.Option(help="Other Inception weights; scores are labelled and not compared.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="adm_in256_stats.npz.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables and numbers.")] = Path("runs/table1"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the posterior samples.")] = 0,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what a run takes and what is missing; run nothing.")
+    ] = False,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Prove the path with random weights on photographs: no result.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Rebuild the paper's table 1 (reconstruction) with the published VAE on ImageNet, and judge every row."""
+    from tokenbridge import table1
+
+    wanted = table1.NUM_IMAGES if num_images is None else num_images
+    given = {"imagenet": imagenet, "kl16": vae, "inception": inception_weights, "adm-statistics": reference}
+    if plan:
+        planned = table1.plan(num_images=wanted, folder=folder, given=given, other_inception=other_inception)
+        print(json.dumps(planned, indent=2) if as_json else table1.plan_text(planned))
+        return
+    if stand_in:
+        measured, judged = table1.stand_in(out=out, num_images=num_images, seed=seed)
+    else:
+        measured, judged = table1.reproduce_table1(
+            out=out,
+            num_images=wanted,
+            batch_size=batch_size,
+            seed=seed,
+            folder=folder,
+            given=given,
+            other_inception=other_inception,
+        )
+    if as_json:
+        verdict_list = [{"id": id_, "verdict": verdict, "why": why} for id_, (verdict, why) in judged.items()]
+        print(json.dumps({**measured.model_dump(), "verdicts": verdict_list}, indent=2))
+    else:
+        print(table1.to_markdown(measured, judged))
+    if any(verdict == "not reproduced" for verdict, _ in judged.values()):
+        sys.exit(1)
 
 
 @app.command()
