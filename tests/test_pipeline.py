@@ -284,7 +284,7 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path
 
 def test_a_preset_and_its_official_files(official: tuple[str, Path, Path]) -> None:
     pipeline = TokenBridgePipeline.from_preset(*official)
-    settings_of_preset = {"num_iterations": 4, "guidance_scale": 2.0, "temperature": 1.0}
+    settings_of_preset: dict[str, Any] = {"num_iterations": 4, "guidance_scale": 2.0, "temperature": 1.0}
     assert pipeline.config.sampling == dataclasses.asdict(SamplingConfig(**settings_of_preset))
     expected = make_pipeline(sampling=settings_of_preset)([1, 4], seed=9).images
     assert pipeline([1, 4], seed=9).images == expected

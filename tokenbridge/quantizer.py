@@ -247,8 +247,9 @@ def gaussian_codebook(num_levels: int, *, value_range: float, num_sigmas: float)
 
 def gaussian_bin_edges(num_levels: int, *, num_sigmas: float) -> Tensor:
     """Return the edges [V + 1] float32 of equal-probability bins of N(0, 1), cut at ±`num_sigmas` (equation 2)."""
-    # Named, so that a model built on the meta device (presets.create_model) has its codebook all the same.
-    probabilities = torch.linspace(0, 1, num_levels + 1, device="cpu")
+    # Device and type are named, so that a model built on the meta device (presets.create_model) or while another
+    # type is the default (from_pretrained with torch_dtype) has its codebook all the same.
+    probabilities = torch.linspace(0, 1, num_levels + 1, device="cpu", dtype=torch.float32)
     edges = torch.from_numpy(stats.norm.ppf(probabilities.numpy())).to(torch.float32)
     return edges.clamp(-num_sigmas, num_sigmas)
 

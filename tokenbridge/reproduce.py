@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import statistics
 import sys
@@ -154,32 +155,32 @@ def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
     vae = load(bench.scale.recipe("vae"), bench.weights).to(bench.device)
     vq = VQTokenizer(load(bench.scale.recipe("vq"), bench.weights).to(bench.device))
     latents = LatentTokenizer(vae).latents(pixels_to_images(bench.test_pixels).to(bench.device)).cpu()
-    rows: list[Row] = []
-    pictures: dict[str, Tensor] = {"original": bench.test_pixels}
 
-    def add(id_: str, label: str, tokenizer: Any, extra: dict[str, float] | None = None) -> None:
+    def measure(tokenizer: Any) -> tuple[dict[str, float], Tensor]:
+        """Return metrics and reconstructions."""
         pixels, bits = reconstruct_with(tokenizer, bench.test_pixels)
         metrics = reconstruction_metrics(
             bench.test_pixels, pixels, classifier=bench.classifier, extractor=bench.extractor, bits=bits
         )
-        rows.append(Row(id=id_, label=label, metrics={**metrics, **(extra or {})}))
-        if id_.startswith("table1a"):
-            pictures[label] = pixels
+        return metrics, pixels
 
-    def add_quantised(id_: str, label: str, levels: int, value_range: float) -> None:
+    @functools.cache  # the finest levels at the widest range stand in both tables
+    def measure_quantised(levels: int, value_range: float) -> tuple[dict[str, float], Tensor]:
         quantizer = gaussian_quantizer(levels, value_range=value_range)
-        extra = {"relative MSE": measure_distortion(quantizer, latents).relative_mse}
-        add(id_, label, LatentTokenizer(vae, quantizer.to(bench.device)), extra)
+        distortion = measure_distortion(quantizer, latents).relative_mse
+        metrics, pixels = measure(LatentTokenizer(vae, quantizer.to(bench.device)))
+        return {**metrics, "relative MSE": distortion}, pixels
 
-    add("table1a/vae", "VAE, continuous", LatentTokenizer(vae))
-    for levels in LEVELS:
-        add_quantised(f"table1a/ptq-{levels}", f"post-training, {levels} levels", levels, RANGES[-1])
-    codes = vq.num_codes
-    add("table1a/vq", f"VQ, {codes} codes", vq)
-    add("table1b/vae", "VAE, continuous", LatentTokenizer(vae))
-    for value_range in RANGES:
-        add_quantised(f"table1b/range-{value_range:g}", f"range ±{value_range:g}", LEVELS[-1], value_range)
-
+    continuous = measure(LatentTokenizer(vae))
+    measured = {
+        "table1a/vae": ("VAE, continuous", continuous),
+        **{f"table1a/ptq-{n}": (f"post-training, {n} levels", measure_quantised(n, RANGES[-1])) for n in LEVELS},
+        "table1a/vq": (f"VQ, {vq.num_codes} codes", measure(vq)),
+        "table1b/vae": ("VAE, continuous", continuous),
+        **{f"table1b/range-{r:g}": (f"range ±{r:g}", measure_quantised(LEVELS[-1], r)) for r in RANGES},
+    }
+    pictures = {"original": bench.test_pixels}
+    pictures |= {label: pixels for id_, (label, (_, pixels)) in measured.items() if id_.startswith("table1a")}
     shown = _first_of_each_class(bench.test_labels, len(bench.scale.classes))
     save_grid(
         out / "reconstruction.png",
@@ -188,7 +189,7 @@ def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
         f"Reconstruction of {bench.scale.data} (test images)",
         column_names=bench.scale.classes,
     )
-    return rows
+    return [Row(id=id_, label=label, metrics=metrics) for id_, (label, (metrics, _)) in measured.items()]
 
 
 def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Say) -> list[Row]:
