@@ -61,9 +61,14 @@ class ImageNoise:
     """The random numbers of a batch of images."""
 
     orders: Tensor  # [B, L] int64; an order is consumed from its END (as in the official code)
-    # [B, L, C] in [0, 1): one for every token, by position and place in generation order. None: tokens are drawn
-    # from torch's global stream as they come.
-    uniforms: Tensor | None
+    uniforms: Tensor  # [B, L, C] in [0, 1): one for every token, by position and place in generation order
+
+
+@dataclass(frozen=True)
+class GlobalNoise:
+    """The orders of a batch of images; its tokens are drawn from torch's global stream as they come."""
+
+    orders: Tensor  # [B, L] int64, as in ImageNoise
 
 
 def image_noise(seed: int, image_indices: list[int], num_positions: int, num_channels: int) -> ImageNoise:
@@ -78,24 +83,26 @@ def image_noise(seed: int, image_indices: list[int], num_positions: int, num_cha
     return ImageNoise(torch.from_numpy(np.stack(orders)), torch.from_numpy(np.stack(uniforms)))
 
 
-def global_noise(num_images: int, num_positions: int) -> ImageNoise:
+def global_noise(num_images: int, num_positions: int) -> GlobalNoise:
     """Draw orders from numpy's global stream, and leave the tokens to torch's, as the official code does.
 
     Source: models/tokenbridge.py, `sample_orders`: one shuffle of the positions for each image in turn.
     """
     orders = [np.random.permutation(num_positions) for _ in range(num_images)]  # noqa: NPY002  the official generator
-    return ImageNoise(torch.from_numpy(np.stack(orders)), None)
+    return GlobalNoise(torch.from_numpy(np.stack(orders)))
 
 
 @torch.inference_mode()
-def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingConfig, noise: ImageNoise) -> Tensor:
+def generate_tokens(
+    model: TokenBridge, labels: Tensor | None, config: SamplingConfig, noise: ImageNoise | GlobalNoise
+) -> Tensor:
     """Generate the tokens of a batch of images.
 
     Args:
         model: in evaluation mode.
         labels: [B] class labels; None generates without a class.
         config: how to sample.
-        noise: orders and uniform numbers of these images.
+        noise: orders and uniform numbers of these images; or their orders alone.
 
     Returns:
         tokens [B, L, C] int64, in the latents' channel order; -1 where the logits were NaN.
@@ -105,7 +112,7 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
     """
     device = model.device
     orders = noise.orders.to(device)
-    uniforms = None if noise.uniforms is None else noise.uniforms.to(device)
+    uniforms = noise.uniforms.to(device) if isinstance(noise, ImageNoise) else None
     batch, length = orders.shape
     if labels is not None:
         _check_labels(labels, batch, model.num_classes)
