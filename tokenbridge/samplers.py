@@ -76,10 +76,11 @@ class TokenBridgeSampler:
     def images(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
         """Make a batch of images (see `run.Sampler`)."""
         model, dtype = self.model, DTYPES[self.dtype]
-        if seed is None:
-            noise = global_noise(len(labels), model.num_positions)
-        else:
-            noise = image_noise(seed, list(indices), model.num_positions, model.num_channels)
+        noise = (
+            global_noise(len(labels), model.num_positions)
+            if seed is None
+            else image_noise(seed, list(indices), model.num_positions, model.num_channels)
+        )
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
             tokens = generate_tokens(model, labels, self.sampling, noise)
             images = self.tokenizer.images(model.to_latents(tokens))

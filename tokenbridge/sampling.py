@@ -73,9 +73,14 @@ class ImageNoise:
     """The random numbers of a batch of images."""
 
     orders: Tensor  # [B, L] int64; an order is consumed from its END (as in the official code)
-    # [B, L, C] in [0, 1): one for every token, by position and place in generation order. None: tokens are drawn
-    # from torch's global stream as they come.
-    uniforms: Tensor | None
+    uniforms: Tensor  # [B, L, C] in [0, 1): one for every token, by position and place in generation order
+
+
+@dataclass(frozen=True)
+class GlobalNoise:
+    """The orders of a batch of images; its tokens are drawn from torch's global stream as they come."""
+
+    orders: Tensor  # [B, L] int64, as in ImageNoise
 
 
 class MaskedGenerator(Protocol):
@@ -137,13 +142,13 @@ def image_noise(seed: int, image_indices: list[int], num_positions: int, num_cha
     return ImageNoise(torch.from_numpy(np.stack(orders)), torch.from_numpy(np.stack(uniforms)))
 
 
-def global_noise(num_images: int, num_positions: int) -> ImageNoise:
+def global_noise(num_images: int, num_positions: int) -> GlobalNoise:
     """Draw orders from numpy's global stream, and leave the tokens to torch's, as the official code does.
 
     Source: models/tokenbridge.py, `sample_orders`: one shuffle of the positions for each image in turn.
     """
     orders = [np.random.permutation(num_positions) for _ in range(num_images)]  # noqa: NPY002  the official generator
-    return ImageNoise(torch.from_numpy(np.stack(orders)), None)
+    return GlobalNoise(torch.from_numpy(np.stack(orders)))
 
 
 @torch.inference_mode()
@@ -151,7 +156,7 @@ def generate_tokens(
     model: TokenBridge,
     labels: Tensor | None,
     config: SamplingConfig,
-    noise: ImageNoise,
+    noise: ImageNoise | GlobalNoise,
     *,
     on_iteration: Callable[[], object] | None = None,
 ) -> Tensor:
@@ -161,7 +166,7 @@ def generate_tokens(
         model: in evaluation mode.
         labels: [B] class labels; None generates without a class.
         config: how to sample.
-        noise: orders and uniform numbers of these images.
+        noise: orders and uniform numbers of these images; or their orders alone.
         on_iteration: called after each iteration, for a progress bar; the device may still be at work then.
 
     Returns:
@@ -172,7 +177,7 @@ def generate_tokens(
     """
     device = model.device
     orders = noise.orders.to(device)
-    uniforms = None if noise.uniforms is None else noise.uniforms.to(device)
+    uniforms = noise.uniforms.to(device) if isinstance(noise, ImageNoise) else None
     batch, length = orders.shape
     if labels is not None:
         check_labels(labels, batch, model.num_classes)
