@@ -14,6 +14,7 @@ Shape letters: B batch, L positions, C channels, V levels, K positions of an ite
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,7 +94,7 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
     orders, uniforms = noise.orders.to(device), noise.uniforms.to(device)
     batch, length = orders.shape
     if labels is not None:
-        _check_labels(labels, batch, model.num_classes)
+        check_labels(labels, batch, model.num_classes)
         labels = labels.to(device)
     if config.position_order == "raster":
         orders = torch.arange(length - 1, -1, -1, device=device).expand(batch, -1)
@@ -150,16 +151,45 @@ def sample_images(
     Raises:
         ValueError: no labels, labels out of range, a negative seed, more iterations than positions.
     """
-    if len(labels) < 1:
+
+    def latents(indices: list[int]) -> Tensor:
+        noise = image_noise(seed, indices, model.num_positions, model.num_channels)
+        return model.to_latents(generate_tokens(model, labels[indices], config, noise))
+
+    return images_by_batch(latents, tokenizer, len(labels), batch_size=batch_size, show_progress=show_progress)
+
+
+def images_by_batch(
+    latents: Callable[[list[int]], Tensor],
+    tokenizer: LatentTokenizer,
+    num_images: int,
+    *,
+    batch_size: int,
+    show_progress: bool,
+) -> Tensor:
+    """Generate and decode images, a batch at a time.
+
+    Args:
+        latents: returns the latents of images by index.
+        tokenizer: decodes them.
+        num_images: at least 1.
+        batch_size: images at a time.
+        show_progress: draw a progress bar on stderr.
+
+    Returns:
+        uint8 pixels [num_images, C, H, W] on the CPU.
+
+    Raises:
+        ValueError: no images.
+    """
+    if num_images < 1:
         raise ValueError("The number of images must be at least 1.")
     pixels = []
-    starts = range(0, len(labels), batch_size)
+    starts = range(0, num_images, batch_size)
     console = Console(stderr=True)
     for start in track(starts, "sample", console=console, transient=True, disable=not show_progress):
-        indices = list(range(start, min(start + batch_size, len(labels))))
-        noise = image_noise(seed, indices, model.num_positions, model.num_channels)
-        tokens = generate_tokens(model, labels[indices], config, noise)
-        pixels.append(images_to_pixels(tokenizer.images(model.to_latents(tokens))).cpu())
+        indices = list(range(start, min(start + batch_size, num_images)))
+        pixels.append(images_to_pixels(tokenizer.images(latents(indices))).cpu())
     return torch.cat(pixels)
 
 
@@ -201,7 +231,12 @@ def _picker(temperature: float, uniforms: Tensor) -> Pick:
     return pick
 
 
-def _check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
+def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
+    """Refuse labels that are not one for each image, or out of range.
+
+    Raises:
+        ValueError: such labels.
+    """
     if list(labels.shape) != [batch]:
         raise ValueError(f"There must be one label for each of {batch} images, not labels {list(labels.shape)}.")
     if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
