@@ -23,7 +23,10 @@ from tokenbridge.cli import reference_folder
 from tokenbridge.heads import ARHead, FirstElement
 from tokenbridge.official import layout
 
-GOLDENS = sorted((reference_folder() / "goldens").glob("*.npz"))
+# Cases of the other systems are run by the tests of these.
+GOLDENS = sorted(
+    p for p in (reference_folder() / "goldens").glob("*.npz") if p.name.startswith(("tokenbridge-", "kl16-"))
+)
 NAMES = [path.stem for path in GOLDENS]
 SALT = {"rule": "fan-in-normal-v1", "salt": "test"}
 

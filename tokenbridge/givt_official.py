@@ -10,8 +10,9 @@ unrolled tree.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def unroll(tree: Mapping[str, Tensor]) -> State:
         else:
             rest = name.removeprefix(SCANNED)
             layers = {f"decoder/EncDecBlock{i}/{rest}": layer for i, layer in enumerate(value.unbind(1))}
-        if twice := sorted(set(layers) & set(state)):
-            raise ValueError(f"{twice[0]} is there twice, scanned and unrolled.")
+        if (twice := next((layer for layer in layers if layer in state), None)) is not None:
+            raise ValueError(f"{twice} is there twice, scanned and unrolled.")
         state |= layers
     return state
 
@@ -142,36 +143,67 @@ def _dense(theirs: str, ours: str, linear: nn.Linear) -> dict[str, Place]:
 
 
 def load_tree(path: Path | str) -> State:
-    """Read the parameters of a big_vision .npz file, by '/'-joined path, onto the CPU; nothing pickled is run.
+    """Read a tree of arrays, by '/'-joined path, onto the CPU; nothing pickled is run.
 
-    A file of parameters alone is taken whole; of one with an optimizer's state only what is under `params/` (or
-    `opt/target/`, the older way) is read, as big_vision's `load_params` does.
+    - .npz (the transformer). A file of parameters alone is taken whole; of one with an optimizer's state only what
+      is under `params/` (or `opt/target/`, the older way) is read, as big_vision's `load_params` does.
+    - Flax's msgpack (the VAE), taken whole. Arrays above 1 GiB, which Flax splits, are not put together.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file that is damaged or no .npz file, or arrays that are no numbers.
+        ValueError: a file that is damaged or neither of these, or arrays that are no numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            prefixes = (p for p in ("params/", "opt/target/") if any(name.startswith(p) for name in file.files))
-            prefix = next(prefixes, "")
-            arrays = {n.removeprefix(prefix): file[n] for n in file.files if n.startswith(prefix)}
-    except Exception as error:  # zipfile, zlib and numpy have many ways to say that bytes are damaged
+        arrays = _read_npz(path) if zipfile.is_zipfile(path) else _read_msgpack(path)
+    except ImportError:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and msgpack have many ways to say that bytes are damaged
         size = f"{path.stat().st_size:,} bytes"
-        raise ValueError(f"{path} ({size}) is damaged or no .npz file of arrays ({error}).") from error
+        raise ValueError(f"{path} ({size}) is damaged, or neither .npz nor msgpack of arrays ({error}).") from error
     return {name: _tensor(f"{path}: {name}", array) for name, array in arrays.items()}
 
 
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as file:
+        prefixes = (p for p in ("params/", "opt/target/") if any(name.startswith(p) for name in file.files))
+        prefix = next(prefixes, "")
+        return {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
+
+
+def _read_msgpack(path: Path) -> dict[str, NDArray[Any]]:
+    """Read a file of flax.serialization: nested maps, whose arrays are extensions of (shape, type, bytes)."""
+    import msgpack
+
+    def array(code: int, data: bytes) -> NDArray[Any]:
+        if code not in (1, 3):  # an array, or a scalar of numpy
+            raise ValueError(f"extension {code}")
+        shape, dtype, content = msgpack.unpackb(data)
+        return np.frombuffer(content, "V2" if dtype == "bfloat16" else dtype).reshape(shape)
+
+    def flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, NDArray[Any]]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}/")
+            else:
+                yield prefix + name, np.asarray(value)
+
+    # No limits: the file is on this disk, and no number in it makes msgpack reserve more than it holds.
+    tree = msgpack.unpackb(path.read_bytes(), ext_hook=array)
+    if not isinstance(tree, dict):
+        raise ValueError(f"a {type(tree).__name__}")
+    return dict(flat(tree, ""))
+
+
 def _tensor(where: str, array: NDArray[Any]) -> Tensor:
-    """Return an array as a tensor; numpy's files have bfloat16 as two bytes without a type."""
+    """Return an array as a tensor; numpy knows bfloat16 as two bytes without a type."""
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return _tensor(where, array.view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{where} has the type {array.dtype}, which is no number.")
-    return torch.from_numpy(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def load_givt(path: Path | str, name: str = "givt-causal-256") -> GIVT:
@@ -182,26 +214,36 @@ def load_givt(path: Path | str, name: str = "givt-causal-256") -> GIVT:
         ValueError: as `load_tree`, `unroll` and `official.from_official`; the message begins with the path.
     """
     model = create_givt(name)
-    _load(path, model)
+    _load(path, model, load_tree(path))
     return model
 
 
-def load_givt_vae(path: Path | str) -> GivtVAE:
-    """Load the VAE's parameters from an .npz file, in evaluation mode.
+def load_givt_vae(path: Path | str, *, ema: bool = True) -> GivtVAE:
+    """Load the published VAE (`vae_imagenet_2012_beta_5e-5_params`), in evaluation mode.
+
+    Args:
+        path: the published file, Flax's msgpack of a whole training state; or an .npz file of the VAE's parameters.
+        ema: of a training state, take the moving average of the weights, as the published configuration does;
+            otherwise the weights themselves.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: as `load_tree` and `official.from_official`; the message begins with the path.
     """
-    vae = create_givt_vae()
-    _load(path, vae)
+    vae, tree = create_givt_vae(), load_tree(path)
+    if any(name.startswith(("ema_params/", "g_params/")) for name in tree):
+        prefix = "ema_params/" if ema else "g_params/"
+        # Names of the training code, without `cnn_` (cnn.py, load).
+        tree = {"cnn_" + n.removeprefix(prefix): value for n, value in tree.items() if n.startswith(prefix)}
+    _load(path, vae, tree)
     return vae
 
 
-def _load(path: Path | str, module: nn.Module) -> None:
-    tree = load_tree(path)
+def _load(path: Path | str, module: nn.Module, tree: Mapping[str, Tensor]) -> None:
     try:
-        load_official(module, {name: value.float() for name, value in unroll(tree).items()})
+        state = unroll(tree)
+        # Half precision is widened; integers stay, and are refused.
+        load_official(module, {n: value.float() if value.is_floating_point() else value for n, value in state.items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -102,8 +102,8 @@ def to_official(module: nn.Module) -> State:
     """Return the official state dict of `module`: all parameters, and the buffers of a TokenBridge.
 
     What the official class loads with `strict=True`; tensors share memory with the module's where layouts agree.
-    The inverse of `from_official`. The channel order is a constant of the official code and no part of its state: only models of
-    that order mean the same there.
+    The inverse of `from_official`. The channel order is a constant of the official code and no part of its state:
+    only models of that order mean the same there.
     """
     ours = dict(module.named_parameters())
     state = {name: place.to_official(ours[place.name].detach()) for name, place in layout(module).items()}
