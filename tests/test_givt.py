@@ -37,7 +37,7 @@ from tokenbridge.givt import (
     sample_images,
 )
 from tokenbridge.givt_vae import GivtVAE
-from tokenbridge.golden import rule_state
+from tokenbridge.golden import draw_rule, rule_state
 from tokenbridge.official import load_official
 from tokenbridge.tokenizers import LatentTokenizer
 
@@ -172,14 +172,14 @@ def other_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def other_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take queries for keys: shapes cannot tell them apart."""
-    original = gg.draw_rule
+    original = draw_rule
 
     def swapped(*arguments: Any) -> dict[str, Tensor]:
         state = original(*arguments)
         first, second = (f"decoder/EncDecBlock1/SelfAttn/{name}/kernel" for name in ("query", "value"))
         return {**state, first: state[second], second: state[first]}
 
-    monkeypatch.setattr(gg, "draw_rule", swapped)
+    monkeypatch.setattr("tokenbridge.golden_givt.draw_rule", swapped)
 
 
 def other_envelope(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_mixtures_of_two_channels_integrate_to_one() -> None:
     assert mass.item() == pytest.approx(1, abs=1e-3)
     # The control: channels are independent within a component, not beyond it.
     marginals = [Mixture(mixture.log_weights, mixture.locs[:, i, None], mixture.scales[:, i, None]) for i in range(2)]
-    apart = sum(marginal.log_prob(points[:, i, None]) for i, marginal in enumerate(marginals))
+    apart = marginals[0].log_prob(points[:, :1]) + marginals[1].log_prob(points[:, 1:])
     assert not torch.allclose(mixture.log_prob(points), apart, atol=0.1)
 
 
@@ -488,6 +488,20 @@ def test_rounds_make_no_difference(seed: int, weight: float, spread: float, num:
     assert torch.equal(draw.first_accepted, expected.first_accepted)
     assert torch.equal(draw.values, expected.values)
     assert noise.tried <= num
+
+
+@given(st.integers(0, 2**20), st.sampled_from([0.0, 0.1, 0.4, 3.0]), st.floats(0, 3))
+def test_the_constant_is_the_highest_of_the_whole_grid(seed: int, weight: float, spread: float) -> None:
+    density = random_density(20, seed, weight, spread)
+    points = density.conditional.loc + torch.linspace(-10, 10, 1001).view(-1, 1, 1)
+    log_probs = density.log_prob(points)
+    expected = log_probs.amax(0) - density.proposal.log_prob(density.conditional.loc)
+    bound = density.bound()
+    assert torch.equal(bound.isinf(), (log_probs.exp() / density.proposal.log_prob(points[500]).exp()).amax(0).isinf())
+    finite = bound.isfinite()
+    # The same formula at the same points, to the rounding of its two large terms.
+    size = density.conditional.log_prob(points).abs().amax(0) + density.unconditional.log_prob(points).abs().amax(0)
+    assert ((bound.log() - expected).abs() <= 1e-6 * (1 + size))[finite].all()
 
 
 def test_guidance_of_equal_mixtures_is_the_mixture() -> None:

@@ -56,6 +56,10 @@ class Gaussian:
         """Turn standard normal noise into draws."""
         return self.loc + self.scale * noise
 
+    def rows(self, index: Tensor) -> Gaussian:
+        """Return some of the rows of distributions [N, C]."""
+        return Gaussian(self.loc[index], self.scale[index])
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -102,14 +106,19 @@ class GuidedDensity:
         the narrower one, the density grows without limit and float32 overflows: the constant is infinite, nothing
         is ever accepted, and the conditional draw is taken.
         """
-        steps = torch.linspace(-10, 10, 1001, device=self.conditional.loc.device)
-        points = self.conditional.loc + steps.view(-1, *[1] * self.conditional.loc.ndim)
-        return self.log_prob(points).amax(0).exp() / self.proposal.log_prob(self.conditional.loc).exp()
+        c, u, w = self.conditional, self.unconditional, self.weight
+        # The logarithm is a parabola: of the grid's 1001 points the highest is an end, or beside the vertex.
+        curvature = (1 + w) / c.scale.square() - w / u.scale.square()
+        vertex = (w * (c.loc - u.loc) / u.scale.square() / curvature).nan_to_num()
+        beside = ((vertex.clamp(-10, 10) + 10) * 50).long() + torch.arange(-1, 3, device=vertex.device).view(-1, 1, 1)
+        ends = beside.new_tensor([0, 1000]).view(2, 1, 1).expand(2, *vertex.shape)
+        grid = torch.linspace(-10, 10, 1001, device=vertex.device)
+        points = c.loc + grid[torch.cat([beside.clamp(0, 1000), ends])]
+        return self.log_prob(points).amax(0).exp() / self.proposal.log_prob(c.loc).exp()
 
     def rows(self, index: Tensor) -> GuidedDensity:
         """Return the density of some of the N rows."""
-        parts = (Gaussian(g.loc[index], g.scale[index]) for g in (self.conditional, self.unconditional))
-        return GuidedDensity(*parts, self.weight)
+        return GuidedDensity(self.conditional.rows(index), self.unconditional.rows(index), self.weight)
 
 
 # ----------------------------------------------------------------------------------------------------- model
@@ -210,6 +219,7 @@ class GIVT(ModelMixin, ConfigMixin):
         self.num_channels = num_channels
         self.num_classes = num_classes
         self.num_components = num_components
+        self.num_heads = num_heads
         self.fix_square_plus = fix_square_plus
         self.scale_floor = scale_floor
         self.class_emb = nn.Embedding(num_classes + null_class, width)  # the last row stands for "no class"
@@ -288,8 +298,8 @@ class GIVT(ModelMixin, ConfigMixin):
 
     def empty_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """Return room for the keys and values of all positions, each [depth, R, H, L, E]."""
-        heads, width = self.blocks[0].attn.num_heads, self.pos_emb.shape[-1]
-        shape = (len(self.blocks), num_rows, heads, self.num_positions, width // heads)
+        head_width = self.pos_emb.shape[-1] // self.num_heads
+        shape = (len(self.blocks), num_rows, self.num_heads, self.num_positions, head_width)
         return self.pos_emb.new_empty(shape), self.pos_emb.new_empty(shape)
 
     def next_logits(self, x: Tensor, cache: tuple[Tensor, Tensor], position: int) -> Tensor:
@@ -305,6 +315,7 @@ class GIVT(ModelMixin, ConfigMixin):
         """
         x = x[:, None] + self.pos_emb[:, position, None]
         for block, keys, values in zip(self.blocks, *cache, strict=True):
+            assert isinstance(block, GIVTBlock)
             x = block.forward_cached(x, keys, values, position)
         return self.head(self.norm(x[:, 0]))
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tokenbridge.givt import GIVT, GivtSamplingConfig
+from tokenbridge.givt import GIVT, GIVTBlock, GivtSamplingConfig
 from tokenbridge.givt_vae import GivtVAE, ResBlock
 from tokenbridge.official import Place, State, load_official
 from tokenbridge.presets import OFFICIAL, Preset, SamplingRecipe
@@ -67,8 +67,8 @@ def scan(tree: Mapping[str, Tensor]) -> State:
 
 def givt_layout(model: GIVT) -> dict[str, Place]:
     """Return the places of a GIVT's unrolled parameters."""
-    width, num_heads = model.pos_emb.shape[-1], model.blocks[0].attn.num_heads
-    split = (num_heads, width // num_heads)
+    width = model.pos_emb.shape[-1]
+    split = (model.num_heads, width // model.num_heads)
     places = {
         "EmbedLabels/embedding": Place("class_emb.weight", tuple(model.class_emb.weight.shape)),
         **_dense("EmbedTargets", "latent_proj", model.latent_proj),
@@ -78,6 +78,7 @@ def givt_layout(model: GIVT) -> dict[str, Place]:
         **_dense("decoder/LogitsDense", "head", model.head),
     }
     for i, block in enumerate(model.blocks):
+        assert isinstance(block, GIVTBlock)
         theirs, ours = f"decoder/EncDecBlock{i}", f"blocks.{i}"
         # There is no LayerNorm2: it stands before the attention to an encoder.
         places[f"{theirs}/LayerNorm1/scale"] = Place(f"{ours}.norm1.weight", (width,))

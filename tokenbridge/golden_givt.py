@@ -311,7 +311,8 @@ def _run_sample_step(golden: Golden) -> Computed:
     # in.component is what the Gumbel numbers choose; should ours choose another, the outputs differ.
     draw = draw_token(mixtures[0], mixtures[1], config, guided)
     component = (mixtures[0].log_weights + stored["gumbel"]).argmax(-1)
-    density = GuidedDensity(*(mixture.component(component) for mixture in mixtures), config.guidance_weight)
+    conditional, unconditional = (mixture.component(component) for mixture in mixtures)
+    density = GuidedDensity(conditional, unconditional, config.guidance_weight)
     log_prob = density.log_prob(golden.tensor("candidates")[:, :, 0])
     outputs = {
         "logits_cond": logits[0],
@@ -357,9 +358,8 @@ def _run_density(golden: Golden) -> Computed:
 
     component = (log_weights + golden.tensor("gumbel")).argmax(-1)
     parts = [mixture.component(component) for mixture in mixtures]
-    density = GuidedDensity(
-        *(Gaussian(part.loc.flatten(0, 1), part.scale.flatten(0, 1)) for part in parts), config["cfg_inference_weight"]
-    )
+    conditional, unconditional = (Gaussian(part.loc.flatten(0, 1), part.scale.flatten(0, 1)) for part in parts)
+    density = GuidedDensity(conditional, unconditional, config["cfg_inference_weight"])
     noise = StoredNoise(simple_noise=rows("simple_noise"), uniform=rows("uniform"))
     fallback = density.conditional.at(rows("fallback_noise"))
     draw = draw_guided(density, fallback, noise, config.get("max_samples", OFFICIAL_PROPOSALS))
@@ -374,7 +374,8 @@ def _run_decode(golden: Golden) -> Computed:
     stored = {field: golden.tensor(name) for field, name in names.items() if name in golden.inputs}
 
     def noise(position: int) -> StoredNoise:
-        return StoredNoise(**{field: value[position] for field, value in stored.items()})
+        now: dict[str, Any] = {field: value[position] for field, value in stored.items()}
+        return StoredNoise(**now)
 
     draws = list(generate_draws(model, labels, config, noise))
     # The official loop returns 0 unless it searches with beams.
