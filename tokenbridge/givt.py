@@ -111,7 +111,7 @@ class GuidedDensity:
         curvature = (1 + w) / c.scale.square() - w / u.scale.square()
         vertex = (w * (c.loc - u.loc) / u.scale.square() / curvature).nan_to_num()
         beside = ((vertex.clamp(-10, 10) + 10) * 50).long() + torch.arange(-1, 3, device=vertex.device).view(-1, 1, 1)
-        ends = beside.new_tensor([0, 1000]).view(2, 1, 1).expand(2, *vertex.shape)
+        ends = torch.arange(0, 1001, 1000, device=vertex.device).view(2, 1, 1).expand(2, *vertex.shape)
         grid = torch.linspace(-10, 10, 1001, device=vertex.device)
         points = c.loc + grid[torch.cat([beside.clamp(0, 1000), ends])]
         return self.log_prob(points).amax(0).exp() / self.proposal.log_prob(c.loc).exp()

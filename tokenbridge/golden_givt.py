@@ -112,14 +112,13 @@ VAE_FIXED: dict[str, tuple[Any, str]] = {
     "pixel_shuffle_patch_size": ((1, 1), "patches of latents are not built here; only the 512 px model has them"),
 }
 
+# Defaults of the official sampling functions; where a case has None, they hold too.
 SAMPLE_DEFAULTS: dict[str, Any] = {
-    "temp": None,
-    "temp_probs": None,
-    "cfg_inference_weight": None,
-    "max_samples": None,
-    "num_params": None,
+    "temp": 1.0,
+    "temp_probs": 1.0,
+    "cfg_inference_weight": 0.0,
+    "max_samples": 1000,
 }
-OFFICIAL_PROPOSALS = 1000  # the official default of `max_samples`
 
 
 def complete(
@@ -213,23 +212,15 @@ def _check_count(module: torch.nn.Module, golden: Golden) -> None:
 
 
 def _sampling(golden: Golden) -> GivtSamplingConfig:
-    """Return the case's sampling settings; as in the official code None is 1, and no guidance."""
-    arguments = SAMPLE_DEFAULTS | golden.meta["arguments"]
-    number = {key: default if arguments[key] is None else arguments[key] for key, default in _NEUTRAL.items()}
+    """Return the case's sampling settings."""
+    given = {key: value for key, value in golden.meta["arguments"].items() if value is not None}
+    arguments = SAMPLE_DEFAULTS | given
     return GivtSamplingConfig(
-        temperature=number["temp"],
-        temp_probs=number["temp_probs"],
-        guidance_weight=number["cfg_inference_weight"],
-        num_proposals=number["max_samples"],
+        temperature=arguments["temp"],
+        temp_probs=arguments["temp_probs"],
+        guidance_weight=arguments["cfg_inference_weight"],
+        num_proposals=arguments["max_samples"],
     )
-
-
-_NEUTRAL: dict[str, Any] = {
-    "temp": 1.0,
-    "temp_probs": 1.0,
-    "cfg_inference_weight": 0.0,
-    "max_samples": OFFICIAL_PROPOSALS,
-}
 
 
 @dataclass
@@ -362,7 +353,7 @@ def _run_density(golden: Golden) -> Computed:
     density = GuidedDensity(conditional, unconditional, config["cfg_inference_weight"])
     noise = StoredNoise(simple_noise=rows("simple_noise"), uniform=rows("uniform"))
     fallback = density.conditional.at(rows("fallback_noise"))
-    draw = draw_guided(density, fallback, noise, config.get("max_samples", OFFICIAL_PROPOSALS))
+    draw = draw_guided(density, fallback, noise, config.get("max_samples", SAMPLE_DEFAULTS["max_samples"]))
     outputs = _density_outputs(density, draw) | {"cfg_log_prob": density.log_prob(rows("candidates"))}
     return Computed({name: value.unflatten(-2, (batch, length)) for name, value in outputs.items()})
 
@@ -417,7 +408,7 @@ def _run_vae(golden: Golden) -> Computed:
 
 def _decode_entry(golden: Golden) -> Entry:
     """Return the arrays of plain or of guided decoding."""
-    arguments = " ".join(SAMPLE_DEFAULTS)
+    arguments = f"num_params {' '.join(SAMPLE_DEFAULTS)}"
     if golden.meta["arguments"].get("cfg_inference_weight"):  # as in the official code 0 is no guidance
         noise, trace = "simple_noise uniform fallback_noise", "accepted first_accept fac"
     else:
@@ -443,7 +434,7 @@ ENTRIES: Entries = {
             f"logits_cond logits_uncond {' '.join(_STEP)} proposal_loc {_DENSITY} cfg_prob {_DRAW} "
             "plain_sample plain_log_prob",
             _run_sample_step,
-            f"{' '.join(SAMPLE_DEFAULTS)} prefix_len",
+            f"num_params prefix_len {' '.join(SAMPLE_DEFAULTS)}",
         ),
         "cfg-density": entry(
             f"mixture_logits locs_c scales_c locs_u scales_u {_PROPOSALS}", f"{_DENSITY} {_DRAW}", _run_density
