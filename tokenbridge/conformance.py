@@ -23,15 +23,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenbridge import golden_llamagen, golden_mar, golden_tokenbridge
-from tokenbridge.golden import Computed, Entry, Golden, read_golden
+from tokenbridge import golden_givt, golden_llamagen, golden_mar, golden_tokenbridge
+from tokenbridge.golden import Computed, Entries, Entry, Golden, read_golden
 
 TIE = 1e-6  # latents this near to a midpoint may round to either level: float32 error of the map to normalised units
 
-ENTRIES: dict[str, dict[str, Entry]] = {
+ENTRIES: Entries = {
     **golden_tokenbridge.ENTRIES,
     **golden_llamagen.ENTRIES,
     **golden_mar.ENTRIES,
+    **golden_givt.ENTRIES,
 }
 """What computes each entry, by system."""
 
@@ -133,6 +134,8 @@ def _entry_of(golden: Golden) -> Entry:
     if name not in ENTRIES[system]:
         raise ValueError(f"Entry {name!r} of {system} is unknown; there are {', '.join(ENTRIES[system])}.")
     entry = ENTRIES[system][name]
+    if not isinstance(entry, Entry):
+        entry = entry(golden)
     for kind, expected, arrays in (("in", entry.inputs, golden.inputs), ("out", entry.outputs, golden.outputs)):
         if expected is None:
             continue

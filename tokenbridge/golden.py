@@ -69,6 +69,10 @@ class Entry:
     optional: frozenset[str] = frozenset()  # inputs that may be absent
 
 
+Entries = Mapping[str, Mapping[str, Entry | Callable[[Golden], Entry]]]
+"""Entries by system and name; a function where the arrays depend on the case's arguments."""
+
+
 def entry(
     inputs: str, outputs: str, run: Callable[[Golden], Computed], arguments: str = "", optional: str = ""
 ) -> Entry:
@@ -108,10 +112,15 @@ def read_golden(path: Path | str) -> Golden:
 
 
 def rule_state(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Draw the golden weights of `module` by official name, float32; one tensor at a time for each thread.
+    """Draw the golden weights of `module`, as `official.layout` (the meta device will do); see `draw_rule`."""
+    return draw_rule({name: place.shape for name, place in layout(module).items()}, weights)
+
+
+def draw_rule(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Draw golden weights, float32; one tensor at a time for each thread.
 
     Args:
-        module: as `official.layout`; the meta device will do.
+        shapes: by official name.
         weights: {"rule": "fan-in-normal-v1", "salt": ...}.
 
     Raises:
@@ -119,7 +128,6 @@ def rule_state(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tenso
     """
     if weights.get("rule") != RULE or "salt" not in weights:
         raise ValueError(f"The rule for weights {dict(weights)} is unknown; there is {RULE!r}, with a salt.")
-    shapes = {name: place.shape for name, place in layout(module).items()}
 
     def draw(name: str) -> Tensor:
         seed = zlib.crc32(f"{weights['salt']}/{name}".encode())

@@ -41,6 +41,26 @@ class Place:
 
     name: str  # in our module
     shape: tuple[int, ...]  # official; ours may drop trailing ones (1 × 1 convolutions that are linear layers here)
+    kernel: bool = False  # laid out as in Flax: [in, out] however split further, or [height, width, in, out]
+    part: tuple[int, int] | None = None  # (i, n): it is the i-th of n equal parts of ours, along the first dimension
+
+    def to_official(self, ours: Tensor) -> Tensor:
+        """Return the official tensor, from the whole of ours."""
+        if self.part is not None:
+            ours = ours.chunk(self.part[1])[self.part[0]]
+        if self.kernel:
+            ours = ours.permute(2, 3, 1, 0) if ours.ndim == 4 else ours.T
+        return ours.reshape(self.shape)
+
+    def from_official(self, official: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return our tensor of this shape, or the part of it that this is; the inverse of `to_official`."""
+        if self.part is not None:
+            shape = (shape[0] // self.part[1], *shape[1:])
+        if not self.kernel:
+            return official.reshape(shape)
+        if len(shape) == 4:
+            return official.permute(3, 2, 0, 1).contiguous()
+        return official.reshape(shape[::-1]).T.contiguous()
 
 
 def layout(module: nn.Module) -> dict[str, Place]:
@@ -50,9 +70,6 @@ def layout(module: nn.Module) -> dict[str, Place]:
         module: a `TokenBridge`, its backbone or its head alone, diffusers' AutoencoderKL, or a model with a method
             `official_layout` of its own; on any device, the meta device included.
     """
-    own = getattr(module, "official_layout", None)
-    if own is not None:
-        return own()
     if isinstance(module, AutoencoderKL):
         return _kl16_layout(module)
     if (own := getattr(module, "official_layout", None)) is not None:  # the baselines know their names themselves
@@ -83,19 +100,20 @@ def official_buffers(model: TokenBridge) -> State:
 def to_official(module: nn.Module) -> State:
     """Return the official state dict of `module`: all parameters, and the buffers of a TokenBridge.
 
-    What the official class loads with `strict=True`; tensors share memory with the module's. The inverse of
-    `from_official`. The channel order is a constant of the official code and no part of its state: only models of
-    that order mean the same there.
+    What the official class loads with `strict=True`; tensors share memory with the module's where layouts agree.
+    The inverse of `from_official`. The channel order is a constant of the official code and no part of its state:
+    only models of that order mean the same there.
     """
     ours = dict(module.named_parameters())
-    state = {name: ours[place.name].detach().reshape(place.shape) for name, place in layout(module).items()}
+    state = {name: place.to_official(ours[place.name].detach()) for name, place in layout(module).items()}
     return state | official_buffers(module) if isinstance(module, TokenBridge) else state
 
 
 def from_official(module: nn.Module, state: Mapping[str, Tensor]) -> State:
     """Return `state`, an official state dict, under our names and in our shapes, ready for `load_state_dict`.
 
-    Buffers of a TokenBridge may be there or not; one that is there must agree with ours. Tensors are views.
+    Buffers of a TokenBridge may be there or not; one that is there must agree with ours. Tensors are views
+    where layouts agree.
 
     Raises:
         ValueError: tensors missing, left over, of another shape or type, or buffers of another model; the message
@@ -112,8 +130,11 @@ def from_official(module: nn.Module, state: Mapping[str, Tensor]) -> State:
     ]
     if problems:
         raise ValueError(f"This is not the state of {_describe(module)}: {'; '.join(problems)}.{_hint(state)}")
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    return {place.name: state[name].reshape(shapes[place.name]) for name, place in places.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    parts: dict[str, list[Tensor]] = {}
+    for name, place in places.items():
+        parts.setdefault(place.name, []).append(place.from_official(state[name], shapes[place.name]))
+    return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def load_official(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -22,16 +22,17 @@ class Attention(nn.Module):
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"Width {width} is not divisible by {num_heads} heads.")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.q_norm = nn.LayerNorm(width // num_heads, eps=norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // num_heads, eps=norm_eps) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width, bias=bias)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project x [B, S, D] to queries, keys and values, each [B, H, S, E]."""
