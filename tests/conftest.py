@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import zlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,11 +15,17 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from tokenbridge import cli
 from tokenbridge.generator import TokenBridge
+from tokenbridge.golden import RULE, read_golden, rule_state
+from tokenbridge.golden_tokenbridge import make_model, tokenbridge_config
+from tokenbridge.official import load_official
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "reference_results" / "goldens"  # computed with the official code; README.md there
 SHARED = ROOT.parent / "shared"
+
+Run = Callable[..., tuple[int, str, str]]  # what `run_command` returns
 
 torch.set_num_threads(1)  # the models here are tiny, and test processes run side by side
 settings.register_profile("tokenbridge", deadline=None, max_examples=40, derandomize=True)
@@ -42,52 +48,19 @@ TINY: dict[str, Any] = {
 }
 
 
-def rule_weights(model: TokenBridge, salt: str) -> TokenBridge:
-    """Give `model` the goldens' weights (shared/goldens/README.md), by official parameter names.
-
-    Tests other than goldens use them too: at initialisation the adaLN projections are zero, and much of the
-    head does nothing.
-    """
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            name = path.split(".", 1)[1]  # ours has "backbone." or "head." before the official name
-            random = np.random.RandomState(zlib.crc32(f"{salt}/{name}".encode()))
-            x = random.standard_normal(tuple(parameter.shape)).astype(np.float32)
-            if x.ndim >= 2:
-                x = x / np.sqrt(np.prod(x.shape[1:])).astype(np.float32)
-            elif name.endswith(("weight", "scale")):
-                x = 1 + 0.1 * x
-            else:
-                x = 0.1 * x
-            parameter.copy_(torch.from_numpy(x))
-    model.eval()
-    return model
-
-
-def golden_model(config: dict[str, Any], salt: str) -> TokenBridge:
-    """Build the model of an official constructor's keyword arguments, with the goldens' weights."""
-    model = TokenBridge(
-        latent_size=config["img_size"] // config["vae_stride"],
-        num_channels=config["vae_embed_dim"],
-        num_classes=config["class_num"],
-        num_levels=config["quant_levels"],
-        value_range=config["quant_max"],
-        width=config["encoder_embed_dim"],
-        encoder_depth=config["encoder_depth"],
-        decoder_depth=config["decoder_depth"],
-        num_heads=config["encoder_num_heads"],
-        num_buffer=config["buffer_size"],
-        head_width=config["channel_embed_dim"],
-        head_depth=config["channel_depth"],
-        head_num_heads=config["channel_heads"],
-        norm_eps=1e-5,  # of the bare official class, which made the goldens; the presets have 1e-6
-    )
-    return rule_weights(model, salt)
+def with_rule_weights(model: TokenBridge, weights: dict[str, Any]) -> TokenBridge:
+    """Give `model` weights by the goldens' rule, in evaluation mode."""
+    load_official(model, rule_state(model, weights))
+    return model.eval()
 
 
 def tiny_model(**changes: Any) -> TokenBridge:
-    """Return a model of 16 positions, 4 channels and 8 levels, in evaluation mode."""
-    return rule_weights(TokenBridge(**{**TINY, **changes}), "tiny")
+    """Return a model of 16 positions, 4 channels and 8 levels, in evaluation mode.
+
+    Its weights are drawn by the goldens' rule: at initialisation the adaLN projections are zero, and much of the
+    head does nothing.
+    """
+    return with_rule_weights(TokenBridge(**{**TINY, **changes}), {"rule": RULE, "salt": "tiny"})
 
 
 @dataclass(frozen=True)
@@ -99,7 +72,7 @@ class Golden:
     outputs: dict[str, Tensor]
 
     def model(self) -> TokenBridge:
-        return golden_model(self.meta["config"], self.meta["weights"]["salt"])
+        return with_rule_weights(make_model(tokenbridge_config(self.meta["config"])), self.meta["weights"])
 
     def close(self, name: str, ours: Tensor) -> bool:
         """Tell whether `ours` is within the case's own tolerance: float32 sums in another order."""
@@ -120,13 +93,11 @@ def load_golden(name: str) -> Golden:
     path = GOLDENS / f"tokenbridge-{name}.npz"
     if not path.is_file():
         pytest.skip(f"golden case {path} is absent")
-    with np.load(path) as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
-        meta = json.loads(str(file["meta"]))
-    assert meta["format"] == 1
-    inputs = {key[3:]: value for key, value in arrays.items() if key.startswith("in.")}
-    outputs = {key[4:]: value for key, value in arrays.items() if key.startswith("out.")}
-    return Golden(meta, inputs, outputs)
+    golden = read_golden(path)
+    inputs, outputs = (
+        {key: torch.from_numpy(array) for key, array in arrays.items()} for arrays in (golden.inputs, golden.outputs)
+    )
+    return Golden(golden.meta, inputs, outputs)
 
 
 @pytest.fixture(scope="session")
@@ -137,3 +108,35 @@ def real_latents() -> Tensor:
         pytest.skip(f"real latents {path} are absent")
     latents = torch.from_numpy(np.load(path)["latents"]).float()
     return latents / latents.std()
+
+
+@pytest.fixture
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs the command `tokenbridge`: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tokenbridge", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+def error_of(result: tuple[int, str, str]) -> str:
+    """Check that a command failed with one message on stderr and nothing else, and return the message."""
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    return lines[0]

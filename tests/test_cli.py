@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from conftest import error_of
 from datasets import Dataset
 from PIL import Image
 
@@ -108,35 +109,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def run(
-    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    world: World, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., tuple[int, str, str]]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Return a function that runs the command on the miniature: (exit code, stdout, stderr)."""
+    """Return `run_command`, with the miniature as a scale."""
     monkeypatch.setitem(recipes.SCALES, "mini", MINI)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tokenbridge", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
-
-
-def error_of(result: tuple[int, str, str]) -> str:
-    """Check that a command failed with one message on stderr and nothing else, and return the message."""
-    code, out, err = result
-    assert code == 2
-    assert out == ""
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1
-    return lines[0]
+    return run_command
 
 
 # ---------------------------------------------------------------- training
@@ -509,7 +486,10 @@ def test_train_all_runs_generators_last(
     optional = [recipe.name for recipe in MINI.recipes if recipe.optional]
     latents = calls.pop(calls.index(["latents"]))
     assert latents  # cached once, before the generators want them
-    assert [call[2] for call in calls] == [n for n in (*TRAINED, *NOT_TRAINED) if n not in optional]
+    names = [call[2] for call in calls]
+    assert sorted(names) == sorted({*TRAINED, *NOT_TRAINED} - set(optional))
+    is_generator = [MINI.recipe(name).kind == "generator" for name in names]
+    assert is_generator == sorted(is_generator)
     assert {tuple(call[:2] + call[3:]) for call in calls} == {("train", "mini", "--out", str(tmp_path), "--data", DATA)}
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, TINY, tiny_model
+from conftest import SHARED, tiny_model
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from official_files import (
+    SMALL_VAE,
+    Malicious,
+    declare_small_models,
+    empty_tiny,
+    official_state,
+    small_vae,
+    write_checkpoint,
+    write_kl16,
+)
+from torch import nn
 
 from tokenbridge.backbone import MaskedBackbone
 from tokenbridge.generator import TokenBridge
@@ -35,14 +42,6 @@ from tokenbridge.presets import PRESETS, create_model, find_preset
 
 RULE = {"rule": "fan-in-normal-v1", "salt": "official"}
 PUBLISHED = [name for name, preset in PRESETS.items() if preset.official_name]
-SMALL_VAE: dict[str, Any] = {
-    "embed_dim": 4,
-    "ch": 32,
-    "ch_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attn_resolutions": (8,),
-    "resolution": 16,
-}
 
 
 def shared_names(name: str) -> dict[str, tuple[int, ...]]:
@@ -51,21 +50,6 @@ def shared_names(name: str) -> dict[str, tuple[int, ...]]:
     if not path.is_file():
         pytest.skip(f"{path} is absent")
     return {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
-
-
-def empty_tiny(**changes: Any) -> TokenBridge:
-    with torch.device("meta"):
-        return TokenBridge(**{**TINY, **changes}).eval()
-
-
-def official_state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in to_official(module).items()}
-
-
-def filled_vae() -> AutoencoderKL:
-    vae = create_kl16(**SMALL_VAE)
-    load_official(vae, rule_state(vae, RULE))
-    return vae
 
 
 # ------------------------------------------------------------------------------------------------ presets
@@ -181,7 +165,7 @@ def test_buffers_may_be_absent_but_not_wrong() -> None:
 
 @pytest.mark.parametrize("kind", ["tokenbridge", "kl16"])
 def test_strictness(kind: str) -> None:
-    full: nn.Module = tiny_model() if kind == "tokenbridge" else filled_vae()
+    full: nn.Module = tiny_model() if kind == "tokenbridge" else small_vae()
     empty: nn.Module = empty_tiny() if kind == "tokenbridge" else create_kl16(**SMALL_VAE)
     state = official_state(full)
     names = list(layout(full))
@@ -220,44 +204,17 @@ def test_the_error_names_the_model_that_it_is() -> None:
 
 
 @pytest.fixture
-def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Declare a preset as small as the tests' model, so that files of its weights are small."""
-    preset = PRESETS["tokenbridge-tiny"]
-    count = sum(p.numel() for p in empty_tiny().parameters())
-    monkeypatch.setitem(PRESETS, "tokenbridge-test", type(preset)("tokenbridge-test", TINY, count))
-    return "tokenbridge-test"
+def preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    return declare_small_models(monkeypatch)
 
 
-def write_checkpoint(path: Path, **changes: Any) -> Path:
-    """Write a file as the official save_model does (util/misc.py): more in it than weights."""
-    model = tiny_model()
-    content = {
-        "model": {
-            name: value + 1 if value.is_floating_point() else value for name, value in official_state(model).items()
-        },
-        "model_ema": official_state(model),
-        "optimizer": {
-            "state": {0: {"step": 3, "exp_avg": torch.ones(3)}},
-            "param_groups": [{"lr": 1e-4, "params": [0]}],
-        },
-        "epoch": 399,
-        "scaler": {"scale": 65536.0, "growth_factor": 2.0},
-        "args": argparse.Namespace(model="tokenbridge_large", quant_bits=6, device="cuda", resume=None),
-        **changes,
-    }
-    # The buffers of "model" are not trained.
-    content["model"] = {**content["model"], **official_buffers(model)}
-    torch.save(content, path)
-    return path
-
-
-def test_a_checkpoint_with_its_arguments_loads_the_moving_average(tmp_path: Path, tiny_preset: str) -> None:
+def test_a_checkpoint_with_its_arguments_loads_the_moving_average(tmp_path: Path, preset: str) -> None:
     path = write_checkpoint(tmp_path / "checkpoint-last.pth")
-    model = load_tokenbridge(tmp_path, tiny_preset)  # the folder will do, as for the official --resume
+    model = load_tokenbridge(tmp_path, preset)  # the folder will do, as for the official --resume
     expected = tiny_model().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert not model.training
-    plain = load_tokenbridge(path, tiny_preset, ema=False).state_dict()
+    plain = load_tokenbridge(path, preset, ema=False).state_dict()
     assert torch.equal(plain["backbone.mask_token"], expected["backbone.mask_token"] + 1)
 
 
@@ -275,10 +232,9 @@ def test_the_old_file_format_loads_too(tmp_path: Path) -> None:
     assert torch.equal(loaded["decoder.conv_in.bias"], torch.arange(3.0))
 
 
-def test_kl16_file_and_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = filled_vae()
-    torch.save({"model": to_official(vae)}, tmp_path / "kl16.ckpt")
-    monkeypatch.setattr("tokenbridge.official.create_kl16", lambda: create_kl16(**SMALL_VAE))
+def test_kl16_file_and_its_images(tmp_path: Path, preset: str) -> None:
+    vae = small_vae()
+    write_kl16(tmp_path / "kl16.ckpt")
     loaded = load_kl16(tmp_path / "kl16.ckpt")
     image = torch.rand(1, 3, 16, 16)
     with torch.inference_mode():
@@ -290,27 +246,17 @@ def test_kl16_file_and_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(again.eval()(image).sample, vae(image).sample)
 
 
-def test_convert_writes_a_folder_that_loads(tmp_path: Path, tiny_preset: str) -> None:
+def test_convert_writes_a_folder_that_loads(tmp_path: Path, preset: str) -> None:
     path = write_checkpoint(tmp_path / "checkpoint.pth")
-    convert(path, tmp_path / "model", tiny_preset)
-    convert(path, tmp_path / "model", tiny_preset)  # a model folder may be replaced
+    convert(path, tmp_path / "model", preset)
+    convert(path, tmp_path / "model", preset)  # a model folder may be replaced
     assert (tmp_path / "model" / "diffusion_pytorch_model.safetensors").is_file()
     loaded = TokenBridge.from_pretrained(tmp_path / "model", low_cpu_mem_usage=False).state_dict()
     expected = tiny_model().state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-    with pytest.raises(ValueError, match="no model folder"):
-        convert(path, tmp_path, tiny_preset)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        convert(path, tmp_path, preset)
     assert path.is_file()
-
-
-class Malicious:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
@@ -341,13 +287,13 @@ def test_random_bytes_are_one_clear_error(tmp_path: Path) -> None:
             load_checkpoint(path)
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path, tiny_preset: str) -> None:
+def test_files_that_are_no_checkpoints(tmp_path: Path, preset: str) -> None:
     page = tmp_path / "page.pth"
     page.write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"page\.pth \(16 bytes\) is truncated, damaged or no checkpoint"):
         load_checkpoint(page)
     with pytest.raises(FileNotFoundError, match=r"checkpoint-last\.pth"):
-        load_tokenbridge(tmp_path, tiny_preset)
+        load_tokenbridge(tmp_path, preset)
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"holds no weights under 'model_ema'; it has keys \['state_dict'\]"):
         load_checkpoint(tmp_path / "other.pth")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tokenbridge.data import load_images as load_images
     from tokenbridge.generator import TokenBridge as TokenBridge
     from tokenbridge.metrics import score as score
+    from tokenbridge.pipeline import TokenBridgePipeline as TokenBridgePipeline
     from tokenbridge.quantizer import gaussian_quantizer as gaussian_quantizer
     from tokenbridge.quantizer import lloyd_max_quantizer as lloyd_max_quantizer
     from tokenbridge.quantizer import measure_distortion as measure_distortion
@@ -29,6 +30,7 @@ _HOME = {
     "LatentTokenizer": "tokenizers",
     "SamplingConfig": "sampling",
     "TokenBridge": "generator",
+    "TokenBridgePipeline": "pipeline",
     "VQTokenizer": "tokenizers",
     "gaussian_quantizer": "quantizer",
     "generate_tokens": "sampling",

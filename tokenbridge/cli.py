@@ -378,12 +378,18 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint-last.pth or its folder; or kl16.ckpt.")],
     name: Annotated[str, typer.Argument(help="tokenbridge-b, -l or -h; or kl16.")],
     out: Annotated[Path, typer.Option(help="Folder to write: config.json and safetensors.")],
+    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt, to write a whole pipeline with its VAE.")] = None,
     ema: Annotated[bool, typer.Option(help="Moving average of the weights, as published; or the last ones.")] = True,
 ) -> None:
     """Turn a published checkpoint into a diffusers folder, strictly; pickled code in it is never run."""
-    from tokenbridge.official import convert as run
+    if vae is None:
+        from tokenbridge.official import convert as run
 
-    run(checkpoint, out, name, ema=ema)
+        run(checkpoint, out, name, ema=ema)
+    else:
+        from tokenbridge.pipeline import convert_pipeline
+
+        convert_pipeline(checkpoint, vae, out, name, ema=ema)
     print(f"{name} is in {out}/")
 
 

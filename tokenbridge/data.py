@@ -180,6 +180,12 @@ def to_pixels(images: Sequence[Image.Image], *, size: int | None = None, channel
     return pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
 
 
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """Turn uint8 pixels [B, C, H, W] into PIL images: RGB, or grey for one channel."""
+    arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]
+
+
 def pixels_to_images(pixels: Tensor) -> Tensor:
     """Map uint8 pixels to the float images in [-1, 1] that every model here takes and returns."""
     return pixels.float() / 127.5 - 1.0

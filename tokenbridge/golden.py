@@ -56,10 +56,13 @@ class Computed:
 
 @dataclass(frozen=True)
 class Entry:
-    """One kind of golden: the arrays it must have, the arguments it may have, what computes it."""
+    """One kind of golden: the arrays it must have, the arguments it may have, what computes it.
 
-    inputs: frozenset[str]
-    outputs: frozenset[str]
+    None instead of names: the names depend on the case's arguments, and `run` checks them.
+    """
+
+    inputs: frozenset[str] | None
+    outputs: frozenset[str] | None
     run: Callable[[Golden], Computed]
     arguments: frozenset[str] = frozenset()
 

@@ -50,6 +50,9 @@ def layout(module: nn.Module) -> dict[str, Place]:
         module: a `TokenBridge`, its backbone or its head alone, or diffusers' AutoencoderKL; on any device, the
             meta device included.
     """
+    own = getattr(module, "official_layout", None)
+    if own is not None:
+        return own()
     if isinstance(module, AutoencoderKL):
         return _kl16_layout(module)
     prefix = isinstance(module, TokenBridge)  # "backbone." or "head."; the parts alone have the official names
@@ -190,14 +193,19 @@ def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as `load_tokenbridge` and `load_kl16`; something in the way that is no model folder.
+        ValueError: as `load_tokenbridge`, `load_kl16` and `check_replaceable`.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())):
-        raise ValueError(f"{folder} is there and is no model folder; it is left as it is.")
+    check_replaceable(folder, "config.json")
     model = load_kl16(path) if name == KL16 else load_tokenbridge(path, name, ema=ema)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
+
+
+def check_replaceable(folder: Path | str, index: str) -> None:
+    """Raise ValueError unless `folder` is absent, empty, or has the file `index`, as what would replace it has."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / index).is_file())):
+        raise ValueError(f"{folder} is there and has no {index}; it is left as it is.")
 
 
 def create_kl16(
@@ -325,7 +333,7 @@ def _wrong_buffers(buffers: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
 
 def _describe(module: nn.Module) -> str:
     count = sum(parameter.numel() for parameter in module.parameters())
-    kind = "KL-16" if isinstance(module, AutoencoderKL) else "TokenBridge"
+    kind = "KL-16" if isinstance(module, AutoencoderKL) else type(module).__name__
     name = next((p.name for p in PRESETS.values() if p.num_parameters == count), kind)
     return f"{name} ({count:,} parameters)"
 

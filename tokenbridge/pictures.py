@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 
+from tokenbridge.data import to_pil
 from tokenbridge.files import replacing
 
 if TYPE_CHECKING:
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 def save_images(folder: Path | str, pixels: Tensor) -> None:
     """Save uint8 images [N, C, H, W] as numbered PNG files, each whole or not at all."""
-    for i, image in enumerate(pixels):
-        array = image.permute(1, 2, 0).numpy()
+    for i, image in enumerate(to_pil(pixels)):
         with replacing(Path(folder) / f"{i:06d}.png") as temporary:
-            Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(temporary)
+            image.save(temporary)
 
 
 def save_grid(

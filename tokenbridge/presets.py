@@ -25,7 +25,7 @@ PAPER = "paper"
 class SamplingRecipe:
     """How a preset was sampled, and who says so."""
 
-    config: SamplingConfig
+    config: Any  # `SamplingConfig`, or another system's counterpart of it
     source: str
 
 
@@ -34,13 +34,13 @@ class Preset:
     """A model by name."""
 
     name: str
-    model: Mapping[str, Any]  # keyword arguments of `TokenBridge`
+    model: Mapping[str, Any]  # keyword arguments of its class
     num_parameters: int  # expected; buffers are not counted
     official_name: str | None = None  # function of the official code that builds it
     sampling: Mapping[str, SamplingRecipe] = field(default_factory=dict)  # by name; the first is the default
     published: Mapping[str, float] = field(default_factory=dict)  # table 3; 50,000 images, ImageNet 256 × 256
 
-    def sampling_config(self, variant: str | None = None) -> SamplingConfig:
+    def sampling_config(self, variant: str | None = None) -> Any:
         """Return the settings called `variant`; the default ones if None.
 
         Raises:

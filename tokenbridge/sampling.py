@@ -14,6 +14,7 @@ Shape letters: B batch, L positions, C channels, V levels, K positions of an ite
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +75,14 @@ def image_noise(seed: int, image_indices: list[int], num_positions: int, num_cha
 
 
 @torch.inference_mode()
-def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingConfig, noise: ImageNoise) -> Tensor:
+def generate_tokens(
+    model: TokenBridge,
+    labels: Tensor | None,
+    config: SamplingConfig,
+    noise: ImageNoise,
+    *,
+    on_iteration: Callable[[], object] | None = None,
+) -> Tensor:
     """Generate the tokens of a batch of images.
 
     Args:
@@ -82,6 +90,7 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
         labels: [B] class labels; None generates without a class.
         config: how to sample.
         noise: orders and uniform numbers of these images.
+        on_iteration: called after each iteration, for a progress bar; the device may still be at work then.
 
     Returns:
         tokens [B, L, C] int64, in the latents' channel order.
@@ -120,6 +129,8 @@ def generate_tokens(model: TokenBridge, labels: Tensor | None, config: SamplingC
         places = positions[..., None].expand(-1, -1, model.num_channels)
         tokens.scatter_(1, places, chosen[..., to_latent_order])
         num_masked = still_masked
+        if on_iteration is not None:
+            on_iteration()
     return tokens
 
 
@@ -150,17 +161,26 @@ def sample_images(
     Raises:
         ValueError: no labels, labels out of range, a negative seed, more iterations than positions.
     """
-    if len(labels) < 1:
-        raise ValueError("The number of images must be at least 1.")
     pixels = []
-    starts = range(0, len(labels), batch_size)
-    console = Console(stderr=True)
-    for start in track(starts, "sample", console=console, transient=True, disable=not show_progress):
-        indices = list(range(start, min(start + batch_size, len(labels))))
+    for indices in image_batches(len(labels), batch_size, show_progress=show_progress):
         noise = image_noise(seed, indices, model.num_positions, model.num_channels)
         tokens = generate_tokens(model, labels[indices], config, noise)
         pixels.append(images_to_pixels(tokenizer.images(model.to_latents(tokens))).cpu())
     return torch.cat(pixels)
+
+
+def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> Iterator[list[int]]:
+    """Yield the indices of each batch of images, with a progress bar on stderr.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if num_images < 1:
+        raise ValueError("The number of images must be at least 1.")
+    starts = range(0, num_images, batch_size)
+    console = Console(stderr=True)
+    for start in track(starts, "sample", console=console, transient=True, disable=not show_progress):
+        yield list(range(start, min(start + batch_size, num_images)))
 
 
 def _guided_context(
@@ -186,14 +206,19 @@ def _guided_context(
     return unconditional + guidance * (conditional - unconditional)
 
 
-def _picker(temperature: float, uniforms: Tensor) -> Pick:
-    """Return the function that chooses tokens: the inverse of the cumulative distribution at uniforms [N, C]."""
+def _picker(temperature: float, uniforms: Tensor, keep: Callable[[Tensor], Tensor] | None = None) -> Pick:
+    """Return the function that chooses tokens: the inverse of the cumulative distribution at uniforms [N, C].
+
+    `keep`, if given, sets logits [N, V] to -inf after they were divided by the temperature, for top-k and the like.
+    """
     if temperature == 0:
         return lambda logits, place: logits.argmax(-1)
 
     def pick(logits: Tensor, place: int) -> Tensor:
         logits = logits.float()
         scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
+        if keep is not None:
+            scaled = keep(scaled)
         cumulative = scaled.softmax(-1).cumsum(-1)
         threshold = uniforms[:, place, None] * cumulative[:, -1:]  # rounding: the sum is not exactly 1
         return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
