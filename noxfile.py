@@ -89,3 +89,9 @@ def reproduce_tiny(session: nox.Session) -> None:
 def train_tiny(session: nox.Session) -> None:
     """Train all tiny models from nothing into runs/tiny-training/."""
     run(session, "tokenbridge", "train", "tiny", *session.posargs)
+
+
+@nox.session
+def reproduce_table1(session: nox.Session) -> None:
+    """Table 1 at the paper's scale: needs ImageNet, the published VAE, Inception's weights and statistics."""
+    run(session, "tokenbridge", "reproduce-table1", *session.posargs)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenbridge.backbone import MaskedBackbone
 from tokenbridge.generator import TokenBridge
 from tokenbridge.heads import ARHead, Pick
 from tokenbridge.orders import random_orders, training_mask_count
@@ -54,12 +55,16 @@ def draw(uniforms: Tensor) -> Pick:
 
 def context(model: TokenBridge, tokens: Tensor, masked: Tensor, embedding: Tensor) -> Tensor:
     """Return the context [B, L, D] of all positions; `masked` is [B, L] bool, `embedding` [B, D] the class."""
-    net = model.backbone
-    batch = tokens.shape[0]
+    return backbone_context(model.backbone, model.quantizer.codebook[tokens], masked, embedding)
+
+
+def backbone_context(net: MaskedBackbone, latents: Tensor, masked: Tensor, embedding: Tensor) -> Tensor:
+    """Return the context [B, L, D] of all positions for latents [B, L, C]."""
+    batch = latents.shape[0]
     buffer = torch.zeros(batch, net.num_buffer, dtype=torch.bool)
     hidden = torch.cat([buffer, masked], dim=1)
 
-    x = net.z_proj(model.quantizer.codebook[tokens])
+    x = net.z_proj(latents)
     x = torch.cat([embedding[:, None].repeat(1, net.num_buffer, 1), x], dim=1)
     x = net.z_proj_ln(x + net.encoder_pos_embed_learned)
     x = x[~hidden].reshape(batch, -1, x.shape[-1])

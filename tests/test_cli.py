@@ -333,7 +333,9 @@ def test_main_system_missing_is_not_run_like_the_others(world: World, tmp_path: 
 def test_help_of_all_commands(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    commands = [command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    commands = [
+        command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands if command.callback
+    ]
     assert {"reproduce", "train", "sample", "reconstruct"} <= set(commands)
     for command in commands:
         assert command in out
@@ -350,7 +352,7 @@ def test_unknown_command_and_option(run: Callable[..., tuple[int, str, str]]) ->
         assert "Error" in err
 
 
-@pytest.mark.parametrize("command", ["reproduce", "train", "sample"])
+@pytest.mark.parametrize("command", ["reproduce", "train"])
 def test_unknown_scale(run: Callable[..., tuple[int, str, str]], command: str) -> None:
     message = error_of(run(command, "huge"))
     assert "Unknown scale 'huge'; there are tiny, small, mini." in message
@@ -534,15 +536,15 @@ def test_other_data_in_the_same_folder_is_not_taken_for_the_same(
 
 
 def test_sample(run: Callable[..., tuple[int, str, str]], world: World, tmp_path: Path) -> None:
-    arguments = ["sample", "mini", "--weights", world.weights, "--num-images", "5", "--num-iterations", "3"]
+    arguments = ["sample", "mini/tokenbridge-64", "--weights", world.weights, "--num-images", "5"]
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        code, out, _ = run(*arguments, "--seed", seed, "--out", tmp_path / name)
+        code, out, _ = run(*arguments, "--num-iterations", "3", "--seed", seed, "--out", tmp_path / name)
         assert code == 0
         assert "5 images" in out
-    names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(names) == 6
-    assert "grid.png" in names
-    images = {folder: [(tmp_path / folder / n).read_bytes() for n in names if n != "grid.png"] for folder in "abc"}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["grid.png", "images", "run.json"]
+    names = [f"{number:06d}.png" for number in range(5)]
+    assert sorted(path.name for path in (tmp_path / "a" / "images").iterdir()) == names
+    images = {folder: [(tmp_path / folder / "images" / name).read_bytes() for name in names] for folder in "abc"}
     assert images["a"] == images["b"]
     assert images["a"] != images["c"]
 
@@ -550,18 +552,42 @@ def test_sample(run: Callable[..., tuple[int, str, str]], world: World, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-images", "0"], "number of images"),
-        (["--label", "10"], "labels"),
-        (["--temperature", "-1"], "temperature"),
-        (["--num-iterations", "17"], "iterations"),
-        (["--position-order", "spiral"], "position order"),
+        (["--num-images", "0"], "number of images must be at least 1"),
+        (["--label", "10"], "There is no class 10"),
+        (["--labels", "1,-1"], "There is no class -1"),
+        (["--labels", "1,one"], "Labels are whole numbers"),
+        (["--labels", "1,2", "--num-images", "3"], "2 labels for 3 images"),
+        (["--labels", "1,2", "--label", "1"], "name one of them"),
+        (["--guidance-scale", "-0.5"], "guidance scale must be at least 0"),
+        (["--temperature", "-1"], "temperature must be at least 0"),
+        (["--num-iterations", "17"], "number of iterations must be in [1, 16], not 17"),
+        (["--num-iterations", "0"], "number of iterations must be at least 1"),
+        (["--position-order", "spiral"], "position order 'spiral'"),
+        (["--batch-size", "0"], "batch size must be at least 1"),
+        (["--randomness", "true"], "Unknown randomness 'true'; there are per-image, official"),
+        (["--format", "jpg"], "Unknown format 'jpg'; there are png, npz"),
+        (["--dtype", "fp8"], "Unknown dtype 'fp8'; there are fp32, bf16, fp16"),
+        (["--variant", "paper"], "no variants"),
+        (["--preset", "tokenbridge-l"], "no path 'mini/tokenbridge-64'"),
     ],
 )
 def test_sample_refuses(
     run: Callable[..., tuple[int, str, str]], world: World, options: list[str], message: str, tmp_path: Path
 ) -> None:
-    assert message in error_of(run("sample", "mini", "--weights", world.weights, "--out", tmp_path, *options))
+    arguments = ["sample", "mini/tokenbridge-64", "--weights", world.weights, "--out", tmp_path / "out"]
+    assert message in error_of(run(*arguments, *options))
+    assert not (tmp_path / "out").exists()
 
 
-def test_sample_wants_a_generator(run: Callable[..., tuple[int, str, str]], world: World) -> None:
-    assert "'vae' is no generator" in error_of(run("sample", "mini", "vae", "--weights", world.weights))
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("mini/vae", "'mini/vae' is no generator"),
+        ("mini/nonsense", "Unknown recipe 'nonsense' at scale mini"),
+        ("tokenbridge-xl", "Unknown model 'tokenbridge-xl'; there are tokenbridge-b, tokenbridge-l"),
+        ("tokenbridge-b", "No sampling settings were published for tokenbridge-b"),
+        (".", "is a path: say with --preset which model is there"),
+    ],
+)
+def test_sample_wants_a_generator(run: Callable[..., tuple[int, str, str]], model: str, message: str) -> None:
+    assert message in error_of(run("sample", model))

@@ -23,7 +23,8 @@ from tokenbridge.cli import reference_folder
 from tokenbridge.heads import ARHead, FirstElement
 from tokenbridge.official import layout
 
-GOLDENS = sorted((reference_folder() / "goldens").glob("*.npz"))
+SYSTEMS = ("tokenbridge-", "kl16-")  # the baselines' cases are in tests of their own
+GOLDENS = sorted(p for p in (reference_folder() / "goldens").glob("*.npz") if p.name.startswith(SYSTEMS))
 NAMES = [path.stem for path in GOLDENS]
 SALT = {"rule": "fan-in-normal-v1", "salt": "test"}
 
@@ -166,7 +167,7 @@ def test_the_other_first_element_is_noticed(
     ("change", "reason"),
     [
         (set_meta("format", to=2), "Format version 2 is unknown"),
-        (set_meta("system", to="mar"), "System 'mar' is unknown"),
+        (set_meta("system", to="var"), "System 'var' is unknown"),
         (set_meta("entry", to="speed"), "Entry 'speed' of tokenbridge is unknown"),
         (set_meta("config", "rope", to=True), "Unknown configuration keys: rope"),
         (set_meta("config", "preset", to="tokenbridge_giant"), "Unknown preset 'tokenbridge_giant'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,17 +19,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_tokenizers import tiny_kl, tiny_taesd, tiny_vq
 from torch import Tensor
-from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 
-from tokenbridge import reconstruction
+from tokenbridge import artifacts, reconstruction
+from tokenbridge.artifacts import INCEPTION, MissingArtifactsError
 from tokenbridge.classifier import Classifier
 from tokenbridge.data import load_images, pixels_of
 from tokenbridge.files import sha256_of
+from tokenbridge.inception import InceptionWeights, load_inception, write_random_inception
 from tokenbridge.metrics import frechet_distance_by_singular_values, psnr, ssim
 from tokenbridge.quantizer import gaussian_quantizer
 from tokenbridge.reconstruction import (
     inception_rfid,
-    inception_weights,
     load_tokenizer_model,
     reconstruct,
     reconstruct_with,
@@ -45,9 +46,10 @@ SHIPPED = (
 
 @pytest.fixture(autouse=True)
 def no_inception(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide weights that this machine may have."""
-    monkeypatch.delenv(reconstruction.INCEPTION_VARIABLE, raising=False)
+    """Hide weights that this machine may have; keep the lock file out of the checkout."""
+    monkeypatch.delenv(artifacts.FOLDER_VARIABLE, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch-home"))
+    monkeypatch.chdir(tmp_path_factory.mktemp("working-directory"))
 
 
 @pytest.fixture(scope="module")
@@ -324,58 +326,37 @@ def test_exact_images_raise_the_mean_psnr(pixels: Tensor) -> None:
 def test_missing_inception_weights_are_noted(photographs: str, models: dict[str, str], tmp_path: Path) -> None:
     report = reconstruct(photographs, tokenizer=models["kl"], levels=(8,), image_size=32, out=tmp_path)
     (note,) = (note for note in report.notes if note.startswith("rFID not run: "))
-    assert reconstruction.INCEPTION_FILE in note
-    assert reconstruction.INCEPTION_URL in note
+    assert artifacts.ARTIFACTS[INCEPTION].file in note
+    assert artifacts.ARTIFACTS[INCEPTION].origin in note
     page = (tmp_path / "reconstruction.md").read_text()
     header, row = (next(line for line in page.splitlines() if start in line) for start in ("PSNR", "continuous |"))
     assert dict(zip(header.split(" | "), row.split(" | "), strict=True))["rFID"] == "–"
     assert note in page
-    with pytest.raises(FileNotFoundError, match="not in /not/there"):  # asked for by name: no silent dash
+    with pytest.raises(MissingArtifactsError, match="names /not/there"):  # asked for by name: no silent dash
         reconstruct(photographs, tokenizer=models["kl"], inception_weights="/not/there", image_size=32, out=tmp_path)
 
 
-def test_inception_weights_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    named, by_variable = tmp_path / "named.pth", tmp_path / "variable.pth"
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / reconstruction.INCEPTION_FILE
-    cached.parent.mkdir(parents=True)
-    for file in (named, by_variable, cached):
-        file.write_bytes(b"weights")
-    with pytest.raises(ValueError, match="SHA-256"):
-        inception_weights(named)
-    monkeypatch.setattr(reconstruction, "INCEPTION_SHA256", sha256_of(named))
-    assert inception_weights() == cached
-    monkeypatch.setenv(reconstruction.INCEPTION_VARIABLE, str(by_variable))
-    assert inception_weights() == by_variable
-    assert inception_weights(named) == named
-    monkeypatch.setenv(reconstruction.INCEPTION_VARIABLE, "/not/there")
-    with pytest.raises(FileNotFoundError, match="not in /not/there"):  # a wrong setting is not passed over
-        inception_weights()
+def write_quick_inception(file: Path, seed: int = 0) -> None:
+    """Write random weights most of whose features stay 0, so that eigenvalues take a second instead of ten."""
+    write_random_inception(file, seed)
+    weights = torch.load(file, weights_only=True)
+    for branch in ("branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b"):
+        torch.nn.init.zeros_(weights[f"Mixed_7c.{branch}.bn.weight"])
+    torch.save(weights, file)
 
 
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a file of random weights in torch-fidelity's format."""
-    torch.manual_seed(0)
-    with (
-        patch.object(fidelity_inception, "load_state_dict_from_url", return_value={}),
-        patch.object(torch.nn.Module, "load_state_dict"),
-    ):
-        network = fidelity_inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)  # as made, the features fade to 0
-    for branch in ("branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b"):
-        # Three quarters of the features stay 0, so that the eigenvalues take a second instead of ten.
-        torch.nn.init.zeros_(getattr(network.Mixed_7c, branch).bn.weight)
     file = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(network.state_dict(), file)
+    write_quick_inception(file)
     return file
 
 
 def test_inception_rfid_is_the_frechet_distance_of_its_features(random_inception: Path, pixels: Tensor) -> None:
     grey = pixels[:4, :1]
     coarse = grey // 64 * 64
-    network = fidelity_inception.FeatureExtractorInceptionV3("", ["2048"], str(random_inception))
+    network = load_inception(InceptionWeights(random_inception, "", published=False))
     features = (network(x.expand(-1, 3, -1, -1))[0].double().numpy() for x in (coarse, grey))
     expected = frechet_distance_by_singular_values(*features)
     # Four images span 3 of 512 dimensions; rounding in the other 509 costs torch-fidelity some thousandths.
@@ -386,7 +367,8 @@ def test_inception_rfid_is_the_frechet_distance_of_its_features(random_inception
 def test_rfid_fills_its_column(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"weights")
-    monkeypatch.setattr(reconstruction, "INCEPTION_SHA256", sha256_of(weights))
+    declared = replace(artifacts.ARTIFACTS[INCEPTION], size=7, sha256=sha256_of(weights))
+    monkeypatch.setitem(artifacts.ARTIFACTS, INCEPTION, declared)
     settings: dict[str, Any] = {"tokenizer": models["grey"], "levels": (8,), "inception_weights": weights}
     with patch.object(reconstruction, "inception_rfid", side_effect=[1.25, 2.5]) as rfid:
         report = reconstruct("digits", limit=4, out=tmp_path, **settings)

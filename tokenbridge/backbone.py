@@ -113,6 +113,22 @@ class MaskedBackbone(nn.Module):
         x = self.decoder_blocks[-1](x, positions + self.num_buffer)
         return self.decoder_norm(x) + self.output_pos_embed[0, positions]
 
+    def context(
+        self,
+        latents: Tensor,
+        visible: Tensor,
+        labels: Tensor | None,
+        *,
+        dropped: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the context z of visible latents [B, V, C] and class labels [B]; None for no class."""
+        if labels is None:
+            embedding = self.fake_latent.expand(latents.shape[0], -1)
+        else:
+            embedding = self.embed_class(labels, dropped)
+        return self(latents.to(embedding.dtype), visible, embedding, positions)
+
     def forward(
         self, latents: Tensor, visible: Tensor, class_embedding: Tensor, positions: Tensor | None = None
     ) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -138,7 +138,7 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
 def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for line in body:
         table.add_row(*line)
     # Not cut to 80 columns where the output goes to a file or a log.
@@ -147,32 +147,47 @@ def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]
 
 @app.command()
 def sample(
-    scale: ScaleName = "tiny",
-    name: Annotated[str, typer.Argument(help="Which generator of the scale.")] = "tokenbridge-64",
-    num_images: Annotated[int, typer.Option(help="How many images.")] = 100,
-    label: Annotated[int | None, typer.Option(help="One class for all; by default all classes in turn.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; the recipe's by default.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A preset (tokenbridge-l), SCALE/RECIPE (tiny/parallel-64), or a path and --preset.")
+    ] = "tokenbridge-tiny",
+    preset: Annotated[str | None, typer.Option(help="Which model is at the path MODEL.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Of a preset: checkpoint, its folder, or converted; of a scale: its folder of models."),
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt or a diffusers folder.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="How many; 100, or as many as labels, by default.")] = None,
+    label: Annotated[int | None, typer.Option(help="One class for all; by default all classes equally often.")] = None,
+    labels: Annotated[str | None, typer.Option(help="One class for each image, separated by commas.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of a preset's settings: official (default) or paper.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; the model's own by default.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     num_iterations: Annotated[int | None, typer.Option(help="At most the number of positions.")] = None,
     position_order: Annotated[str | None, typer.Option(help="random, raster or confidence.")] = None,
     first_element: Annotated[str | None, typer.Option(help="Of the AR head: official or training-consistent.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
-    weights: Annotated[Path | None, typer.Option(help="Folder of models; the shipped ones by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Empty folder for the PNGs; runs/SCALE-samples by default.")] = None,
+    randomness: Annotated[str, typer.Option(help="per-image, or official: global streams.")] = "per-image",
+    batch_size: Annotated[int, typer.Option(help="Images at a time in each process.")] = 16,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default fp16 for published models on GPUs, else fp32.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile backbone and VAE decoder.")] = False,
+    file_format: Annotated[str, typer.Option("--format", help="png: a folder; npz: one file as ADM reads.")] = "png",
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/MODEL-samples by default.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, and do nothing.")] = False,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Weights drawn by a rule, few images and iterations: no result.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Generate images: numbered PNG files and one grid."""
-    import torch
+    """Generate images, in one process or under torchrun; a run that was killed goes on where it was."""
+    from tokenbridge.plan import plan_run
+    from tokenbridge.run import RunConfig, process_state, sampling_run, save_overview
+    from tokenbridge.samplers import STAND_IN_IMAGES, STAND_IN_ITERATIONS, find_system
 
-    from tokenbridge.experiment import load
-    from tokenbridge.pictures import save_grid, save_images
-    from tokenbridge.sampling import sample_images
-    from tokenbridge.tokenizers import LatentTokenizer
-
-    chosen = find_scale(scale)
-    recipe = chosen.recipe(name)
-    if recipe.sampling is None:
-        raise ValueError(f"{name!r} is no generator.")
+    system = find_system(model, shipped=reference_folder(), preset=preset, variant=variant, weights=weights, vae=vae)
+    if stand_in:
+        num_images, num_iterations = num_images or STAND_IN_IMAGES, num_iterations or STAND_IN_ITERATIONS
     given = {
         "guidance_scale": guidance_scale,
         "temperature": temperature,
@@ -180,24 +195,61 @@ def sample(
         "position_order": position_order,
         "first_element": first_element,
     }
-    config = replace(recipe.sampling, **{key: cast("Any", value) for key, value in given.items() if value is not None})
-    out = out or Path("runs") / f"{scale}-samples"
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; images of two runs must not mix. Name another folder with --out.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = weights or reference_folder() / scale / "weights"
-    model, autoencoder = (load(r, weights).to(device) for r in (recipe, chosen.recipe("vae")))
-    num_classes = len(chosen.classes)
-    labels = torch.arange(num_images) % num_classes if label is None else torch.full((num_images,), label)
-    pixels = sample_images(model, LatentTokenizer(autoencoder), config, labels, seed)
-    save_images(out, pixels)
-    rows = [pixels[i : i + 10] for i in range(0, min(num_images, 200), 10)]
-    names = [str(i) for i in range(0, min(num_images, 200), 10)]
-    save_grid(out / "grid.png", rows, names, f"{name}, seed {seed}, {len(pixels)} images")
+    system = system.sampled(**{key: value for key, value in given.items() if value is not None})
+    chosen_labels = _labels(label, labels, num_images)
+    if num_images is None:
+        num_images = len(chosen_labels or range(100))
+    config = RunConfig(
+        num_images,
+        labels=chosen_labels,
+        seed=seed,
+        randomness=cast("Any", randomness),
+        batch_size=batch_size,
+        format=cast("Any", file_format),
+    )
+    system.check(config)
+    out = out or Path("runs") / f"{system.name.replace('/', '-')}-{'stand-in' if stand_in else 'samples'}"
+    state = process_state()
+    chosen_dtype = system.dtype(dtype, state.device)
+    if plan:
+        planned = plan_run(
+            system,
+            config,
+            out,
+            device=state.device,
+            dtype=chosen_dtype,
+            num_processes=state.num_processes,
+            missing=[] if stand_in else system.missing(),
+        )
+        if as_json:
+            print(json.dumps(planned.as_json(), indent=2))
+        else:
+            _print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
+        return
+    make = system.stand_in if stand_in else system.load
+    sampler = make(state.device, dtype=chosen_dtype, compiled=compiled)
+    report = sampling_run(sampler, config, out)
+    if not state.is_main_process:
+        return
+    save_overview(out / "grid.png", report.samples, f"{sampler.name}, seed {seed}, {report.num_images} images")
     if as_json:
-        print(json.dumps({"folder": str(out), "labels": labels.tolist(), "sampling": asdict(config), "seed": seed}))
+        print(json.dumps({"folder": str(out), "model": sampler.name, **report.as_json()}, indent=2))
     else:
-        print(f"{len(pixels)} images and grid.png are in {out}/.")
+        print(f"{report.num_images} images ({sampler.name}) are in {report.samples}, an overview in {out}/grid.png.")
+
+
+def _labels(label: int | None, labels: str | None, num_images: int | None) -> tuple[int, ...] | None:
+    """Return the labels that the options --label and --labels ask for; None for balanced ones."""
+    if label is not None and labels is not None:
+        raise ValueError("--label gives one class for all images, --labels one for each: name one of them.")
+    if label is not None:
+        return (label,) * (100 if num_images is None else num_images)
+    if labels is None:
+        return None
+    try:
+        return tuple(int(number) for number in labels.split(","))
+    except ValueError as error:
+        raise ValueError(f"Labels are whole numbers separated by commas, not {labels!r}.") from error
 
 
 @app.command()
@@ -283,13 +335,13 @@ def evaluate(
     """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
     from tokenbridge.evaluation import evaluate as run
     from tokenbridge.files import write_json
-    from tokenbridge.reconstruction import inception_weights
+    from tokenbridge.inception import find_inception
     from tokenbridge.results import cell, columns_of
 
     measured = run(
         samples,
         reference,
-        inception=inception or inception_weights(),
+        inception=inception or find_inception().path,
         cleanfid_inception=cleanfid_inception,
         allow_other_inception=allow_other_inception,
         allow_few=allow_few,
@@ -335,12 +387,12 @@ def reference(
 ) -> None:
     """Make the reference statistics of a data set: mean and covariance of Inception's features."""
     from tokenbridge.evaluation import make_reference
-    from tokenbridge.reconstruction import inception_weights
+    from tokenbridge.inception import find_inception
 
     meta = make_reference(
         source,
         out,
-        inception=inception or inception_weights(),
+        inception=inception or find_inception().path,
         split=split,
         image_size=image_size,
         keep_images=keep_images,
@@ -391,6 +443,100 @@ def convert(
 
         convert_pipeline(checkpoint, vae, out, name, ema=ema)
     print(f"{name} is in {out}/")
+
+
+@app.command()
+def artifacts(
+    keys: Annotated[list[str] | None, typer.Argument(help="Which files; all by default.", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash the files that are here, and check them.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the KEYS that are missing.")] = False,
+    accept: Annotated[str | None, typer.Option(help="Record this file's hash anew.", metavar="KEY")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the published files: missing, present, or verified; exit code 1 if one of KEYS is missing or changed."""
+    from tokenbridge import artifacts as files
+
+    if accept is not None:
+        files.accept(accept, folder=folder)
+    if download:
+        if not keys:
+            raise ValueError("All files are more than 20: name those to download.")
+        files.resolve(keys, folder=folder)
+    if verify:
+        here = [s.artifact.key for s in files.status(keys, folder=folder) if s.state != "missing"]
+        files.resolve(here, folder=folder, download=False)
+    listed = files.status(keys, folder=folder)
+    if as_json:
+        print(json.dumps([status.as_dict() for status in listed], indent=2))
+    else:
+        _print_artifacts(listed)
+    if keys and any(status.state in ("missing", "changed") for status in listed):
+        sys.exit(1)
+
+
+def _print_artifacts(listed: Sequence[Any]) -> None:
+    colours = {"verified": "green", "present": "yellow", "changed": "bold red", "missing": "red"}
+    body = []
+    for status in listed:
+        size = f"{status.size / 1e6:,.1f} MB" if status.size is not None else "–"
+        sha256 = f"{status.sha256[:12]}…" if status.sha256 else "–"
+        where = str(status.path or status.artifact.origin)
+        state = f"[{colours[status.state]}]{status.state}[/]"
+        body.append([status.artifact.key, state, size, sha256, escape(status.artifact.licence), escape(where)])
+    _print_table("Published files", ["", "", "size", "SHA-256", "licence", "path, or origin"], body)
+
+
+@app.command()
+def reproduce_table1(
+    num_images: Annotated[int | None, typer.Option(help="In all; 50,000 by default, as published.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 50,
+    imagenet: Annotated[Path | None, typer.Option(help="ImageNet: folder with train/, or Parquet files.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt.")] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.")] = None,
+    other_inception: Annotated[
+        Path | None, typer.Option(help="Other Inception weights; scores are labelled and not compared.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="adm_in256_stats.npz.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables and numbers.")] = Path("runs/table1"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the posterior samples.")] = 0,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what a run takes and what is missing; run nothing.")
+    ] = False,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Prove the path with random weights on photographs: no result.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Rebuild the paper's table 1 (reconstruction) with the published VAE on ImageNet, and judge every row."""
+    from tokenbridge import table1
+
+    wanted = table1.NUM_IMAGES if num_images is None else num_images
+    given = {"imagenet": imagenet, "kl16": vae, "inception": inception_weights, "adm-statistics": reference}
+    if plan:
+        planned = table1.plan(num_images=wanted, folder=folder, given=given, other_inception=other_inception)
+        print(json.dumps(planned, indent=2) if as_json else table1.plan_text(planned))
+        return
+    if stand_in:
+        measured, judged = table1.stand_in(out=out, num_images=num_images, seed=seed)
+    else:
+        measured, judged = table1.reproduce_table1(
+            out=out,
+            num_images=wanted,
+            batch_size=batch_size,
+            seed=seed,
+            folder=folder,
+            given=given,
+            other_inception=other_inception,
+        )
+    if as_json:
+        verdict_list = [{"id": id_, "verdict": verdict, "why": why} for id_, (verdict, why) in judged.items()]
+        print(json.dumps({**measured.model_dump(), "verdicts": verdict_list}, indent=2))
+    else:
+        print(table1.to_markdown(measured, judged))
+    if any(verdict == "not reproduced" for verdict, _ in judged.values()):
+        sys.exit(1)
 
 
 @app.command()

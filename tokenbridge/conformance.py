@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenbridge import golden_llamagen, golden_tokenbridge
+from tokenbridge import golden_llamagen, golden_mar, golden_tokenbridge
 from tokenbridge.golden import Computed, Entry, Golden, read_golden
 
 TIE = 1e-6  # latents this near to a midpoint may round to either level: float32 error of the map to normalised units
@@ -30,6 +31,7 @@ TIE = 1e-6  # latents this near to a midpoint may round to either level: float32
 ENTRIES: dict[str, dict[str, Entry]] = {
     **golden_tokenbridge.ENTRIES,
     **golden_llamagen.ENTRIES,
+    **golden_mar.ENTRIES,
 }
 """What computes each entry, by system."""
 
@@ -131,12 +133,13 @@ def _entry_of(golden: Golden) -> Entry:
     if name not in ENTRIES[system]:
         raise ValueError(f"Entry {name!r} of {system} is unknown; there are {', '.join(ENTRIES[system])}.")
     entry = ENTRIES[system][name]
-    for kind, expected, there in (("in", entry.inputs, golden.inputs), ("out", entry.outputs, golden.outputs)):
+    for kind, expected, arrays in (("in", entry.inputs, golden.inputs), ("out", entry.outputs, golden.outputs)):
         if expected is None:
             continue
-        if absent := sorted(expected - set(there)):
+        there = {array: next((n for n in expected if fnmatch(array, n)), array) for array in arrays}
+        if absent := sorted(expected - set(there.values())):
             raise ValueError(f"Arrays are missing: {', '.join(f'{kind}.{array}' for array in absent)}.")
-        if unknown := sorted(set(there) - expected):
+        if unknown := sorted(array for array, name in there.items() if name not in expected | entry.optional):
             raise ValueError(f"Unknown arrays: {', '.join(f'{kind}.{array}' for array in unknown)}.")
     if unknown := sorted(set(golden.meta["arguments"]) - entry.arguments):
         raise ValueError(f"Unknown arguments: {', '.join(unknown)}.")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-import io
 import json
 import pickle
 import time
@@ -35,14 +34,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tokenbridge import metrics, provenance
+from tokenbridge import inception, metrics, provenance
+from tokenbridge.artifacts import ARTIFACTS, INCEPTION
 from tokenbridge.data import load_images
 from tokenbridge.files import replacing, sha256_of
 from tokenbridge.image_sets import DAMAGED, CroppedImages, ImageArray, ImageFiles, open_images
+from tokenbridge.inception import InceptionWeights
 from tokenbridge.metrics import Statistics
-from tokenbridge.reconstruction import INCEPTION_FILE, INCEPTION_SHA256
 from tokenbridge.results import Provenance, Results, Row
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def evaluate(
     Args:
         samples: folders of images, or .npz files with uint8 `arr_0` [N, H, W, 3]; all of one N, H and W.
         reference: a folder of images, or .npz with `mu` [F] and `sigma` [F, F], with `arr_0` [M, H, W, 3], or both.
-        inception: torch-fidelity's file of weights (`reconstruction.inception_weights` finds it).
+        inception: torch-fidelity's file of weights (`inception.find_inception` finds it).
         cleanfid_inception: clean-fid's file inception-2015-12-05.pt, for FID by its own features.
         allow_other_inception: take other weights than the published ones and label all scores with it.
         allow_few: take fewer than 2,048 images and label all scores with their number.
@@ -190,22 +189,15 @@ def evaluate(
 def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
     """Load torch-fidelity's Inception, on the GPU if there is one; it returns features [B, F] and logits [B, K].
 
-    torch-fidelity unpickles the file it is given; here pickled code is never run: it gets a copy of the tensors.
-
     Raises:
         ValueError: there is no such file, it does not hold Inception's weights, or not the published ones.
     """
-    sha256 = _hash_of_weights(path, INCEPTION_FILE, INCEPTION_SHA256, allow_other)
-    content = io.BytesIO()
-    try:
-        torch.save(torch.load(path, map_location="cpu", weights_only=True), content)
-        content.seek(0)
-        layers = ["2048", "logits_unbiased"]  # of FID and all others, and of the Inception Score
-        network = FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=content)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"{path} does not hold the weights of torch-fidelity's Inception: {reason}") from error
-    return Inception(network.to(_device()), sha256, sha256 == INCEPTION_SHA256)
+    declared = ARTIFACTS[INCEPTION]
+    assert declared.sha256 is not None
+    sha256 = _hash_of_weights(path, declared.file, declared.sha256, allow_other)
+    weights = InceptionWeights(Path(path), sha256, sha256 == declared.sha256)
+    network: Any = inception.load_inception(weights).to(_device())
+    return Inception(network, sha256, weights.published)
 
 
 def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> Inception:

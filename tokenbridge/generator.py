@@ -165,12 +165,8 @@ class TokenBridge(ModelMixin, ConfigMixin):
         Returns:
             [B, K, D] or [B, L, D].
         """
-        if labels is None:
-            embedding = self.backbone.fake_latent.expand(tokens.shape[0], -1)
-        else:
-            embedding = self.backbone.embed_class(labels, dropped)
-        latents = self.quantizer.lookup(take(tokens, visible)).to(embedding.dtype)
-        return self.backbone(latents, visible, embedding, positions)
+        latents = self.quantizer.lookup(take(tokens, visible))
+        return self.backbone.context(latents, visible, labels, dropped=dropped, positions=positions)
 
     def forward(
         self,

@@ -58,18 +58,23 @@ class Computed:
 class Entry:
     """One kind of golden: the arrays it must have, the arguments it may have, what computes it.
 
-    None instead of names: the names depend on the case's arguments, and `run` checks them.
+    A name that ends in `_*` stands for one array of each iteration: `z_*` for z_0, z_1, ... None instead of names:
+    the names depend on the case's arguments, and `run` checks them.
     """
 
     inputs: frozenset[str] | None
     outputs: frozenset[str] | None
     run: Callable[[Golden], Computed]
     arguments: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()  # inputs that may be absent
 
 
-def entry(inputs: str, outputs: str, run: Callable[[Golden], Computed], arguments: str = "") -> Entry:
+def entry(
+    inputs: str, outputs: str, run: Callable[[Golden], Computed], arguments: str = "", optional: str = ""
+) -> Entry:
     """Return an entry; names are separated by spaces."""
-    return Entry(frozenset(inputs.split()), frozenset(outputs.split()), run, frozenset(arguments.split()))
+    names = [frozenset(text.split()) for text in (inputs, outputs, arguments, optional)]
+    return Entry(names[0], names[1], run, names[2], names[3])
 
 
 def read_golden(path: Path | str) -> Golden:

@@ -18,14 +18,14 @@ from tokenbridge.golden import Computed, Entry, Golden, entry, with_rule_weights
 from tokenbridge.heads import ARHead, HeadConfig
 from tokenbridge.official import create_kl16
 from tokenbridge.orders import OFFICIAL_CHANNEL_ORDER
-from tokenbridge.presets import find_preset
+from tokenbridge.presets import Preset, find_preset
 from tokenbridge.quantizer import ScalarQuantizer, gaussian_bin_edges, gaussian_codebook
 from tokenbridge.sampling import ImageNoise, SamplingConfig, generate_tokens
 from tokenbridge.transformer import take
 
-# Defaults of the official constructor (models/tokenbridge.py, class TokenBridge). `norm_layer_eps` stands for its
-# argument `norm_layer`: torch's own default in the bare class.
-TOKENBRIDGE_DEFAULTS: dict[str, Any] = {
+# Defaults that the official constructors of TokenBridge and MAR share. `norm_layer_eps` stands for their argument
+# `norm_layer`: torch's own default in the bare class.
+BACKBONE_DEFAULTS: dict[str, Any] = {
     "img_size": 256,
     "vae_stride": 16,
     "patch_size": 1,
@@ -35,15 +35,19 @@ TOKENBRIDGE_DEFAULTS: dict[str, Any] = {
     "decoder_embed_dim": 1024,
     "decoder_depth": 16,
     "decoder_num_heads": 16,
-    "channel_embed_dim": 256,
-    "channel_depth": 4,
-    "channel_heads": 8,
     "mlp_ratio": 4.0,
     "norm_layer_eps": 1e-5,
-    "quant_levels": 32,
     "vae_embed_dim": 16,
     "class_num": 1000,
     "buffer_size": 64,
+}
+# Defaults of the official constructor (models/tokenbridge.py, class TokenBridge).
+TOKENBRIDGE_DEFAULTS: dict[str, Any] = {
+    **BACKBONE_DEFAULTS,
+    "channel_embed_dim": 256,
+    "channel_depth": 4,
+    "channel_heads": 8,
+    "quant_levels": 32,
     "quant_min": -5.0,
     "quant_max": 5.0,
     "std_range": 3.0,
@@ -75,27 +79,42 @@ def tokenbridge_config(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown preset or argument.
     """
-    if unknown := sorted(set(given) - set(TOKENBRIDGE_DEFAULTS) - TRAINING_ARGUMENTS - {"preset"}):
-        raise ValueError(f"Unknown configuration keys: {', '.join(unknown)}.")
-    config = dict(TOKENBRIDGE_DEFAULTS)
+    sizes: dict[str, Any] = {}
     if "preset" in given:
-        config |= _official_sizes(str(given["preset"]))
-    return config | {key: value for key, value in given.items() if key in TOKENBRIDGE_DEFAULTS}
+        preset = find_preset(str(given["preset"]))
+        head = {"channel_embed_dim": "head_width", "channel_depth": "head_depth", "channel_heads": "head_num_heads"}
+        sizes = backbone_sizes(preset) | {theirs: preset.model[ours] for theirs, ours in head.items()}
+    return completed(given, TOKENBRIDGE_DEFAULTS, sizes, TRAINING_ARGUMENTS)
 
 
-def _official_sizes(preset_name: str) -> dict[str, Any]:
-    """Return what an official preset function passes on; the rest stays at the constructor's defaults."""
-    preset = find_preset(preset_name)
+def completed(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], sizes: Mapping[str, Any], ignored: frozenset[str]
+) -> dict[str, Any]:
+    """Return the constructor's defaults, replaced by a preset's sizes, replaced by the given arguments.
+
+    Raises:
+        ValueError: an argument that is neither known nor ignored.
+    """
+    if unknown := sorted(set(given) - set(defaults) - ignored - {"preset"}):
+        raise ValueError(f"Unknown configuration keys: {', '.join(unknown)}.")
+    return {**defaults, **sizes, **{key: value for key, value in given.items() if key in defaults}}
+
+
+def backbone_sizes(preset: Preset) -> dict[str, Any]:
+    """Return what an official preset function passes on; the rest stays at the constructor's defaults.
+
+    Raises:
+        ValueError: a preset of ours that the official code lacks.
+    """
     if preset.official_name is None:
-        raise ValueError(f"{preset_name!r} is no preset of the official code.")
+        raise ValueError(f"{preset.name!r} is no preset of the official code.")
     model = preset.model
     sides = {
         f"{side}_{theirs}": model[ours]
         for side in ("encoder", "decoder")
         for theirs, ours in (("embed_dim", "width"), ("depth", f"{side}_depth"), ("num_heads", "num_heads"))
     }
-    head = {"channel_embed_dim": "head_width", "channel_depth": "head_depth", "channel_heads": "head_num_heads"}
-    return {**sides, **{theirs: model[ours] for theirs, ours in head.items()}, "norm_layer_eps": model["norm_eps"]}
+    return {**sides, "norm_layer_eps": model["norm_eps"]}
 
 
 def make_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
@@ -111,7 +130,7 @@ def make_backbone(config: Mapping[str, Any]) -> MaskedBackbone:
     with torch.device("meta"):
         return MaskedBackbone(
             BackboneConfig(
-                num_positions=_side(config) ** 2,
+                num_positions=positions_a_side(config) ** 2,
                 num_channels=config["vae_embed_dim"] * config["patch_size"] ** 2,
                 num_classes=config["class_num"],
                 width=config["encoder_embed_dim"],
@@ -159,7 +178,7 @@ def make_model(config: Mapping[str, Any]) -> TokenBridge:
         )
     with torch.device("meta"):
         model = TokenBridge(
-            latent_size=_side(config),
+            latent_size=positions_a_side(config),
             num_channels=num_channels,
             num_classes=config["class_num"],
             num_levels=config["quant_levels"],
@@ -182,7 +201,7 @@ def make_model(config: Mapping[str, Any]) -> TokenBridge:
     return model
 
 
-def _side(config: Mapping[str, Any]) -> int:
+def positions_a_side(config: Mapping[str, Any]) -> int:
     """Return height and width of the positions."""
     return int(config["img_size"] // config["vae_stride"] // config["patch_size"])
 
@@ -203,12 +222,12 @@ def _run_quantizer(golden: Golden) -> Computed:
 
 def _run_features(golden: Golden) -> Computed:
     config = tokenbridge_config(golden.meta["config"])
-    _check_shapes(golden, config)
+    check_shapes(golden, config)
     quantizer = make_quantizer(config)
     backbone = with_rule_weights(make_backbone(config), golden)
     x = _patches(golden.tensor("latents"), config)
     tokens = quantizer.encode(x)
-    visible, _ = _split(golden.tensor("mask"))
+    visible, _ = split_mask(golden.tensor("mask"))
     embedding = backbone.embed_class(golden.tensor("labels"))
     encoder = backbone.encode(quantizer.lookup(take(tokens, visible)), visible, embedding)
     outputs = {"tokens": tokens, "encoder": encoder, "z": backbone.decode(encoder, visible)}
@@ -217,11 +236,11 @@ def _run_features(golden: Golden) -> Computed:
 
 def _run_training_logits(golden: Golden) -> Computed:
     config = tokenbridge_config(golden.meta["config"])
-    _check_shapes(golden, config)
+    check_shapes(golden, config)
     model = with_rule_weights(make_model(config), golden)
     x = _patches(golden.tensor("latents"), config)
     tokens = model.quantizer.encode(x)
-    visible, masked = _split(golden.tensor("mask"))
+    visible, masked = split_mask(golden.tensor("mask"))
     logits = model(tokens, golden.tensor("labels"), visible, masked, first="training-consistent").flatten(0, 1)
     order = list(model.channel_order)
     targets = take(tokens, masked)[..., order].flatten(0, 1)
@@ -265,12 +284,14 @@ def _run_sample(golden: Golden) -> Computed:
     return Computed({"tokens": tokens, "latents": model.to_latents(tokens)}, follows={"latents": "tokens"})
 
 
-def _check_shapes(golden: Golden, config: Mapping[str, Any]) -> None:
+def check_shapes(golden: Golden, config: Mapping[str, Any]) -> None:
     """Refuse latents and masks of another size: gathers by index would not notice."""
-    side = _side(config)
-    sizes = {"latents": (config["vae_embed_dim"], *[side * config["patch_size"]] * 2), "mask": (side**2,)}
+    side = positions_a_side(config)
+    length = (side**2,)
+    latents = (config["vae_embed_dim"], *[side * config["patch_size"]] * 2)
+    sizes = {"latents": latents, "mask": length, "orders": length}
     for name, size in sizes.items():
-        if (shape := golden.inputs[name].shape)[1:] != size:
+        if name in golden.inputs and (shape := golden.inputs[name].shape)[1:] != size:
             raise ValueError(f"in.{name} has the shape {list(shape)}; the configuration asks for [B, *{list(size)}].")
 
 
@@ -279,7 +300,7 @@ def _patches(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
     return F.pixel_unshuffle(latents, config["patch_size"]).flatten(2).transpose(1, 2).contiguous()
 
 
-def _split(mask: Tensor) -> tuple[Tensor, Tensor]:
+def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return visible [B, n] and masked [B, L - n] positions of a mask [B, L], 1 for masked, both rising.
 
     Raises:

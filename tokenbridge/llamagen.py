@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tokenbridge.heads import Pick
 from tokenbridge.official import Place, State, _unpickle, load_official
 from tokenbridge.presets import OFFICIAL, Preset, SamplingRecipe
-from tokenbridge.sampling import _check_labels, _picker, image_batches, image_noise
+from tokenbridge.sampling import _picker, check_labels, image_batches, image_noise
 
 
 class Attention(nn.Module):
@@ -353,7 +353,7 @@ def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, u
     Raises:
         ValueError: labels out of range, or not one for each row of uniforms.
     """
-    _check_labels(labels, len(uniforms), model.num_classes)
+    check_labels(labels, len(uniforms), model.num_classes)
     keep = partial(filter_logits, top_k=config.top_k, top_p=config.top_p)
     return model.sample(
         labels.to(model.device),

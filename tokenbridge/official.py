@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tokenbridge.files import replacing_folder
 from tokenbridge.generator import TokenBridge
-from tokenbridge.presets import PRESETS, create_model
+from tokenbridge.presets import PRESETS, Model, create_model
 from tokenbridge.quantizer import gaussian_bin_edges
 
 KL16 = "kl16"
@@ -47,14 +47,16 @@ def layout(module: nn.Module) -> dict[str, Place]:
     """Return the place of every official parameter in `module`, by official name and in official shape.
 
     Args:
-        module: a `TokenBridge`, its backbone or its head alone, or diffusers' AutoencoderKL; on any device, the
-            meta device included.
+        module: a `TokenBridge`, its backbone or its head alone, diffusers' AutoencoderKL, or a model with a method
+            `official_layout` of its own; on any device, the meta device included.
     """
     own = getattr(module, "official_layout", None)
     if own is not None:
         return own()
     if isinstance(module, AutoencoderKL):
         return _kl16_layout(module)
+    if (own := getattr(module, "official_layout", None)) is not None:  # the baselines know their names themselves
+        return cast("dict[str, Place]", own())
     prefix = isinstance(module, TokenBridge)  # "backbone." or "head."; the parts alone have the official names
     names = {name.split(".", 1)[1] if prefix else name: name for name, _ in module.named_parameters()}
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
@@ -164,8 +166,22 @@ def load_tokenbridge(path: Path | str, name: str, *, ema: bool = True) -> TokenB
         FileNotFoundError: there is no such file.
         ValueError: as `load_checkpoint` and `from_official`; the message begins with the path.
     """
+    return load_published(path, create_model(name), ema=ema)
+
+
+def load_published(path: Path | str, model: Model, *, ema: bool = True) -> Model:
+    """Put a published checkpoint into `model`, which may be on the meta device, and return it.
+
+    Args:
+        path: `checkpoint-last.pth`, or the folder that holds it.
+        model: a TokenBridge, or a model with a method `official_layout`.
+        ema: see `load_checkpoint`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as `load_checkpoint` and `from_official`; the message begins with the path.
+    """
     path = Path(path) / "checkpoint-last.pth" if Path(path).is_dir() else Path(path)
-    model = create_model(name)
     _load_from(path, model, ema=ema)
     return model
 

@@ -12,14 +12,14 @@ from tokenbridge.data import to_pil
 from tokenbridge.files import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
 
-def save_images(folder: Path | str, pixels: Tensor) -> None:
-    """Save uint8 images [N, C, H, W] as numbered PNG files, each whole or not at all."""
-    for i, image in enumerate(to_pil(pixels)):
+def save_images(folder: Path | str, pixels: Tensor, numbers: Iterable[int] | None = None) -> None:
+    """Save uint8 images [N, C, H, W] as PNG files numbered from 0 or by `numbers`, each whole or not at all."""
+    for i, image in zip(range(len(pixels)) if numbers is None else numbers, to_pil(pixels), strict=True):
         with replacing(Path(folder) / f"{i:06d}.png") as temporary:
             image.save(temporary)
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from tokenbridge.generator import TokenBridge
 from tokenbridge.recipes import TINY
 from tokenbridge.sampling import SamplingConfig
+
+Model = TypeVar("Model", bound=nn.Module)
 
 OFFICIAL = "official"  # the README's settings: the default where there are any
 PAPER = "paper"
@@ -25,7 +28,7 @@ PAPER = "paper"
 class SamplingRecipe:
     """How a preset was sampled, and who says so."""
 
-    config: Any  # `SamplingConfig`, or another system's counterpart of it
+    config: Any  # of the model's system: SamplingConfig, MarSamplingConfig, ...
     source: str
 
 
@@ -129,16 +132,16 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def find_preset(name: str) -> Preset:
-    """Return the preset called `name`, by our name or the official one.
+def find_preset(name: str, presets: Mapping[str, Preset] = PRESETS) -> Preset:
+    """Return the preset of a system called `name`, by our name or the official one.
 
     Raises:
         ValueError: there is none.
     """
-    for preset in PRESETS.values():
+    for preset in presets.values():
         if name in (preset.name, preset.official_name):
             return preset
-    raise ValueError(f"Unknown preset {name!r}; there are {', '.join(PRESETS)}.")
+    raise ValueError(f"Unknown preset {name!r}; there are {', '.join(presets)}.")
 
 
 def create_model(name: str, **changes: Any) -> TokenBridge:
@@ -155,9 +158,17 @@ def create_model(name: str, **changes: Any) -> TokenBridge:
     Raises:
         ValueError: an unknown name, or a model whose parameter count is not the preset's (without `changes`).
     """
-    preset = find_preset(name)
+    return build_preset(TokenBridge, find_preset(name), **changes)
+
+
+def build_preset(model_class: type[Model], preset: Preset, **changes: Any) -> Model:
+    """Build a preset of any system, as `create_model`.
+
+    Raises:
+        ValueError: a model whose parameter count is not the preset's (without `changes`).
+    """
     with torch.device("meta"):
-        model = TokenBridge(**{**preset.model, **changes}).eval()
+        model = model_class(**{**preset.model, **changes}).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     if not changes and count != preset.num_parameters:
         raise ValueError(f"{preset.name} has {count:,} parameters, not the expected {preset.num_parameters:,}.")

@@ -12,7 +12,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,10 @@ import torch_fidelity
 from torch import Tensor
 
 from tokenbridge import provenance
+from tokenbridge.artifacts import MissingArtifactsError
 from tokenbridge.data import images_to_pixels, load_images, pixels_of, pixels_to_images
-from tokenbridge.files import sha256_of, write_json, write_text
+from tokenbridge.files import write_json, write_text
+from tokenbridge.inception import find_inception
 from tokenbridge.metrics import ImageDataset, psnr, score, ssim
 from tokenbridge.pictures import save_grid
 from tokenbridge.quantizer import (
@@ -53,13 +54,6 @@ STD_RANGE = (0.5, 2.0)  # the codebooks are made for latents of unit variance; b
 NUM_SHOWN = 8  # images in the grid
 PIPELINE_PARTS = ("vae", "vqvae", "movq")  # what the autoencoder's folder is called in pipelines
 PROBE_SIZE = 64  # pixels; a multiple of every down-sampling factor in use
-
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
-# The hash that public repositories quote for this file; its first digits are in the name. Checked, because
-# torch-fidelity unpickles the file.
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_VARIABLE = "TOKENBRIDGE_INCEPTION_WEIGHTS"
 
 
 @dataclass(frozen=True)
@@ -105,13 +99,12 @@ def reconstruct(
         image_size: centre-crop to this many pixels; needed where the images' sizes differ.
         limit: at most so many images, drawn by `seed`.
         batch_size: images per forward pass.
-        inception_weights: see the function of this name; None looks in the usual places.
+        inception_weights: the published file; None looks in the usual places (artifacts.py), without a download.
         seed: of the draw.
 
     Raises:
-        FileNotFoundError: `inception_weights` is given and not there.
-        ValueError: images or tokenizer cannot be had, an unknown setting, or images whose size is no multiple of
-            the autoencoder's down-sampling factor.
+        ValueError: `inception_weights` is given and not there, images or tokenizer cannot be had, an unknown setting,
+            or images whose size is no multiple of the autoencoder's down-sampling factor.
     """
     if quantizer not in QUANTIZERS:
         raise ValueError(f"Unknown quantiser {quantizer!r}; there are {', '.join(QUANTIZERS)}.")
@@ -248,32 +241,13 @@ def reconstruction_metrics(
     return metrics if bits is None else {**metrics, "bits per image": bits}
 
 
-def inception_weights(path: Path | str | None = None) -> Path:
-    """Return the file of Inception's weights: `path`, $TOKENBRIDGE_INCEPTION_WEIGHTS, or torch hub's cached one.
-
-    Raises:
-        FileNotFoundError: it is not there; the message says where it comes from and where to put it.
-        ValueError: it is another file, whose distance would not be FID (and which might run code when loaded).
-    """
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    file = Path(path or os.environ.get(INCEPTION_VARIABLE) or cached)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"Inception's weights are not in {file}. Put {INCEPTION_FILE} (from {INCEPTION_URL}) into "
-            f"{cached.parent}, or name the file with {INCEPTION_VARIABLE} or on the command line."
-        )
-    if (found := sha256_of(file)) != INCEPTION_SHA256:
-        raise ValueError(f"{file} is not {INCEPTION_FILE}: its SHA-256 is {found}, not {INCEPTION_SHA256}.")
-    return file
-
-
 def inception_rfid(images: Tensor, reconstructions: Tensor, weights: Path | str, batch_size: int = 32) -> float:
     """Return torch-fidelity's FID of reconstructions and images, on the GPU if there is one.
 
     Args:
         images: uint8 [N, C, H, W], C 1 (repeated to 3) or 3, N >= 2; scaled to 299 x 299 as TensorFlow 1 did.
         reconstructions: uint8 [N, C, H, W].
-        weights: what `inception_weights` returns; torch-fidelity unpickles it, so only a file that is known.
+        weights: the path that `find_inception` returns; torch-fidelity unpickles it, so only a file that is known.
         batch_size: images per forward pass.
     """
     first, second = (ImageDataset(x.expand(-1, 3, -1, -1)) for x in (reconstructions, images))
@@ -309,11 +283,11 @@ def _download(name: str) -> Path:
 def _find_inception_weights(path: Path | str | None) -> tuple[Path | None, list[str]]:
     """Return the weights and no note, or None and the reason; a file that was asked for by name must be there."""
     try:
-        return inception_weights(path), []
-    except FileNotFoundError as error:
+        return find_inception(path).path, []
+    except MissingArtifactsError as error:
         if path is not None:
             raise
-        return None, [f"rFID not run: {error}"]
+        return None, [f"rFID not run: {error.missing[0]}"]
 
 
 def _load_pixels(

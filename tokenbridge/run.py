@@ -1,0 +1,560 @@
+"""A sampling run: N images of any system into a folder, by one or many processes, killed and resumed at will.
+
+The work is cut into fixed batches of image numbers, dealt to the processes in turn. What is finished is known from
+the disk: a batch whose images are all there is never made again. `run.json` holds the run's recipe; a folder never
+holds images of two recipes.
+
+Two kinds of randomness:
+
+- ``"per-image"``: every image has a stream of its own, made from (seed, image number), so that it depends neither on
+  the batch nor on the process that made it, beyond the rounding of sums in batches of other sizes.
+- ``"official"``: as engine_tokenbridge.py draws: numpy's and torch's global streams, seeded with seed + rank, run on
+  through all batches of a process (the last one is filled up with label 0). Images depend on batch size and number
+  of processes, so both belong to the recipe; the streams' state is saved with every batch, so a resumed run goes on
+  where it was. This is the order of the official draws, on the device the official code runs on; whether the very
+  same images come out hangs on the rounding of the logits too, and nobody promises it across devices or versions.
+
+Shape letters: N images of the run, B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import re
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tokenbridge import provenance
+from tokenbridge.data import to_pixels
+from tokenbridge.files import replacing, write_json
+from tokenbridge.pictures import save_grid, save_images
+
+Randomness = Literal["per-image", "official"]
+Format = Literal["png", "npz"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+RECIPE_FILE = "run.json"
+SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
+NUM_LISTED = 8  # differences in an error message
+
+
+class Sampler(Protocol):
+    """A system that makes images of classes: a model with its settings."""
+
+    @property
+    def name(self) -> str:
+        """What runs and pictures are called; says so if the weights are stand-ins."""
+        ...
+
+    @property
+    def stand_in(self) -> bool:
+        """Whether the weights are drawn by a rule: the images prove the path, and are no result."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 to `num_classes` - 1."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of the images: 1 or 3."""
+        ...
+
+    def images(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
+        """Make a batch of images.
+
+        Args:
+            labels: [B].
+            indices: numbers of the images in the run, B of them.
+            seed: image i is drawn from the stream (seed, i); None draws from the global streams of numpy and torch.
+
+        Returns:
+            uint8 pixels [B, C, H, W] on the CPU, rounded after clamping (`data.images_to_pixels`).
+
+        Raises:
+            BadImageError: an image is NaN before it is rounded.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return, as JSON values, all that the images depend on: settings, precision, the weights' SHA-256."""
+        ...
+
+
+class BadImageError(FloatingPointError):
+    """An image that cannot be one; `row` is its place in the batch."""
+
+    def __init__(self, row: int, what: str) -> None:
+        super().__init__(what)
+        self.row = row
+
+
+def refuse(bad: Tensor, what: str) -> None:
+    """Raise BadImageError for the first row where `bad` [B] is true; `what` follows "image 7 "."""
+    if bool(bad.any()):
+        raise BadImageError(int(bad.nonzero()[0]), what)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run makes, beside the sampler's own settings."""
+
+    num_images: int
+    labels: tuple[int, ...] | None = None  # one an image; balanced if None (`balanced_labels`)
+    seed: int = 0
+    randomness: Randomness = "per-image"
+    batch_size: int = 16  # images at a time in each process
+    format: Format = "png"
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"The number of images must be at least 1, not {self.num_images}.")
+        if self.batch_size < 1:
+            raise ValueError(f"The batch size must be at least 1, not {self.batch_size}.")
+        if self.seed < 0:
+            raise ValueError(f"A seed is at least 0, not {self.seed}.")
+        if self.randomness not in get_args(Randomness):
+            raise ValueError(f"Unknown randomness {self.randomness!r}; there are {', '.join(get_args(Randomness))}.")
+        if self.format not in get_args(Format):
+            raise ValueError(f"Unknown format {self.format!r}; there are {', '.join(get_args(Format))}.")
+        if self.labels is not None and len(self.labels) != self.num_images:
+            raise ValueError(f"There are {len(self.labels)} labels for {self.num_images} images.")
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the run is cut into."""
+        return -(-self.num_images // self.batch_size)
+
+    def batch(self, number: int) -> range:
+        """Return the image numbers of a batch."""
+        start = number * self.batch_size
+        return range(start, min(start + self.batch_size, self.num_images))
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run left, and what it took this time."""
+
+    samples: Path  # a folder of PNG files, or an .npz
+    num_images: int
+    num_made: int  # by this call; the others were there
+    seconds: float  # for these
+    images_per_second: float | None  # None if there was nothing to make
+    peak_memory_gib: float  # of this process: of its accelerator if it has one
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {**asdict(self), "samples": str(self.samples)}
+
+
+def balanced_labels(num_images: int, num_classes: int) -> tuple[int, ...]:
+    """Return the labels of the official evaluation: every class equally often, class after class.
+
+    The official engine (engine_tokenbridge.py) wants a multiple of the classes; for other numbers, counts here differ
+    by 1 at most.
+    """
+    return tuple(i * num_classes // num_images for i in range(num_images))
+
+
+def run_labels(config: RunConfig, num_classes: int) -> Tensor:
+    """Return the labels [N] of a run.
+
+    Raises:
+        ValueError: labels that are no classes of the system.
+    """
+    labels = torch.tensor(config.labels or balanced_labels(config.num_images, num_classes))
+    if strange := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
+        raise ValueError(f"There is no class {strange[0]}; the labels are 0 to {num_classes - 1}.")
+    return labels
+
+
+def process_state() -> PartialState:
+    """Return this process's place among those of the run: alone, or as torchrun or accelerate launched it."""
+    # Processes wait for one another at the ends only, and then for as long as the slowest takes.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+
+
+def run_recipe(sampler: Sampler, config: RunConfig, num_processes: int = 1) -> dict[str, Any]:
+    """Return, as JSON values, all that decides which images a run makes."""
+    labels = "balanced" if config.labels is None else ",".join(map(str, config.labels))
+    recipe = {"sampler": {"name": sampler.name, **sampler.describe()}, **asdict(config), "labels": labels}
+    if config.randomness == "official":
+        recipe["num_processes"] = num_processes
+    if sampler.stand_in:
+        recipe["no_result"] = "The weights are stand-ins drawn by a rule: these images say nothing about the model."
+    return json.loads(json.dumps(recipe))
+
+
+def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, show_progress: bool = True) -> RunReport:
+    """Make the images of a run in `folder`, or those that a killed run left undone.
+
+    Every process of a distributed run calls this. Images go to `images/000000.png`, ..., or, by way of
+    `parts/`, to `samples.npz` in the format of ADM's evaluation: `arr_0` uint8 [N, H, W, 3] (a grey channel three
+    times) and the labels `arr_1` [N]. Stand-ins go to `no-result/` or `no-result.npz` instead.
+
+    Args:
+        sampler: what makes the images; it must be the same in every process.
+        config: how many, of which classes, and how.
+        folder: empty or new, or that of the same run.
+        show_progress: tell images/s, time left and peak memory on stderr.
+
+    Raises:
+        ValueError: labels that are no classes; a folder that holds something else, or a run of another recipe; a
+            batch too large for the accelerator's memory.
+        FloatingPointError: an image is NaN or black; what was made before stays.
+        OSError: the folder cannot be written to, or the disk is full; what was made before stays.
+    """
+    folder = Path(folder)
+    labels = run_labels(config, sampler.num_classes)
+    state = process_state()
+    store = _STORES[config.format](folder, config, "no-result" if sampler.stand_in else None)
+    with _storage_errors(folder):
+        left: list[Any] = [None]
+        if state.is_main_process:
+            _claim(folder, run_recipe(sampler, config, state.num_processes))
+            _clear_leftovers(folder, store.pieces)
+            left = [store.present()]
+        # One process looks at the disk, and all go by what it saw; others might look while a first one writes.
+        present: set[int] = broadcast_object_list(left)[0]
+        start = time.perf_counter()
+        with _progress(show_progress and state.is_main_process, sampler.name, config, len(present)) as tell:
+            for number, seed in _batches(config, present, state, folder):
+                pixels = _make(sampler, config, labels, number, seed)
+                store.write(number, pixels, present)
+                tell(len(store.present()))
+        state.wait_for_everyone()
+        seconds = time.perf_counter() - start
+        if state.is_main_process:
+            assert len(store.present()) == config.num_images, "every batch is some process's"
+            store.finish(labels.numpy())
+        state.wait_for_everyone()
+    num_made = config.num_images - len(present)
+    return RunReport(
+        samples=store.samples,
+        num_images=config.num_images,
+        num_made=num_made,
+        seconds=round(seconds, 2),
+        images_per_second=round(num_made / seconds, 3) if num_made else None,
+        peak_memory_gib=round(peak_memory() / 2**30, 2),
+    )
+
+
+def save_overview(path: Path, samples: Path, title: str, *, num_images: int = 100) -> None:
+    """Draw the first images of a finished run as one picture, ten in a row."""
+    if samples.suffix == ".npz":
+        pixels = _first_of_npz(samples, num_images)
+    else:
+        paths = sorted(samples.glob("*.png"))[:num_images]
+        pixels = to_pixels([Image.open(path) for path in paths])
+    starts = range(0, len(pixels), 10)
+    save_grid(path, [pixels[i : i + 10] for i in starts], [str(i) for i in starts], title)
+
+
+def _first_of_npz(samples: Path, num_images: int) -> Tensor:
+    """Return the first images [n, C, H, W] without reading the others: 50,000 do not fit into memory."""
+    with zipfile.ZipFile(samples) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        shape = (min(num_images, shape[0]), *shape[1:])
+        pixels = np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
+    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+
+
+def peak_memory() -> int:
+    """Return the bytes this process has held at most: on its GPU, or else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _make(sampler: Sampler, config: RunConfig, labels: Tensor, number: int, seed: int | None) -> Tensor:
+    """Return the pixels of a batch, looked at."""
+    indices = config.batch(number)
+    wanted = labels[indices.start : indices.stop]
+    try:
+        if seed is None:
+            # Quirk kept: the official engine fills up its last batch with class 0, which takes random numbers too.
+            full = range(indices.start, indices.start + config.batch_size)
+            padding = wanted.new_zeros(len(full) - len(indices))
+            pixels = sampler.images(torch.cat([wanted, padding]), full, None)[: len(indices)]
+        else:
+            pixels = sampler.images(wanted, indices, seed)
+        refuse((pixels == 0).flatten(1).all(dim=1), "is black")
+    except BadImageError as error:
+        raise FloatingPointError(
+            f"Image {indices.start + error.row} (seed {config.seed}, class {int(labels[indices.start + error.row])}) "
+            f"of {sampler.name} {error}. The images made before stay."
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{config.batch_size} images at a time need too much memory: lower the batch size.") from error
+    shape = (len(indices), sampler.channels, sampler.image_size, sampler.image_size)
+    assert pixels.dtype == torch.uint8, pixels.dtype
+    assert tuple(pixels.shape) == shape, (pixels.shape, shape)
+    return pixels
+
+
+# ------------------------------------------------------------------------------------------- who makes which batch
+
+
+def _batches(
+    config: RunConfig, present: set[int], state: PartialState, folder: Path
+) -> Iterator[tuple[int, int | None]]:
+    """Yield this process's batches, and the seed of each: None for the global streams, set as they must be."""
+    rank, world_size = state.process_index, state.num_processes
+    undone = [number for number in range(config.num_batches) if not present.issuperset(config.batch(number))]
+    if config.randomness == "per-image":
+        for number in undone[rank::world_size]:
+            yield number, config.seed
+        return
+    # The streams run on through a process's batches, so these are dealt out once and for all, as official.
+    own = range(rank, config.num_batches, world_size)
+    if not (mine := [number for number in own if number in undone]):
+        return
+    streams = folder / f"streams-{rank:04d}.pt"
+    first = own.start
+    if streams.exists():
+        saved = torch.load(streams, weights_only=True)
+        if saved["next"] <= mine[0]:  # or else an image was lost that only the whole stream makes again
+            first = saved["next"]
+    if first == own.start:
+        torch.manual_seed(config.seed + rank)
+        np.random.seed(config.seed + rank)  # noqa: NPY002  the official generator
+    else:
+        _set_streams(saved)
+    for number in own[own.index(first) :]:
+        yield number, None
+        with replacing(streams) as temporary:
+            torch.save({"next": number + world_size, **_get_streams()}, temporary)
+
+
+def _get_streams() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }
+
+
+def _set_streams(saved: Mapping[str, Any]) -> None:
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["cuda"])
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+# --------------------------------------------------------------------------------------------------- on the disk
+
+
+def _claim(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Make the folder this recipe's, unless it is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RECIPE_FILE
+    if not path.exists():
+        if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
+            raise ValueError(f"{folder} is not empty and holds no run ({others[0]} is there). Name another folder.")
+        write_json(path, {"recipe": recipe, "command": provenance.command(), **_provenance()})
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or no run's recipe. Name another folder.") from error
+    if differences := _differences(there, recipe):
+        more = f"; and {len(differences) - NUM_LISTED} more" if len(differences) > NUM_LISTED else ""
+        raise ValueError(
+            f"{folder} holds a run of another recipe: {'; '.join(differences[:NUM_LISTED])}{more}. Images of two "
+            "recipes must not mix: name another folder, or ask for the same images."
+        )
+
+
+def _clear_leftovers(*folders: Path) -> None:
+    """Remove what killed processes had begun to write (see `files.replacing`)."""
+    begun = re.compile(r"\.(run|streams-\d+|samples|no-result|grid|\d+)-\w{8}\.\w+")
+    for folder in folders:
+        _remove(path for path in folder.glob(".*") if begun.fullmatch(path.name))
+
+
+def _provenance() -> dict[str, Any]:
+    return {**provenance.commit(), "versions": provenance.versions(), "hardware": provenance.hardware()}
+
+
+def _differences(there: Any, now: Any, name: str = "") -> list[str]:
+    """Name the leaves in which two JSON values differ."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        keys = [*there, *(key for key in now if key not in there)]
+        prefix = f"{name}." if name else ""
+        return [text for key in keys for text in _differences(there.get(key), now.get(key), f"{prefix}{key}")]
+    short = [f"{text[:60]}..." if len(text) > 60 else text for text in (json.dumps(there), json.dumps(now))]
+    return [] if there == now else [f"{name} was {short[0]} and is now {short[1]}"]
+
+
+class _PngFolder:
+    """Images as PNG files of a folder."""
+
+    def __init__(self, folder: Path, config: RunConfig, name: str | None) -> None:
+        self.samples = self.pieces = folder / (name or "images")
+        self.config = config
+
+    def present(self) -> set[int]:
+        """Return the numbers of the images that are there."""
+        names = (path.name for path in self.samples.glob("*.png"))
+        return {int(name[:-4]) for name in names if re.fullmatch(r"\d{6,}\.png", name)}
+
+    def write(self, number: int, pixels: Tensor, present: set[int]) -> None:
+        """Write the images of a batch, except those that were there."""
+        rows = [row for row, index in enumerate(self.config.batch(number)) if index not in present]
+        save_images(self.samples, pixels[rows], [self.config.batch(number)[row] for row in rows])
+
+    def finish(self, labels: NDArray[Any]) -> None:
+        """Nothing is left to do: the folder is the result."""
+
+
+class _Npz:
+    """Images as one .npz in ADM's format, put together from a part for every batch."""
+
+    def __init__(self, folder: Path, config: RunConfig, name: str | None) -> None:
+        self.samples = folder / f"{name or 'samples'}.npz"
+        self.pieces = folder / "parts"
+        self.config = config
+
+    def _part(self, number: int) -> Path:
+        return self.pieces / f"{number:06d}.npy"
+
+    def present(self) -> set[int]:
+        """Return the numbers of the images that are there."""
+        if self.samples.exists():
+            return set(range(self.config.num_images))
+        done = (number for number in range(self.config.num_batches) if self._part(number).exists())
+        return {index for number in done for index in self.config.batch(number)}
+
+    def write(self, number: int, pixels: Tensor, present: set[int]) -> None:
+        """Write the part of a batch."""
+        pixels = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()  # [B, H, W, 3]
+        with replacing(self._part(number)) as temporary, temporary.open("wb") as file:
+            _write_npy(file, pixels.shape, [pixels.numpy()])
+
+    def finish(self, labels: NDArray[Any]) -> None:
+        """Put the parts together, one at a time, and remove them."""
+        paths = [self._part(number) for number in range(self.config.num_batches)]
+        if not self.samples.exists():
+            parts = (np.load(path, allow_pickle=False) for path in paths)
+            shape = (self.config.num_images, *np.load(paths[0], allow_pickle=False, mmap_mode="r").shape[1:])
+            with replacing(self.samples) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    _write_npy(file, shape, parts)
+                with archive.open("arr_1.npy", "w") as file:
+                    _write_npy(file, labels.shape, [labels])
+        _remove(paths)
+        if self.pieces.exists():
+            self.pieces.rmdir()
+
+
+_STORES: dict[str, type[_PngFolder] | type[_Npz]] = {"png": _PngFolder, "npz": _Npz}
+
+
+def _write_npy(file: IO[bytes], shape: Sequence[int], chunks: Iterable[NDArray[Any]]) -> None:
+    """Write an array piece by piece along its first axis; numpy's own writer hides what the disk says."""
+    header: dict[str, Any] | None = None
+    for chunk in chunks:
+        if header is None:
+            header = {**np.lib.format.header_data_from_array_1_0(chunk), "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(chunk.tobytes())
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    """Say what the disk refused, and that what is there stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                f"There is no space left for {folder}. The images that are there stay: make room, and the same command "
+                "goes on with the others."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise OSError(f"{folder} cannot be written to: {error.strerror} ({error.filename}).") from error
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------ progress
+
+
+@contextmanager
+def _progress(show: bool, name: str, config: RunConfig, num_present: int) -> Iterator[Any]:
+    """Yield `tell(images on the disk)`: a bar on a terminal, now and then a line elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    start = last = time.perf_counter()
+
+    def status(done: int) -> str:
+        rate = (done - num_present) / (time.perf_counter() - start)
+        left = (config.num_images - done) / rate if rate else float("nan")
+        return f"{rate:.3g} images/s, {_duration(left)} left, {peak_memory() / 2**30:.2f} GiB at most"
+
+    if not show:
+        yield lambda done: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(f"sample {name}", completed=num_present, total=config.num_images, status="")
+            yield lambda done: bar.update(task, completed=done, status=status(done))
+    else:
+
+        def tell(done: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if now - last >= SECONDS_BETWEEN_LINES or done == config.num_images:
+                last = now
+                text = f"sample {name}: {done} of {config.num_images} images, {status(done)}"
+                print(text, file=sys.stderr, flush=True)
+
+        yield tell
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds as "1:02:03"; "?" for NaN."""
+    return "?" if seconds != seconds else str(timedelta(seconds=round(seconds)))
