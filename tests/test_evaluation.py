@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -19,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
-from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 
 from tokenbridge import cli, evaluation, metrics, results
+from tokenbridge.artifacts import ARTIFACTS, FOLDER_VARIABLE, INCEPTION
 from tokenbridge.evaluation import (
     NUM_FEATURES,
     Inception,
@@ -37,6 +38,7 @@ from tokenbridge.evaluation import (
 )
 from tokenbridge.files import sha256_of
 from tokenbridge.image_sets import ImageArray, ImageFiles, open_images
+from tokenbridge.inception import write_random_inception
 from tokenbridge.metrics import Statistics
 from tokenbridge.pictures import save_images
 
@@ -78,22 +80,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def weights(root: Path) -> Path:
     """Return random weights in torch-fidelity's format; about ten of the features are not 0."""
-    torch.manual_seed(0)
-    with (
-        patch.object(fidelity_inception, "load_state_dict_from_url", return_value={}),
-        patch.object(nn.Module, "load_state_dict"),
-    ):
-        network = fidelity_inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)  # as made, the features fade to 0
+    file = root / "random.pth"
+    write_random_inception(file)
+    tensors = torch.load(file, weights_only=True)
     branches = ("branch1x1", "branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b", "branch_pool")
     for branch in branches:
-        scale = getattr(network.Mixed_7c, branch).bn.weight
-        scale[12 if branch == "branch1x1" else 0 :] = 0
-    network.fc.weight *= 50  # classes that differ from image to image
-    torch.save(network.state_dict(), root / "random.pth")
-    return root / "random.pth"
+        tensors[f"Mixed_7c.{branch}.bn.weight"][12 if branch == "branch1x1" else 0 :] = 0
+    tensors["fc.weight"] *= 50  # classes that differ from image to image
+    torch.save(tensors, file)
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -452,7 +447,7 @@ def test_only_published_weights_and_many_images_give_the_name_fid(
     scores = by_label(evaluate([root / "seed0"], root / "reference", **options))["1"].metrics
     assert all(name == "images" or name.endswith(LABEL) for name in scores)
 
-    monkeypatch.setattr(evaluation, "INCEPTION_SHA256", sha256_of(weights))
+    monkeypatch.setitem(ARTIFACTS, INCEPTION, replace(ARTIFACTS[INCEPTION], sha256=sha256_of(weights)))
     monkeypatch.setattr(evaluation, "FEW", NUM_SAMPLES)
     options = {**options, "allow_few": False, "allow_other_inception": False}
     plain = by_label(evaluate([root / "seed0"], root / "reference", **options))["1"].metrics
@@ -786,6 +781,7 @@ def test_commands(
 def test_the_command_names_missing_weights(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TOKENBRIDGE_INCEPTION_WEIGHTS", str(tmp_path / "absent.pth"))
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert run_command(monkeypatch, "evaluate", root / "seed0", "--reference", root / "reference") == 2
     assert "weights-inception-2015-12-05-6726825d.pth" in capsys.readouterr().err
