@@ -314,7 +314,8 @@ def evaluate(
     ],
     reference: Annotated[Path, typer.Option(help="Statistics (.npz: mu, sigma, arr_0), or a folder of images.")],
     inception: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's Inception weights; the usual places by default.")
+        Path | None,
+        typer.Option("--inception", "--inception-weights", help="Of torch-fidelity; the usual places by default."),
     ] = None,
     cleanfid_inception: Annotated[
         Path | None, typer.Option(help="clean-fid's inception-2015-12-05.pt, for FID by its own features.")
@@ -376,7 +377,8 @@ def reference(
         int, typer.Option(min=0, help="Store so many of the images too, for precision, recall and KID.")
     ] = 0,
     inception: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's Inception weights; the usual places by default.")
+        Path | None,
+        typer.Option("--inception", "--inception-weights", help="Of torch-fidelity; the usual places by default."),
     ] = None,
     allow_other_inception: Annotated[
         bool, typer.Option("--allow-other-inception", help="Take unpublished weights.")

@@ -126,7 +126,7 @@ def evaluate(
     extract_cleanfid = None
     if cleanfid_inception is not None:
         extract_cleanfid = load_cleanfid_inception(cleanfid_inception, allow_other=allow_other_inception)
-    sets = _open_samples(samples, allow_few)
+    sets = open_samples(samples, allow_few=allow_few)
     target = load_reference(reference, extract, batch_size=batch_size, cache=cache)
     _check_reference(target, sets[0], allow_few)
 
@@ -223,6 +223,31 @@ def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> I
         return (network(images.float()),)
 
     return Inception(extract, sha256, sha256 == CLEANFID_SHA256)
+
+
+def open_samples(samples: Sequence[Path | str], *, allow_few: bool = False) -> list[ImageSet]:
+    """Open sets of samples, without reading pixels.
+
+    Raises:
+        ValueError: sets of different numbers or sizes, or twice the same; fewer than 2,048 images unless allowed.
+    """
+    if not samples:
+        raise ValueError("There are no samples to evaluate.")
+    sets = [open_images(path) for path in samples]
+    first = sets[0]
+    for other in sets[1:]:
+        if (len(other), other.size) != (len(first), first.size):
+            raise ValueError(
+                f"Sets of samples are compared only if they are alike: {first.name} has {len(first)} images of "
+                f"{list(first.size)} pixels, {other.name} {len(other)} of {list(other.size)}."
+            )
+    if len({images.sha256 for images in sets}) < len(sets):
+        raise ValueError("Two of the sets of samples hold the same images: they are no two seeds.")
+    if len(first) < 2:
+        raise ValueError(f"{first.name} holds 1 image; scores need at least 2.")
+    if len(first) < FEW and not allow_few:
+        raise ValueError(_too_few(first.name, len(first)))
+    return sets
 
 
 def load_reference(
@@ -509,27 +534,6 @@ def _hash_of_weights(path: Path | str, name: str, sha256: str, allow_other: bool
             f"no FID; they can be asked for (--allow-other-inception) and are labelled FID-{OTHER}."
         )
     return found
-
-
-def _open_samples(samples: Sequence[Path | str], allow_few: bool) -> list[ImageSet]:
-    """Open sets of samples; refuse sets of different numbers or sizes, and few images unless they are allowed."""
-    if not samples:
-        raise ValueError("There are no samples to evaluate.")
-    sets = [open_images(path) for path in samples]
-    first = sets[0]
-    for other in sets[1:]:
-        if (len(other), other.size) != (len(first), first.size):
-            raise ValueError(
-                f"Sets of samples are compared only if they are alike: {first.name} has {len(first)} images of "
-                f"{list(first.size)} pixels, {other.name} {len(other)} of {list(other.size)}."
-            )
-    if len({images.sha256 for images in sets}) < len(sets):
-        raise ValueError("Two of the sets of samples hold the same images: they are no two seeds.")
-    if len(first) < 2:
-        raise ValueError(f"{first.name} holds 1 image; scores need at least 2.")
-    if len(first) < FEW and not allow_few:
-        raise ValueError(_too_few(first.name, len(first)))
-    return sets
 
 
 def _check_reference(reference: Reference, samples: ImageSet, allow_few: bool) -> None:
