@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, rule_weights, tiny_model
+from conftest import ROOT, TINY, tiny_model, with_rule_weights
 from diffusers import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from tokenbridge import cli, run
 from tokenbridge.generator import TokenBridge
-from tokenbridge.golden import rule_state
+from tokenbridge.golden import RULE, rule_state
 from tokenbridge.official import create_kl16, load_official
 from tokenbridge.presets import PRESETS, Preset, SamplingRecipe
 from tokenbridge.run import (
@@ -561,7 +561,7 @@ def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     sampling = {name: SamplingRecipe(SamplingConfig(n), "test") for name, n in (("official", 3), ("paper", 2))}
     preset = Preset("mini", sizes, 0, official_name="tokenbridge_mini", sampling=sampling)
     monkeypatch.setitem(PRESETS, "mini", preset)
-    model = saved(rule_weights(TokenBridge(**sizes), "tiny"), tmp_path / "model")
+    model = saved(with_rule_weights(TokenBridge(**sizes), {"rule": RULE, "salt": "tiny"}), tmp_path / "model")
     vae = create_kl16(ch=32, ch_mult=(1, 1), num_res_blocks=1)
     load_official(vae, rule_state(vae, {"rule": "fan-in-normal-v1", "salt": "vae"}))
     saved(vae, tmp_path / "vae")
@@ -633,6 +633,6 @@ def test_stand_in_is_marked_everywhere(
 
 def test_stand_in_has_the_rule_s_weights() -> None:
     sampler = find_system("tokenbridge-tiny", shipped=SHIPPED).stand_in(CPU)
-    expected = rule_weights(TokenBridge(**PRESETS["tokenbridge-tiny"].model), "stand-in")
+    expected = with_rule_weights(TokenBridge(**PRESETS["tokenbridge-tiny"].model), {"rule": RULE, "salt": "stand-in"})
     ours = dict(sampler.model.named_parameters())
     assert all(torch.equal(ours[name], parameter) for name, parameter in expected.named_parameters())
