@@ -91,6 +91,18 @@ def train_tiny(session: nox.Session) -> None:
     run(session, "tokenbridge", "train", "tiny", *session.posargs)
 
 
+@nox.session(name="reproduce_L")
+def reproduce_l(session: nox.Session) -> None:
+    """TokenBridge-L's row of table 3: needs the published weights; `-- --plan`, `-- --stand-in`."""
+    run(session, "tokenbridge", "reproduce-table3", "tokenbridge-l", *session.posargs)
+
+
+@nox.session(name="reproduce_H")
+def reproduce_h(session: nox.Session) -> None:
+    """TokenBridge-H's row of table 3; as reproduce_L."""
+    run(session, "tokenbridge", "reproduce-table3", "tokenbridge-h", *session.posargs)
+
+
 @nox.session
 def reproduce_table1(session: nox.Session) -> None:
     """Table 1 at the paper's scale: needs ImageNet, the published VAE, Inception's weights and statistics."""
