@@ -67,6 +67,7 @@ class Step:
 def official_arguments(config: SamplingConfig) -> SampleArguments:
     """Return the official sampler's arguments for `config`."""
     assert config.position_order == "random", "the official sampler has no other order"
+    assert config.first_element == "official"
     return SampleArguments(
         num_iter=config.num_iterations,
         cfg=config.guidance_scale,
