@@ -62,7 +62,7 @@ class Plan:
 
     whole: tuple[int, ...]  # numbers of iterations, run whole
     extrapolated: tuple[int, ...]  # numbers of iterations, extrapolated
-    num_points: int = 5  # timed iterations of an extrapolated run
+    num_points: int = 4  # timed iterations of an extrapolated run
     head_positions: int | None = None  # the head alone on this many
     rounds: int = 3
     bfloat16: bool = False  # the package in bfloat16, the reference under autocast; else both in float32

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_sampling import Waits
 from torch import Tensor
 
 from benchmarks import make_golden as m
@@ -126,6 +127,18 @@ MUTATIONS = [
 def test_golden_fails_for(name: str, change: Callable[[Reference], Reference]) -> None:
     golden = read(name)
     assert not agrees(golden, change(reference(golden)))
+
+
+def test_the_reference_waits_for_the_device_in_every_iteration() -> None:
+    """As the official sampler does; the package does not (test_sampling.py counts in the same way)."""
+    golden = read("sample-cfg3-linear")
+    path, inputs = reference(golden), {name: golden.tensor(name) for name in golden.inputs}
+    counts = []
+    for num_iter in (2, 8):
+        with torch.inference_mode(), Waits() as waits:
+            m.sample(path, inputs, {**golden.meta["arguments"], "num_iter": num_iter})
+        counts.append(waits.count)
+    assert counts[1] >= counts[0] + 6 * 2
 
 
 @pytest.mark.parametrize("arguments", [{"cfg": 3.0}, {"cfg_schedule": "constant"}, {"num_iter": 5}])

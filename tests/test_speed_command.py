@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -142,8 +143,8 @@ def test_paths_that_disagree_are_not_timed(setting: s.Setting) -> None:
         s.measure(wrong, plan, TINY)
 
 
-def app() -> s.typer.Typer:
-    command = s.typer.Typer()
+def app() -> typer.Typer:
+    command = typer.Typer()
     command.command()(s.main)
     return command
 
