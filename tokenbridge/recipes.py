@@ -89,7 +89,7 @@ _TINY_GENERATOR_TRAINING = TrainingConfig(
     num_steps=12_000, batch_size=64, learning_rate=1.5e-3, warmup_steps=200, ema_decay=0.999
 )
 _TINY_SAMPLING = SamplingConfig(
-    num_iterations=16, guidance_scale=3.0, temperature=0.9, first_element="training-consistent"
+    num_iterations=16, guidance_scale=3.0, temperature=0.95, first_element="training-consistent"
 )
 _TINY_AR64 = Recipe(
     name="tokenbridge-64",

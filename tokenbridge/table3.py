@@ -39,6 +39,7 @@ from tokenbridge.samplers import STAND_IN_IMAGES, STAND_IN_ITERATIONS, TokenBrid
 
 NUM_IMAGES = 50_000
 STAND_IN = "stand-in: no result"
+STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
 SCORES = ("FID", "IS", "precision", "recall")  # of the paper's table
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; the stand-in's reference
 
@@ -126,7 +127,7 @@ def stand_in(
 ) -> tuple[Results, Judged] | None:
     """Run the full-size model with weights drawn by the golden rule, to prove the path: no result.
 
-    Few images and iterations, Inception with random weights, statistics of photographs that scikit-image ships.
+    Few images, iterations and resamples, Inception with random weights, statistics of photographs that scikit-image ships.
 
     Args:
         name: of the preset.
@@ -138,6 +139,7 @@ def stand_in(
     preset, out = find_preset(name), Path(out)
     if options.num_images == NUM_IMAGES:
         options = replace(options, num_images=STAND_IN_IMAGES)
+    options = replace(options, num_bootstrap=min(options.num_bootstrap, STAND_IN_BOOTSTRAP))
     _check_number(options.num_images)
     system = find_system(preset.name, shipped=shipped, variant=options.variant)
     system = system.sampled(num_iterations=STAND_IN_ITERATIONS)
