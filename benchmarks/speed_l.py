@@ -19,6 +19,7 @@ import copy
 import itertools
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -214,6 +215,12 @@ class Row:
     tflop: dict[str, float]  # of a batch: "fast" and "reference"
     timed_iterations: list[dict[str, Any]] | None = None  # of an extrapolated row: number, seconds by variant
 
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        what = "head alone, positions" if self.what == "head" else f"{self.num_iterations} iterations, images"
+        return f"{what}, extrapolated" if self.timed_iterations is not None else what
+
     def median(self, variant: str) -> float:
         """Return the median seconds of a batch."""
         return statistics.median(r[variant] for r in self.rounds)
@@ -238,6 +245,7 @@ class Row:
             if target is not None and name != "reference":
                 variants[name] |= {"target_ratio": target, "target_met": ratio >= target}
         return {
+            "name": self.name,
             "what": self.what,
             "num_iterations": self.num_iterations,
             "batch_size": self.batch_size,
@@ -381,14 +389,22 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
     agree = agreement(setting, first_run)
     if setting.autocast is None and agree < AGREEMENT:
         raise RuntimeError(f"Only {agree:.1%} of the tokens agree with the reference path; nothing was timed.")
-    rows = [time_extrapolated(setting, n, plan.num_points, plan.rounds) for n in plan.extrapolated]
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(f"{row.name}, batch {row.batch_size}: {row.rounds}", file=sys.stderr, flush=True)
+
+    for n in plan.extrapolated:
+        add(time_extrapolated(setting, n, plan.num_points, plan.rounds))
     if plan.head_positions is not None:
-        rows.append(time_head(setting, plan.head_positions, plan.rounds))
-    warm = bool(plan.extrapolated)
-    rows += [time_whole(setting, n, plan.rounds, warm_up=not warm) for n in plan.whole]
+        add(time_head(setting, plan.head_positions, plan.rounds))
+    for n in plan.whole:
+        add(time_whole(setting, n, plan.rounds, warm_up=not plan.extrapolated))
     if plan.best_batch and (batch_size := best_batch(setting, first_run)) > 1:
         larger = with_batch(setting, batch_size)
-        rows += [time_extrapolated(larger, n, plan.num_points, plan.rounds) for n in plan.whole]
+        for n in plan.whole:
+            add(time_extrapolated(larger, n, plan.num_points, plan.rounds))
     dtype = next(setting.fast.parameters()).dtype
     peak = matmul_peak(setting.device, dtype)
     return {
@@ -436,8 +452,6 @@ def to_markdown(report: dict[str, Any]) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in report["rows"]:
-        what = "head alone, positions" if row["what"] == "head" else f"{row['num_iterations']} iterations, images"
-        what += ", extrapolated" if row["extrapolated"] else ""
         for name, v in row["variants"].items():
             cells = [f"{v['median_seconds']:.4g}", f"{v['per_second']:.4g}", f"{v['share_of_matmul_peak']:.0%}"]
             if name == "reference":
@@ -447,7 +461,7 @@ def to_markdown(report: dict[str, Any]) -> str:
                 cells += [f"{v['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{row['ceiling_ratio']:.2f}"]
                 met = "met" if v.get("target_met") else "MISSED"
                 cells += [f">= {v['target_ratio']:g}, {met}" if "target_ratio" in v else ""]
-            lines.append(f"| {what} | {row['batch_size']} | {name} | {' | '.join(cells)} |")
+            lines.append(f"| {row['name']} | {row['batch_size']} | {name} | {' | '.join(cells)} |")
     lines += [
         "",
         "Ratio: seconds of the reference path over those of the row, medians of rounds measured in turns. Ceiling: the "
