@@ -127,7 +127,8 @@ def stand_in(
 ) -> tuple[Results, Judged] | None:
     """Run the full-size model with weights drawn by the golden rule, to prove the path: no result.
 
-    Few images, iterations and resamples, Inception with random weights, statistics of photographs that scikit-image ships.
+    Few images, iterations and resamples; Inception with random weights; statistics of photographs that scikit-image
+    ships.
 
     Args:
         name: of the preset.
@@ -156,6 +157,7 @@ def stand_in(
             str(photographs),
             reference,
             inception=inception,
+            image_size=system.image_size,
             keep_images=len(PHOTOGRAPHS),
             allow_other_inception=True,
         )
