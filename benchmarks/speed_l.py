@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import psutil
 import torch
 import typer
 from torch import Tensor
@@ -50,7 +51,7 @@ from tokenbridge.sampling import ImageNoise, SamplingConfig, generate_tokens, im
 WEIGHTS = {"rule": RULE, "salt": "speed"}
 TARGETS = {("image", 4): 2.5, ("image", 64): 1.2, ("head", None): 4.0}  # of issue 3, for L on two cores
 AGREEMENT = 0.99  # of tokens in float32: as the goldens ask for; a draw may flip where sums are added in another order
-BUSY = 0.5  # load per core above which the table says so
+BUSY = 0.1  # share of the machine that other processes took meanwhile, above which the table says so
 MAX_BATCH = 512
 BATCH_GAIN = 1.03  # a doubled batch that is not this much faster per image ends the search
 
@@ -383,8 +384,8 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
     Raises:
         RuntimeError: the two paths do not agree, so that comparing their times would mean nothing.
     """
-    started, load = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()
-    begin = time.monotonic()
+    started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    busy = busy_seconds()
     first_run = (plan.extrapolated or plan.whole)[0]
     agree = agreement(setting, first_run)
     if setting.autocast is None and agree < AGREEMENT:
@@ -407,6 +408,8 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
             add(time_extrapolated(larger, n, plan.num_points, plan.rounds))
     dtype = next(setting.fast.parameters()).dtype
     peak = matmul_peak(setting.device, dtype)
+    # The load average would not do: it counts this process too, and what ended a minute ago.
+    others = (busy_seconds() - busy) / ((time.monotonic() - begin) * (os.cpu_count() or 1))
     return {
         "preset": preset,
         "num_parameters": sum(p.numel() for p in setting.fast.parameters()),
@@ -424,7 +427,7 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
             "command": f"python -m benchmarks.{provenance.command().replace('.py', '')}",
             "started": started,
             "seconds": round(time.monotonic() - begin, 1),
-            "load_average_at_start": [round(x, 2) for x in load],
+            "share_of_other_processes": round(max(0.0, others), 3),
             **provenance.commit(),
             "versions": provenance.versions(),
             "hardware": provenance.hardware(),
@@ -432,20 +435,26 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
     }
 
 
+def busy_seconds() -> float:
+    """Return the processor seconds that everything but this process has used since the machine started."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - time.process_time()
+
+
 def to_markdown(report: dict[str, Any]) -> str:
     """Return the report as a table with what one must know to read it."""
     origin = report["provenance"]
-    load, cores = origin["load_average_at_start"][0], origin["hardware"]["cores"]
+    others = origin["share_of_other_processes"]
     where = ", ".join(origin["hardware"]["accelerators"]) or origin["hardware"]["processor"]
     lines = [
         f"# Sampling speed of {report['preset']} on {report['device']}",
         "",
         f"{where}; {report['num_threads']} threads; {report['dtype']}; torch {origin['versions']['torch']}; "
-        f"{origin['started']}; load average {load:g} on {cores} cores at the start; "
+        f"{origin['started']}; other processes took {others:.0%} of the machine; "
         f"measured matmul peak {report['matmul_peak_tflops']:.3g} TFLOP/s.",
         "",
     ]
-    if load > BUSY * cores:
+    if others > BUSY:
         lines += ["**The machine was busy: these numbers are no result.**", ""]
     lines += [
         "| what | batch | path | seconds (median) | per second | share of peak | ratio (rounds) | ceiling | target |",

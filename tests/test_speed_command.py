@@ -92,7 +92,7 @@ def test_cpu_plan(tmp_path: Path) -> None:
     assert [p["number"] for p in points] == [0, 4, 7]
     assert points[0]["num_visible"] == 0
     assert report["rows"][1]["variants"]["eager"]["target_ratio"] == 4
-    assert len(report["provenance"]["load_average_at_start"]) == 3
+    assert 0 <= report["provenance"]["share_of_other_processes"] <= 1
     table = (tmp_path / f"{TINY}-cpu.md").read_text()
     assert "| 8 iterations, images, extrapolated | 1 | eager |" in table
 
