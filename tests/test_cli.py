@@ -26,6 +26,7 @@ from tokenbridge.provenance import hash_of_dataset
 from tokenbridge.recipes import TINY, Scale
 from tokenbridge.reproduce import reproduce
 from tokenbridge.results import Results, compare, read, verdicts
+from tokenbridge.sampling import MaskedSamplingConfig
 from tokenbridge.training import TrainingConfig
 from tokenbridge.weights import WEIGHTS_FILE
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 DATA = "mini-digits"  # a folder in the working directory of these tests
 TRAINED = ("vae", "vq", "classifier", "tokenbridge-64")
-NOT_TRAINED = ("parallel-64", "tokenbridge-16", "tokenbridge-64-natural")
+NOT_TRAINED = ("parallel-64", "tokenbridge-16", "tokenbridge-64-natural", "mar", "givt", "llamagen")
 TIMES = {"seconds per image", "ms per position", "± ms", "speed-up"}
 
 STEPS = TrainingConfig(num_steps=5, batch_size=8, warmup_steps=2, learning_rate=1e-3)
@@ -42,10 +43,16 @@ SMALLER: dict[str, dict[str, Any]] = {
     "autoencoder": {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4},
     "vq": {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "num_vq_embeddings": 16, "vq_embed_dim": 4},
     "classifier": {"widths": (8, 8, 8, 8)},
-    "generator": {
+    "tokenbridge": {
         **{"num_channels": 4, "width": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2, "num_buffer": 2},
         **{"head_width": 16, "head_depth": 1, "head_num_heads": 2},
     },
+    "mar": {
+        **{"num_channels": 4, "width": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2, "num_buffer": 2},
+        **{"head_width": 16, "head_depth": 1},
+    },
+    "givt": {"num_channels": 4, "num_components": 2, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 16},
+    "llamagen": {"num_codes": 16, "width": 16, "depth": 1, "num_heads": 2, "hidden_multiple": 16},
 }
 
 
@@ -53,7 +60,9 @@ def miniature(scale: Scale = TINY) -> Scale:
     """Return `scale` with the same recipes, of models and trainings that take no time."""
     small = []
     for recipe in scale.recipes:
-        sampling = recipe.sampling and dataclasses.replace(recipe.sampling, num_iterations=4)
+        sampling = recipe.sampling
+        if isinstance(sampling, MaskedSamplingConfig):
+            sampling = dataclasses.replace(sampling, num_iterations=4)
         model = {**recipe.model, **SMALLER[recipe.kind]}
         small.append(dataclasses.replace(recipe, model=model, training=STEPS, sampling=sampling))
     return dataclasses.replace(scale, name="mini", data=DATA, recipes=tuple(small))
@@ -490,7 +499,7 @@ def test_train_all_runs_generators_last(
     assert latents  # cached once, before the generators want them
     names = [call[2] for call in calls]
     assert sorted(names) == sorted({*TRAINED, *NOT_TRAINED} - set(optional))
-    is_generator = [MINI.recipe(name).kind == "generator" for name in names]
+    is_generator = [MINI.recipe(name).is_generator for name in names]
     assert is_generator == sorted(is_generator)
     assert {tuple(call[:2] + call[3:]) for call in calls} == {("train", "mini", "--out", str(tmp_path), "--data", DATA)}
 
