@@ -121,9 +121,9 @@ _TINY_GIVT = Recipe(
 _TINY_LLAMAGEN = Recipe(
     name="llamagen",
     kind="llamagen",
-    model={  # 1,137,408
+    model={  # 985,600
         **{"latent_size": 4, "num_codes": 512, "num_classes": 10},
-        **{"width": 128, "depth": 5, "num_heads": 4, "hidden_multiple": 32, "dropout": 0.0},
+        **{"width": 128, "depth": 4, "num_heads": 4, "hidden_multiple": 128, "dropout": 0.0},
     },
     training=_TINY_GENERATOR_TRAINING,
     sampling=LlamaGenSampling(guidance_scale=2.0),
