@@ -468,7 +468,7 @@ def _sample_grid(bench: Bench, path: Path, pixels: Tensor, name: str, config: Sa
     rows = [pixels[c :: len(classes)][:10] for c in range(len(classes))]
     settings = dataclasses.asdict(config)
     shown = ("guidance_scale", "guidance_weight", "temperature", "num_iterations", "num_diffusion_steps")
-    words = [f"{key.replace('_', ' ')} {settings[key]:g}" for key in shown if key in settings]
+    words = [f"{key.replace('_', ' ')} {settings[key]}" for key in shown if key in settings]
     if settings.get("position_order", "random") != "random":
         words.append(f"{settings['position_order']} order")
     save_grid(path, rows, classes, f"{name}: {', '.join(words).replace('num ', '')}")
