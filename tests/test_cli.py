@@ -284,6 +284,7 @@ def test_missing_generators_are_rows_not_run(world: World) -> None:
         "ptq-beats-vq",
         "ar-against-real",
         "right-class",
+        "ar-against-diffusion",
     }  # but not the one that needs the parallel head
     page = (world.root / "first" / "tables.md").read_text()
     assert page.count("| not run |") == 5

@@ -455,6 +455,14 @@ def trends(rows: list[Row]) -> list[Trend]:
         ">=",
         0.95,
     )
+    claim(
+        "ar-against-diffusion",
+        "the diffusion head's time for a position over the AR head's (5.94 in the paper, on a GPU)",
+        ("table5/cached", "table5/diffusion"),
+        lambda: by_id["table5/cached"]["against diffusion"],
+        ">=",
+        2.0,
+    )
     return found
 
 
