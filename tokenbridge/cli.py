@@ -542,6 +542,91 @@ def reproduce_table1(
 
 
 @app.command()
+def reproduce_table3(
+    model: Annotated[str, typer.Argument(help="A published preset: tokenbridge-l or tokenbridge-h.")],
+    variant: Annotated[str | None, typer.Option(help="Sampling settings: official (default) or paper.")] = None,
+    num_images: Annotated[int, typer.Option(help="Only 50,000 are compared with the paper.")] = 50_000,
+    weights: Annotated[
+        Path | None, typer.Option(help="checkpoint-last.pth, or a folder with it and perhaps the other files.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt.")] = None,
+    inception: Annotated[
+        Path | None, typer.Option("--inception", "--inception-weights", help="torch-fidelity's Inception weights.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="adm_in256_stats.npz: for FID.")] = None,
+    reference_batch: Annotated[
+        Path | None, typer.Option(help="VIRTUAL_imagenet256_labeled.npz: for precision and recall.")
+    ] = None,
+    precision_recall: Annotated[
+        bool, typer.Option(help="Measure precision and recall, which need ADM's reference batch.")
+    ] = True,
+    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/MODEL by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
+    randomness: Annotated[str, typer.Option(help="per-image, or official: global streams.")] = "per-image",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time in each process.")] = 64,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp16 on GPUs, as published.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile backbone and VAE decoder.")] = False,
+    num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for FID's interval; 0 for none.")] = 100,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what a run takes and what is missing; run nothing.")
+    ] = False,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Full size, weights drawn by a rule, few images: no result.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Rebuild a row of the paper's table 3 from published weights: sample 50,000 images, score them, judge."""
+    from tokenbridge import table3
+    from tokenbridge.presets import find_preset
+
+    preset = find_preset(model)
+    options = table3.Options(
+        variant=variant,
+        num_images=num_images,
+        seed=seed,
+        randomness=randomness,
+        batch_size=batch_size,
+        dtype=dtype,
+        compiled=compiled,
+        num_bootstrap=num_bootstrap,
+        with_precision_recall=precision_recall,
+    )
+    out = out or Path("runs") / f"{preset.name}{'-stand-in' if stand_in else ''}"
+    given = {
+        preset.name: weights,
+        "kl16": vae,
+        "inception": inception,
+        "adm-statistics": reference,
+        "adm-reference": reference_batch,
+    }
+    if folder is None and weights is not None and weights.is_dir():
+        folder = weights  # the other files may lie there too
+    where: dict[str, Any] = {"out": out, "shipped": reference_folder()}
+    if plan:
+        planned = table3.plan(model, options, folder=folder, given=given, **where)
+        if as_json:
+            print(json.dumps(planned.as_json(), indent=2))
+        else:
+            _print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
+        return
+    if stand_in:
+        done = table3.stand_in(model, options, **where)
+    else:
+        done = table3.reproduce_table3(model, options, folder=folder, given=given, **where)
+    if done is None:  # not the main process
+        return
+    measured, judged = done
+    if as_json:
+        verdict_list = [{"id": id_, "verdict": verdict, "why": why} for id_, (verdict, why) in judged.items()]
+        print(json.dumps({**measured.model_dump(), "verdicts": verdict_list}, indent=2))
+    else:
+        print(table3.to_markdown(preset, measured, judged))
+    if any(verdict == "not reproduced" for verdict, _ in judged.values()):
+        sys.exit(1)
+
+
+@app.command()
 def train(
     scale: ScaleName = "tiny",
     names: Annotated[list[str] | None, typer.Argument(help="Which recipes; all of the scale by default.")] = None,

@@ -110,7 +110,7 @@ _TINY: dict[str, Any] = {
     "dropout": 0.0,
 }
 _TINY_SAMPLING = SamplingConfig(
-    num_iterations=16, guidance_scale=3.0, temperature=0.9, first_element="training-consistent"
+    num_iterations=16, guidance_scale=3.0, temperature=0.95, first_element="training-consistent"
 )
 
 PRESETS: dict[str, Preset] = {

@@ -1,0 +1,505 @@
+"""Sampling of a whole preset against the reference path, in turns: `python -m benchmarks.speed_l --device cpu`.
+
+Weights are drawn by the goldens' rule: how long a product takes does not depend on what is multiplied. Settings are
+the preset's own (guidance 3.1, temperature 0.96 for L). Times are host seconds of one batch, the device waited for.
+
+On the CPU, in float32: 4 iterations; 64 iterations, extrapolated; the head alone. On CUDA, at batch 1 and at the best
+batch, 64 and 256 iterations: the package in bfloat16, eager and compiled, beside the reference with float32 weights
+under bfloat16 autocast (the official evaluation does so with float16).
+
+Extrapolated means: a few iterations of the schedule are timed; for those between, seconds per counted FLOP are
+interpolated and multiplied by the iteration's own FLOP.
+
+Shape letters: B batch, L positions, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.flops import fast_head, fast_step, image_cost, reference_head, reference_step
+from benchmarks.reference import Reference, draw, reference_of
+from benchmarks.steps import Step, official_arguments, to_device
+from tokenbridge import provenance
+from tokenbridge.cli import reference_folder
+from tokenbridge.files import write_json, write_text
+from tokenbridge.generator import TokenBridge
+from tokenbridge.golden import RULE, rule_state
+from tokenbridge.heads import ARHead
+from tokenbridge.official import load_official
+from tokenbridge.orders import masked_counts
+from tokenbridge.presets import create_model, find_preset
+from tokenbridge.sampling import ImageNoise, SamplingConfig, generate_tokens, image_noise
+
+WEIGHTS = {"rule": RULE, "salt": "speed"}
+TARGETS = {("image", 4): 2.5, ("image", 64): 1.2, ("head", None): 4.0}  # of issue 3, for L on two cores
+AGREEMENT = 0.99  # of tokens in float32: as the goldens ask for; a draw may flip where sums are added in another order
+BUSY = 0.5  # load per core above which the table says so
+MAX_BATCH = 512
+BATCH_GAIN = 1.03  # a doubled batch that is not this much faster per image ends the search
+
+Function = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed, and how thoroughly."""
+
+    whole: tuple[int, ...]  # numbers of iterations, run whole
+    extrapolated: tuple[int, ...]  # numbers of iterations, extrapolated
+    num_points: int = 4  # timed iterations of an extrapolated run
+    head_positions: int | None = None  # the head alone on this many
+    rounds: int = 3
+    bfloat16: bool = False  # the package in bfloat16, the reference under autocast; else both in float32
+    compile_backend: str | None = None  # of torch.compile, for a variant beside the eager one
+    best_batch: bool = False  # also at the batch that is cheapest per image, extrapolated
+
+
+PLANS = {
+    "cpu": Plan(whole=(4,), extrapolated=(64,), head_positions=256),
+    "cuda": Plan(whole=(64, 256), extrapolated=(), bfloat16=True, compile_backend="inductor", best_batch=True),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The two paths, and what they sample."""
+
+    fast: TokenBridge
+    plain: Reference
+    config: SamplingConfig
+    labels: Tensor  # [B]
+    noise: ImageNoise
+    autocast: torch.dtype | None = None  # of the reference
+    compiled: dict[tuple[str, str], Callable[..., Any]] | None = None  # replaces methods, by module and name
+
+    @property
+    def device(self) -> torch.device:
+        """Where both run."""
+        return self.fast.device
+
+    def variants(self, fast: Function, plain: Function) -> dict[str, Function]:
+        """Return what is timed in turns, by name."""
+
+        def compiled() -> object:
+            assert self.compiled is not None
+            with methods(self.fast, self.compiled):
+                return fast()
+
+        def reference() -> object:
+            kind = self.device.type
+            with torch.no_grad(), torch.autocast(kind, self.autocast, enabled=self.autocast is not None):
+                return plain()
+
+        return {"eager": fast, **({"compiled": compiled} if self.compiled else {}), "reference": reference}
+
+    def step(self, num_iterations: int, number: int) -> Step:
+        """Return iteration `number` of a run; its visible tokens are drawn at random."""
+        shape = *self.noise.orders.shape, self.fast.num_channels
+        generator = torch.Generator().manual_seed(number)
+        tokens = torch.randint(self.fast.quantizer.num_levels, shape, generator=generator).to(self.device)
+        config = replace(self.config, num_iterations=num_iterations)
+        return Step(self.fast, self.plain, config, number, self.labels, self.noise, tokens)
+
+
+@contextmanager
+def methods(model: TokenBridge, replacements: dict[tuple[str, str], Callable[..., Any]]) -> Iterator[None]:
+    """Replace methods of the model's parts, by (part, name), while the block runs."""
+    for (part, name), function in replacements.items():
+        setattr(model.get_submodule(part), name, function)
+    try:
+        yield
+    finally:
+        for part, name in replacements:
+            delattr(model.get_submodule(part), name)
+
+
+def compiled_methods(model: TokenBridge, backend: str) -> dict[tuple[str, str], Callable[..., Any]]:
+    """Compile what an iteration runs; how many positions are visible and predicted changes all the time."""
+    return {
+        ("backbone", "encode"): torch.compile(model.backbone.encode, backend=backend, dynamic=True),
+        ("backbone", "decode"): torch.compile(model.backbone.decode, backend=backend, dynamic=True),
+        ("head", "sample"): torch.compile(model.head.sample, backend=backend),
+    }
+
+
+def make_setting(preset: str, device: str, plan: Plan) -> Setting:
+    """Build both paths on `device`, for one image."""
+    model = create_model(preset)
+    load_official(model, rule_state(model, WEIGHTS))
+    model.to(device)
+    fast, autocast = model, None
+    if plan.bfloat16:
+        fast, autocast = copy.deepcopy(model).to(torch.bfloat16), torch.bfloat16
+    compiled = None if plan.compile_backend is None else compiled_methods(fast, plan.compile_backend)
+    plain = reference_of(model)
+    labels = torch.zeros(0, dtype=torch.int64)
+    noise = ImageNoise(labels, labels)
+    config = replace(find_preset(preset).sampling_config(), first_element="official")  # tiny has the other one
+    setting = Setting(fast, plain, config, labels, noise, autocast, compiled)
+    return with_batch(setting, 1)
+
+
+def with_batch(setting: Setting, batch_size: int) -> Setting:
+    """Return the setting with another number of images."""
+    model = setting.fast
+    labels = (torch.arange(batch_size) % model.num_classes).to(setting.device)
+    noise = image_noise(0, list(range(batch_size)), model.num_positions, model.num_channels)
+    return replace(setting, labels=labels, noise=to_device(noise, setting.device))
+
+
+# ------------------------------------------------------------------------------------------------ timing
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(function: Function, device: torch.device) -> float:
+    """Time one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def in_turns(variants: dict[str, Function], device: torch.device) -> dict[str, float]:
+    """Time one call of each, one after the other."""
+    return {name: seconds_of(function, device) for name, function in variants.items()}
+
+
+def extrapolate(numbers: list[int], seconds: list[float], flop: list[float]) -> float:
+    """Return the seconds of all iterations from those of some.
+
+    Args:
+        numbers: which iterations were timed, rising.
+        seconds: of each.
+        flop: of every iteration of the run.
+    """
+    per_flop = [s / flop[n] for n, s in zip(numbers, seconds, strict=True)]
+    between = np.interp(np.arange(len(flop)), numbers, per_flop)
+    return float(between @ np.asarray(flop))
+
+
+# -------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing timed, all ways."""
+
+    what: Literal["image", "head"]
+    num_iterations: int | None
+    batch_size: int  # images, or positions of the head alone
+    rounds: list[dict[str, float]]  # seconds of a batch by variant, round by round
+    tflop: dict[str, float]  # of a batch: "fast" and "reference"
+    timed_iterations: list[dict[str, Any]] | None = None  # of an extrapolated row: number, seconds by variant
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        what = "head alone, positions" if self.what == "head" else f"{self.num_iterations} iterations, images"
+        return f"{what}, extrapolated" if self.timed_iterations is not None else what
+
+    def median(self, variant: str) -> float:
+        """Return the median seconds of a batch."""
+        return statistics.median(r[variant] for r in self.rounds)
+
+    def to_json(self, peak: float) -> dict[str, Any]:
+        """Return everything, with what follows from it; `peak` in TFLOP/s."""
+        target = TARGETS.get((self.what, self.num_iterations))
+        variants = {}
+        for name in self.rounds[0]:
+            seconds = [r[name] for r in self.rounds]
+            ratios = [r["reference"] / r[name] for r in self.rounds]
+            tflop = self.tflop["reference" if name == "reference" else "fast"]
+            ratio = self.median("reference") / self.median(name)
+            variants[name] = {
+                "median_seconds": self.median(name),
+                "seconds": seconds,
+                "per_second": self.batch_size / self.median(name),
+                "share_of_matmul_peak": tflop / self.median(name) / peak,
+                "ratio": ratio,
+                "ratio_of_rounds": [min(ratios), max(ratios)],
+            }
+            if target is not None and name != "reference":
+                variants[name] |= {"target_ratio": target, "target_met": ratio >= target}
+        return {
+            "name": self.name,
+            "what": self.what,
+            "num_iterations": self.num_iterations,
+            "batch_size": self.batch_size,
+            "extrapolated": self.timed_iterations is not None,
+            "tflop": self.tflop,
+            "ceiling_ratio": self.tflop["reference"] / self.tflop["fast"],
+            "variants": variants,
+            **({} if self.timed_iterations is None else {"timed_iterations": self.timed_iterations}),
+        }
+
+
+def _tflop(setting: Setting, num_iterations: int) -> dict[str, float]:
+    guided = setting.config.guidance_scale != 1
+    costs = {
+        name: image_cost(setting.fast, num_iterations, guided=guided, fast=name == "fast").total * len(setting.labels)
+        for name in ("fast", "reference")
+    }
+    return {name: cost / 1e12 for name, cost in costs.items()}
+
+
+def time_whole(setting: Setting, num_iterations: int, rounds: int, *, warm_up: bool) -> Row:
+    """Time whole images; without a warm-up of its own where `time_extrapolated` has warmed the same shapes."""
+    config = replace(setting.config, num_iterations=num_iterations)
+    arguments = official_arguments(config)
+    noise, labels = setting.noise, setting.labels
+    variants = setting.variants(
+        lambda: generate_tokens(setting.fast, labels, config, noise),
+        lambda: setting.plain.sample_tokens(labels, noise.orders, arguments, noise.uniforms),
+    )
+    if warm_up:
+        in_turns(variants, setting.device)
+    seconds = [in_turns(variants, setting.device) for _ in range(rounds)]
+    return Row("image", num_iterations, len(labels), seconds, _tflop(setting, num_iterations))
+
+
+def time_extrapolated(setting: Setting, num_iterations: int, num_points: int, rounds: int) -> Row:
+    """Time some iterations of a run, and extrapolate to all; the first pass over them warms up."""
+    guided = setting.config.guidance_scale != 1
+    counts = [setting.fast.num_positions, *masked_counts(setting.fast.num_positions, num_iterations)]
+    flop = {
+        name: [cost(setting.fast, a, b, guided=guided).total for a, b in itertools.pairwise(counts)]
+        for name, cost in (("fast", fast_step), ("reference", reference_step))
+    }
+    numbers = sorted({round(x) for x in np.linspace(0, num_iterations - 1, num_points)})
+    steps = [setting.step(num_iterations, number) for number in numbers]
+    variants = [setting.variants(step.fast, step.plain) for step in steps]
+    timed = [[in_turns(v, setting.device) for v in variants] for _ in range(1 + rounds)][1:]
+    seconds = [
+        {
+            name: extrapolate(numbers, [s[name] for s in one], flop["reference" if name == "reference" else "fast"])
+            for name in one[0]
+        }
+        for one in timed
+    ]
+    points = [
+        {
+            "number": number,
+            "num_visible": setting.fast.num_positions - step.num_masked,
+            "num_predicted": step.num_masked - step.num_masked_after,
+            "seconds": {name: [one[i][name] for one in timed] for name in timed[0][0]},
+        }
+        for i, (number, step) in enumerate(zip(numbers, steps, strict=True))
+    ]
+    tflop = _tflop(setting, num_iterations)
+    return Row("image", num_iterations, len(setting.labels), seconds, tflop, points)
+
+
+def time_head(setting: Setting, num_positions: int, rounds: int) -> Row:
+    """Time the head alone; a sixteenth of the positions warms up."""
+    head, reference = setting.fast.head, setting.plain
+    assert isinstance(head, ARHead)
+    generator = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(num_positions, head.num_channels, generator=generator).to(setting.device)
+    context = torch.randn(num_positions, head.condition_proj.in_features, generator=generator)
+    context = context.to(setting.device, head.condition_proj.weight.dtype)
+
+    def variants(count: int) -> dict[str, Function]:
+        pick = draw(uniforms[:count], setting.config.temperature)
+        return setting.variants(
+            lambda: head.sample(context[:count], pick), lambda: reference.sample_channels(context[:count], pick)
+        )
+
+    in_turns(variants(max(1, num_positions // 16)), setting.device)
+    seconds = [in_turns(variants(num_positions), setting.device) for _ in range(rounds)]
+    tflop = {
+        "fast": fast_head(setting.fast, num_positions) / 1e12,
+        "reference": reference_head(setting.fast, num_positions) / 1e12,
+    }
+    return Row("head", None, num_positions, seconds, tflop)
+
+
+def agreement(setting: Setting, num_iterations: int) -> float:
+    """Return the share of tokens that both paths choose alike in an iteration halfway."""
+    step = setting.step(num_iterations, num_iterations // 2)
+    results = setting.variants(step.fast, step.plain)
+    with torch.inference_mode():
+        ours, theirs = results["eager"](), results["reference"]()
+    assert isinstance(ours, Tensor)
+    assert isinstance(theirs, Tensor)
+    predicted = setting.noise.orders[:, step.num_masked_after : step.num_masked]
+    same = (ours == theirs).gather(1, predicted[..., None].expand(-1, -1, ours.shape[-1]))
+    return same.double().mean().item()
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best TFLOP/s of a square product: of 8192 on a GPU, 2048 on the CPU."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = [seconds_of(lambda: a @ b, device) for _ in range(6)]
+    return 2 * size**3 / min(seconds) / 1e12
+
+
+def best_batch(setting: Setting, num_iterations: int) -> int:
+    """Double the batch while that makes an image cheaper, by an iteration halfway of the eager package."""
+    best, best_rate, batch_size = 1, 0.0, 1
+    while batch_size <= MAX_BATCH:
+        try:
+            step = with_batch(setting, batch_size).step(num_iterations, num_iterations // 2)
+            seconds_of(step.fast, setting.device)
+            rate = batch_size / min(seconds_of(step.fast, setting.device) for _ in range(2))
+        except torch.OutOfMemoryError:
+            break
+        if rate < best_rate * BATCH_GAIN:
+            break
+        best, best_rate, batch_size = batch_size, rate, 2 * batch_size
+    return best
+
+
+# ----------------------------------------------------------------------------------------------- command
+
+
+def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
+    """Time everything of the plan; return the report.
+
+    Raises:
+        RuntimeError: the two paths do not agree, so that comparing their times would mean nothing.
+    """
+    started, load = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()
+    begin = time.monotonic()
+    first_run = (plan.extrapolated or plan.whole)[0]
+    agree = agreement(setting, first_run)
+    if setting.autocast is None and agree < AGREEMENT:
+        raise RuntimeError(f"Only {agree:.1%} of the tokens agree with the reference path; nothing was timed.")
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(f"{row.name}, batch {row.batch_size}: {row.rounds}", file=sys.stderr, flush=True)
+
+    for n in plan.extrapolated:
+        add(time_extrapolated(setting, n, plan.num_points, plan.rounds))
+    if plan.head_positions is not None:
+        add(time_head(setting, plan.head_positions, plan.rounds))
+    for n in plan.whole:
+        add(time_whole(setting, n, plan.rounds, warm_up=not plan.extrapolated))
+    if plan.best_batch and (batch_size := best_batch(setting, first_run)) > 1:
+        larger = with_batch(setting, batch_size)
+        for n in plan.whole:
+            add(time_extrapolated(larger, n, plan.num_points, plan.rounds))
+    dtype = next(setting.fast.parameters()).dtype
+    peak = matmul_peak(setting.device, dtype)
+    return {
+        "preset": preset,
+        "num_parameters": sum(p.numel() for p in setting.fast.parameters()),
+        "weights": WEIGHTS,
+        "device": setting.device.type,
+        "num_threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "reference_autocast": None if setting.autocast is None else str(setting.autocast).removeprefix("torch."),
+        "guidance_scale": setting.config.guidance_scale,
+        "temperature": setting.config.temperature,
+        "tokens_equal_to_reference": agree,
+        "matmul_peak_tflops": peak,
+        "rows": [row.to_json(peak) for row in rows],
+        "provenance": {
+            "command": f"python -m benchmarks.{provenance.command().replace('.py', '')}",
+            "started": started,
+            "seconds": round(time.monotonic() - begin, 1),
+            "load_average_at_start": [round(x, 2) for x in load],
+            **provenance.commit(),
+            "versions": provenance.versions(),
+            "hardware": provenance.hardware(),
+        },
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Return the report as a table with what one must know to read it."""
+    origin = report["provenance"]
+    load, cores = origin["load_average_at_start"][0], origin["hardware"]["cores"]
+    where = ", ".join(origin["hardware"]["accelerators"]) or origin["hardware"]["processor"]
+    lines = [
+        f"# Sampling speed of {report['preset']} on {report['device']}",
+        "",
+        f"{where}; {report['num_threads']} threads; {report['dtype']}; torch {origin['versions']['torch']}; "
+        f"{origin['started']}; load average {load:g} on {cores} cores at the start; "
+        f"measured matmul peak {report['matmul_peak_tflops']:.3g} TFLOP/s.",
+        "",
+    ]
+    if load > BUSY * cores:
+        lines += ["**The machine was busy: these numbers are no result.**", ""]
+    lines += [
+        "| what | batch | path | seconds (median) | per second | share of peak | ratio (rounds) | ceiling | target |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in report["rows"]:
+        for name, v in row["variants"].items():
+            cells = [f"{v['median_seconds']:.4g}", f"{v['per_second']:.4g}", f"{v['share_of_matmul_peak']:.0%}"]
+            if name == "reference":
+                cells += ["1", "", ""]
+            else:
+                low, high = v["ratio_of_rounds"]
+                cells += [f"{v['ratio']:.2f} ({low:.2f} to {high:.2f})", f"{row['ceiling_ratio']:.2f}"]
+                met = "met" if v.get("target_met") else "MISSED"
+                cells += [f">= {v['target_ratio']:g}, {met}" if "target_ratio" in v else ""]
+            lines.append(f"| {row['name']} | {row['batch_size']} | {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Ratio: seconds of the reference path over those of the row, medians of rounds measured in turns. Ceiling: the "
+        "same in counted FLOP. Extrapolated: from some iterations of the schedule, by interpolated seconds per counted "
+        "FLOP (`timed_iterations` in the JSON). Reference: benchmarks/reference.py, which does what the official "
+        "sampler does. Weights are drawn by the goldens' rule.",
+    ]
+    return "\n".join(lines)
+
+
+def run(preset: str, device: str, plan: Plan, folder: Path) -> dict[str, Any]:
+    """Measure and write `PRESET-DEVICE.json` and `.md` to `folder`; return the report."""
+    report = measure(make_setting(preset, device, plan), plan, preset)
+    name = f"{preset}-{device}"
+    write_json(folder / f"{name}.json", report)
+    write_text(folder / f"{name}.md", to_markdown(report))
+    return report
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    preset: Annotated[str, typer.Option(help="Name of the preset.")] = "tokenbridge-l",
+    num_threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    rounds: Annotated[int, typer.Option(help="How often each path is timed.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder; reference_results/benchmarks by default.")] = None,
+) -> None:
+    """Time the sampler beside the reference path; minutes for L on two cores."""
+    if device not in PLANS:
+        raise typer.BadParameter(f"There are {' and '.join(PLANS)}, not {device!r}.", param_hint="--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(
+            "No CUDA GPU was found. Run it on a machine that has one, or with --device cpu.", param_hint="--device"
+        )
+    torch.set_num_threads(num_threads)
+    folder = output or reference_folder() / "benchmarks"
+    report = run(preset, device, replace(PLANS[device], rounds=rounds), folder)
+    print(to_markdown(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,335 @@
+"""A row of the paper's table 3 from published weights: sample 50,000 images, score them, compare with the paper.
+
+Order of work: the files first (a missing one costs seconds, not hours), then the sampling run (`run.py`: many
+processes, resumed after a kill), then the scores (`evaluation.py`): FID and Inception Score against the statistics of
+the official evaluation, precision and recall against the images of ADM's reference batch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import skimage.data
+from PIL import Image
+
+from tokenbridge import artifacts, evaluation, provenance
+from tokenbridge.files import replacing_folder, sha256_of, write_json, write_text
+from tokenbridge.inception import write_random_inception
+from tokenbridge.plan import Plan, plan_run
+from tokenbridge.presets import Preset, find_preset
+from tokenbridge.results import (
+    Provenance,
+    Results,
+    Row,
+    Verdict,
+    cell,
+    compare,
+    markdown_table,
+    metric,
+    tolerance_of,
+)
+from tokenbridge.run import RunConfig, process_state, sampling_run, save_overview
+from tokenbridge.samplers import STAND_IN_IMAGES, STAND_IN_ITERATIONS, TokenBridgeSystem, find_system
+
+NUM_IMAGES = 50_000
+STAND_IN = "stand-in: no result"
+STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
+SCORES = ("FID", "IS", "precision", "recall")  # of the paper's table
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; the stand-in's reference
+
+Judged = dict[str, tuple[Verdict, str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; the rest is the preset's."""
+
+    variant: str | None = None  # of the preset's sampling settings
+    num_images: int = NUM_IMAGES
+    seed: int = 0
+    randomness: str = "per-image"
+    batch_size: int = 64
+    dtype: str | None = None
+    compiled: bool = False
+    num_bootstrap: int = 100
+    with_precision_recall: bool = True  # needs ADM's reference batch
+
+    def run_config(self) -> RunConfig:
+        """Return the sampling run."""
+        randomness: Any = self.randomness
+        return RunConfig(self.num_images, seed=self.seed, randomness=randomness, batch_size=self.batch_size)
+
+
+def needed_files(name: str, options: Options) -> list[str]:
+    """Return the keys of the files that a row needs."""
+    keys = [find_preset(name).name, artifacts.KL16_VAE, artifacts.INCEPTION, artifacts.STATISTICS]
+    return [*keys, artifacts.REFERENCE_BATCH] if options.with_precision_recall else keys
+
+
+def reproduce_table3(
+    name: str,
+    options: Options,
+    *,
+    out: Path | str,
+    shipped: Path,
+    folder: Path | str | None = None,
+    given: Mapping[str, Path | str | None] | None = None,
+    show_progress: bool = True,
+) -> tuple[Results, Judged] | None:
+    """Sample and score a published model; write results.json, tables.md and grid.png into `out`.
+
+    Every process of a distributed run calls this; the main one scores. A second call goes on where a killed one was.
+
+    Args:
+        name: of the preset.
+        options: how.
+        out: folder of the run.
+        shipped: folder of reference results (see `samplers.find_system`).
+        folder: see `artifacts.resolve`.
+        given: files named by the user, by key; see `artifacts.resolve`.
+        show_progress: on stderr.
+
+    Returns:
+        The results, and (verdict, reason) by row id; None in all processes but the main one.
+
+    Raises:
+        MissingArtifactsError: files cannot be had; the message lists all of them.
+        ValueError: files that are not what they should be, or settings out of range.
+    """
+    preset = find_preset(name)
+    _check_number(options.num_images)
+    state = process_state()
+    with state.main_process_first():  # one process downloads, the others find
+        files = artifacts.resolve(needed_files(name, options), folder=folder, given=given)
+    system = find_system(
+        preset.name,
+        shipped=shipped,
+        variant=options.variant,
+        weights=files[preset.name],
+        vae=files[artifacts.KL16_VAE],
+    )
+    references = [files[artifacts.STATISTICS]]
+    if options.with_precision_recall:
+        references.append(files[artifacts.REFERENCE_BATCH])
+    return _measure(
+        preset, system, options, Path(out), files[artifacts.INCEPTION], references, show_progress=show_progress
+    )
+
+
+def stand_in(
+    name: str, options: Options, *, out: Path | str, shipped: Path, show_progress: bool = True
+) -> tuple[Results, Judged] | None:
+    """Run the full-size model with weights drawn by the golden rule, to prove the path: no result.
+
+    Few images, iterations and resamples; Inception with random weights; statistics of photographs that scikit-image
+    ships.
+
+    Args:
+        name: of the preset.
+        options: as for `reproduce_table3`; 50,000 images, the default, become two.
+        out: folder of the run.
+        shipped: as for `reproduce_table3`.
+        show_progress: on stderr.
+    """
+    preset, out = find_preset(name), Path(out)
+    if options.num_images == NUM_IMAGES:
+        options = replace(options, num_images=STAND_IN_IMAGES)
+    options = replace(options, num_bootstrap=min(options.num_bootstrap, STAND_IN_BOOTSTRAP))
+    _check_number(options.num_images)
+    system = find_system(preset.name, shipped=shipped, variant=options.variant)
+    system = system.sampled(num_iterations=STAND_IN_ITERATIONS)
+    inception, reference = out / "stand-in" / "inception.pth", out / "stand-in" / "reference.npz"
+    if process_state().is_main_process:
+        write_random_inception(inception)
+        photographs = out / "stand-in" / "photographs"
+        with replacing_folder(photographs) as temporary:
+            for photograph in PHOTOGRAPHS:
+                path = temporary / "train" / photograph / f"{photograph}.png"
+                path.parent.mkdir(parents=True)
+                Image.fromarray(getattr(skimage.data, photograph)()).save(path)
+        evaluation.make_reference(
+            str(photographs),
+            reference,
+            inception=inception,
+            image_size=system.image_size,
+            keep_images=len(PHOTOGRAPHS),
+            allow_other_inception=True,
+        )
+    process_state().wait_for_everyone()
+    return _measure(preset, system, options, out, inception, [reference], is_stand_in=True, show_progress=show_progress)
+
+
+def plan(
+    name: str,
+    options: Options,
+    *,
+    out: Path | str,
+    shipped: Path,
+    folder: Path | str | None = None,
+    given: Mapping[str, Path | str | None] | None = None,
+) -> Plan:
+    """Estimate the sampling run and list the files that are missing; nothing is run, downloaded or hashed."""
+    preset = find_preset(name)
+    _check_number(options.num_images)
+    system = find_system(preset.name, shipped=shipped, variant=options.variant)
+    state = process_state()
+    statuses = artifacts.status(needed_files(name, options), folder=folder, given=given)
+    return plan_run(
+        system,
+        options.run_config(),
+        Path(out),
+        device=state.device,
+        dtype=system.dtype(options.dtype, state.device),
+        num_processes=state.num_processes,
+        missing=[f"{s.artifact.key}: {s.artifact.origin}" for s in statuses if s.state == "missing"],
+    )
+
+
+def judge(preset: Preset, results: Results) -> Judged:
+    """Compare the row with the paper, if it is of the paper's number of images, settings and Inception weights."""
+    settings = results.provenance.settings
+    if results.scale == STAND_IN:
+        reason = "a stand-in's numbers mean nothing"
+    elif settings["num_images"] != NUM_IMAGES:
+        reason = f"the paper's numbers are of {NUM_IMAGES:,} images"
+    elif not settings["published Inception weights"]:
+        reason = "the scores are not by the published Inception weights"
+    else:
+        return {row.id: _compare_published(preset, row) for row in results.rows}
+    return {row.id: ("not compared", reason) for row in results.rows}
+
+
+def published_row(preset: Preset) -> Row:
+    """Return the paper's row, under the names that ours has."""
+    metrics = {f"{name}-50K": value for name, value in preset.published.items()}
+    return Row(id=f"table3/{preset.name}", label=preset.name, metrics=metrics)
+
+
+def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:
+    """Return the row beside the paper's, with the verdict, tolerances and where the numbers come from."""
+    p, published = results.provenance, published_row(preset)
+    lines = [f"# Table 3, {preset.name}: {results.scale}", ""]
+    lines += [
+        f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
+        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. Published: arXiv 2503.16430 v1, "
+        "table 3.",
+        "",
+    ]
+    row = results.rows[0]
+    body = [[name, cell(row, name), cell(published, name)] for name in row.metrics]
+    lines += [*markdown_table(["", "measured", "published"], body), ""]
+    verdict, why = judged[row.id]
+    lines += [f"**{verdict}**: {why}.", ""]
+    for reason in p.settings["not run"]:
+        lines += [f"- not run: {reason}"]
+    names = [name for name in row.metrics if name in published.metrics]
+    if names:
+        tolerances = [[name, tolerance_of(metric(name)), metric(name).reason] for name in names]
+        lines += ["", "## Tolerances", "", *markdown_table(["metric", "tolerance", "reason"], tolerances)]
+    return "\n".join(lines)
+
+
+def _compare_published(preset: Preset, row: Row) -> tuple[Verdict, str]:
+    """Compare the table's own columns; a column that was not measured is not held against the row."""
+    published = published_row(preset)
+    if not published.metrics:
+        return "not compared", f"nothing was published for {preset.name}"
+    measured = {name: value for name, value in row.metrics.items() if name in published.metrics}
+    there = published.model_copy(update={"metrics": {n: v for n, v in published.metrics.items() if n in measured}})
+    verdict, why = compare(row.model_copy(update={"metrics": measured}), there)
+    absent = sorted(published.metrics.keys() - measured.keys())
+    return verdict, why + (f"; not measured: {', '.join(absent)}" if absent else "")
+
+
+def _measure(
+    preset: Preset,
+    system: TokenBridgeSystem,
+    options: Options,
+    out: Path,
+    inception: Path,
+    references: list[Path],
+    *,
+    is_stand_in: bool = False,
+    show_progress: bool,
+) -> tuple[Results, Judged] | None:
+    """Sample, score against each reference, and write what came out."""
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    config, state = options.run_config(), process_state()
+    system.check(config)
+    make = system.stand_in if is_stand_in else system.load
+    # Inception's weights are checked before the hours of sampling, not after.
+    evaluation.load_inception(inception, allow_other=is_stand_in)
+    sampler = make(state.device, dtype=system.dtype(options.dtype, state.device), compiled=options.compiled)
+    report = sampling_run(sampler, config, out / "samples", show_progress=show_progress)
+    if not state.is_main_process:
+        return None
+    save_overview(out / "grid.png", report.samples, f"{sampler.name}, seed {options.seed}")
+    described = sampler.describe()
+    metrics: dict[str, float] = {"images": float(options.num_images), "parameters": float(preset.num_parameters)}
+    not_run: dict[str, str] = {}
+    data_hashes: dict[str, str] = {}
+    for reference in references:
+        scored = evaluation.evaluate(
+            [report.samples],
+            reference,
+            inception=inception,
+            allow_other_inception=is_stand_in,
+            allow_few=options.num_images < NUM_IMAGES,
+            # The interval belongs to the FID that is compared, which is the first reference's.
+            num_bootstrap=options.num_bootstrap if reference == references[0] else 0,
+            cache=out / "features",
+        )
+        named = {_name(name, options.num_images): value for name, value in scored.rows[0].metrics.items()}
+        metrics = {**named, **metrics}  # the first reference's count
+        not_run |= {row.label: row.not_run for row in scored.rows if row.not_run is not None}
+        data_hashes |= scored.provenance.data_sha256
+    not_run = {label: why for label, why in not_run.items() if not any(n.startswith(label) for n in metrics)}
+    if report.images_per_second is not None:
+        metrics["seconds per image"] = 1 / report.images_per_second
+    results = Results(
+        scale=STAND_IN if is_stand_in else "paper",
+        provenance=Provenance(
+            command=provenance.command(),
+            seed=options.seed,
+            started=started.isoformat(timespec="seconds"),
+            wall_seconds=round(time.perf_counter() - clock, 1),
+            **provenance.commit(),
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            data_sha256=data_hashes,
+            weights_sha256={
+                **({} if is_stand_in else described["weights"]),
+                "inception": sha256_of(inception),
+            },
+            settings={
+                "num_images": options.num_images,
+                "published Inception weights": not is_stand_in,
+                "sampler": json.loads(json.dumps(described)),
+                "randomness": options.randomness,
+                "run": report.as_json() | {"samples": str(report.samples)},
+                "not run": [f"{label}: {why}" for label, why in not_run.items()],
+            },
+        ),
+        rows=[Row(id=f"table3/{preset.name}", label=sampler.name, metrics=metrics)],
+        trends=[],
+    )
+    judged = judge(preset, results)
+    write_json(out / "results.json", results.model_dump())
+    write_text(out / "tables.md", to_markdown(preset, results, judged))
+    return results, judged
+
+
+def _name(name: str, num_images: int) -> str:
+    """Return what a score of the evaluation is called here: of 50,000 images, by the published weights, FID-50K."""
+    return f"{name}-50K" if name in SCORES and num_images == NUM_IMAGES else name
+
+
+def _check_number(num_images: int) -> None:
+    if num_images < 2:
+        raise ValueError(f"FID needs at least 2 images, not {num_images}.")
