@@ -99,7 +99,8 @@ _TINY_AR64 = Recipe(
     loss={"num_loss_positions": 4, "mask_ratio_min": 0.0, "mask_ratio_std": 1.0},
     sampling=PRESETS["tokenbridge-tiny"].sampling_config(),
 )
-# The baselines: parameters within 10 % of TokenBridge's 1,078,640, trained alike on as many images.
+# The baselines: parameters within 10 % of TokenBridge's 1,078,640, trained alike on as many images. Their guidance and
+# temperature are starting values: the search for them waits for the trained models.
 _TINY_MAR = Recipe(
     name="mar",
     kind="mar",
@@ -108,7 +109,7 @@ _TINY_MAR = Recipe(
     loss=_TINY_AR64.loss,
     # 100 steps, but from timestep 990 on; the official "100" start at 999, where 1 / sqrt(alpha_bar) is 2e4: the
     # first step multiplies an error of the noise by 300. A head this small is wrong by 0.03, and its latents had a
-    # deviation of 263 instead of 1 (after 4,000 steps of training; 0.98 from timestep 990 on).
+    # deviation of 263 instead of 1 (after 4,500 of the steps; 0.98 from timestep 990 on).
     sampling=MarSamplingConfig(num_iterations=16, guidance_scale=3.0, temperature=0.95, num_diffusion_steps="ddim100"),
 )
 _TINY_GIVT = Recipe(
