@@ -26,6 +26,7 @@ from tokenbridge.provenance import hash_of_dataset
 from tokenbridge.recipes import TINY, Scale
 from tokenbridge.reproduce import reproduce
 from tokenbridge.results import Results, compare, read, verdicts
+from tokenbridge.sampling import MaskedSamplingConfig
 from tokenbridge.training import TrainingConfig
 from tokenbridge.weights import WEIGHTS_FILE
 
@@ -33,19 +34,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 DATA = "mini-digits"  # a folder in the working directory of these tests
-TRAINED = ("vae", "vq", "classifier", "tokenbridge-64")
+GENERATORS = ("tokenbridge-64", "mar", "givt", "llamagen")
+TRAINED = ("vae", "vq", "classifier", *GENERATORS)
 NOT_TRAINED = ("parallel-64", "tokenbridge-16", "tokenbridge-64-natural")
-TIMES = {"seconds per image", "ms per position", "± ms", "speed-up"}
+TIMES = {"seconds per image", "ms per position", "± ms", "speed-up", "against diffusion"}
 
 STEPS = TrainingConfig(num_steps=5, batch_size=8, warmup_steps=2, learning_rate=1e-3)
 SMALLER: dict[str, dict[str, Any]] = {
     "autoencoder": {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4},
     "vq": {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "num_vq_embeddings": 16, "vq_embed_dim": 4},
     "classifier": {"widths": (8, 8, 8, 8)},
-    "generator": {
+    "tokenbridge": {
         **{"num_channels": 4, "width": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2, "num_buffer": 2},
         **{"head_width": 16, "head_depth": 1, "head_num_heads": 2},
     },
+    "mar": {
+        **{"num_channels": 4, "width": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2, "num_buffer": 2},
+        **{"head_width": 16, "head_depth": 1},
+    },
+    "givt": {"num_channels": 4, "num_components": 2, "width": 16, "depth": 1, "num_heads": 2, "mlp_width": 16},
+    "llamagen": {"num_codes": 16, "width": 16, "depth": 1, "num_heads": 2, "hidden_multiple": 16},
 }
 
 
@@ -53,7 +61,9 @@ def miniature(scale: Scale = TINY) -> Scale:
     """Return `scale` with the same recipes, of models and trainings that take no time."""
     small = []
     for recipe in scale.recipes:
-        sampling = recipe.sampling and dataclasses.replace(recipe.sampling, num_iterations=4)
+        sampling = recipe.sampling
+        if isinstance(sampling, MaskedSamplingConfig):
+            sampling = dataclasses.replace(sampling, num_iterations=4)
         model = {**recipe.model, **SMALLER[recipe.kind]}
         small.append(dataclasses.replace(recipe, model=model, training=STEPS, sampling=sampling))
     return dataclasses.replace(scale, name="mini", data=DATA, recipes=tuple(small))
@@ -219,7 +229,7 @@ def test_tables_and_pictures_are_written(world: World) -> None:
         "results.json",
         "tables.md",
         "reconstruction.png",
-        "samples-tokenbridge-64.png",
+        *(f"samples-{name}.png" for name in GENERATORS),
         "samples-tokenbridge-64-confidence.png",
         "tokens.json",
     }
@@ -242,14 +252,18 @@ def test_rows_of_all_tables(world: World) -> None:
         "table2a": ["parallel", "autoregressive"],
         "table2b": ["natural", "frequency"],
         "table2c": ["16", "64"],
-        "table3": ["tokenbridge", "tokenbridge-16", "parallel", "tokenbridge-as-many", "real"],
-        "table5": ["uncached", "cached"],
+        "table3": [
+            *("tokenbridge", "tokenbridge-16", "parallel", "llamagen", "givt", "mar"),
+            *("tokenbridge-as-many", "real"),
+        ],
+        "table5": ["uncached", "cached", "diffusion", "mixture", "softmax"],
     }
     metrics = {row.id: row.metrics for row in world.results.rows}
     assert metrics["table1a/ptq-8"]["bits per image"] == 4 * 4 * 4 * 3  # 16 positions, 4 channels, 3 bits
     assert metrics["table1a/vq"]["bits per image"] == 4 * 4 * 4  # 16 positions, 16 codes
-    model = load(MINI.recipe("tokenbridge-64"), world.weights)
-    assert metrics["table3/tokenbridge"]["parameters"] == sum(p.numel() for p in model.parameters())
+    for name in GENERATORS:
+        model = load(MINI.recipe(name), world.weights)
+        assert metrics[f"table3/{name.removesuffix('-64')}"]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 def test_missing_generators_are_rows_not_run(world: World) -> None:
@@ -270,6 +284,7 @@ def test_missing_generators_are_rows_not_run(world: World) -> None:
         "ptq-beats-vq",
         "ar-against-real",
         "right-class",
+        "ar-against-diffusion",
     }  # but not the one that needs the parallel head
     page = (world.root / "first" / "tables.md").read_text()
     assert page.count("| not run |") == 5
@@ -300,7 +315,8 @@ def test_reproducing_again_gives_the_same_numbers(world: World, tmp_path: Path) 
 def test_other_seed_is_not_reproduced(world: World, tmp_path: Path) -> None:
     again, _ = reproduce(MINI, weights=world.weights, out=tmp_path, reference=None, num_images=20, seed=1, say=silent)
     ours, first = untimed(again), untimed(world.results)
-    samples = [id_ for id_ in ours if id_ in ("table2a/autoregressive", "table3/tokenbridge")]
+    systems = {f"table3/{name.removesuffix('-64')}" for name in GENERATORS}
+    samples = [id_ for id_ in ours if id_ in {"table2a/autoregressive", *systems}]
     assert {id_ for id_ in ours if ours[id_] != first[id_]} == {
         *samples,
         "table2b/frequency",
@@ -405,12 +421,14 @@ def reproduce_arguments(world: World, out: Path, reference: Path) -> list[str | 
 @pytest.fixture
 def own_times(monkeypatch: pytest.MonkeyPatch, world: World, tmp_path: Path) -> Path:
     """Fix the times of table 5, and return the first results with these times in them."""
-    times = itertools.cycle([[4.0, 4.5, 5.0], [1.0, 1.5, 2.0]])  # uncached, cached
+    slow, fast = [4.0, 4.5, 5.0], [1.0, 1.5, 2.0]
+    times = itertools.cycle([slow, fast, slow, fast, fast])  # uncached, cached, diffusion, mixture, softmax
     monkeypatch.setattr(sys.modules["tokenbridge.reproduce"], "_milliseconds", lambda function, runs: next(times))
     value = json.loads(world.reference.read_text())
     for row in value["rows"]:
         if row["id"].startswith("table5"):
-            row["metrics"]["speed-up"] = 1.0 if row["id"].endswith("uncached") else 3.0
+            ratio = 1.0 if row["id"].endswith(("uncached", "diffusion")) else 3.0
+            row["metrics"] |= {"speed-up": ratio, "against diffusion": ratio}
     path = tmp_path / "reference.json"
     path.write_text(json.dumps(value))
     return path
@@ -441,7 +459,7 @@ def test_tampered_number_is_exit_1_and_named(
     code, out, _ = run(*reproduce_arguments(world, tmp_path / "out", own_times))
     assert code == 1
     assert re.search(r"^table1a/ptq-16: not reproduced: PSNR [\d.]+ against [\d.]+$", out, re.MULTILINE)
-    assert re.search(r"^18 reproduced, 1 not reproduced, 5 not run\.", out, re.MULTILINE)
+    assert re.search(r"^24 reproduced, 1 not reproduced, 5 not run\.", out, re.MULTILINE)
     assert "Table 1a." in out
     assert "The paper's argument at this scale" in out
     for text in ("post-training, 16 levels", "FID-digits", "seconds per image"):
@@ -490,7 +508,7 @@ def test_train_all_runs_generators_last(
     assert latents  # cached once, before the generators want them
     names = [call[2] for call in calls]
     assert sorted(names) == sorted({*TRAINED, *NOT_TRAINED} - set(optional))
-    is_generator = [MINI.recipe(name).kind == "generator" for name in names]
+    is_generator = [MINI.recipe(name).is_generator for name in names]
     assert is_generator == sorted(is_generator)
     assert {tuple(call[:2] + call[3:]) for call in calls} == {("train", "mini", "--out", str(tmp_path), "--data", DATA)}
 

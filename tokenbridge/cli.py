@@ -656,9 +656,9 @@ def train(
         else:
             print(f"{recipes[0].name}: loss {final_loss:.4f} after {log['seconds']:.0f} s, in {out / 'weights'}/")
         return
-    # Generators need the autoencoder, so they come second.
-    for stage in ([r for r in recipes if r.kind != "generator"], [r for r in recipes if r.kind == "generator"]):
-        if any(recipe.kind == "generator" for recipe in stage):
+    # Generators need a tokenizer, so they come second.
+    for stage in ([r for r in recipes if not r.is_generator], [r for r in recipes if r.is_generator]):
+        if any(recipe.is_generator for recipe in stage):
             latents_of(chosen, out / "weights", out / "latents")  # once, before several processes want them
         with ThreadPoolExecutor(max_workers=jobs or 1) as pool:
             options = ["--out", str(out), *(["--data", data] if data else []), *(["--json"] if as_json else [])]

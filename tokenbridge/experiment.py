@@ -23,9 +23,12 @@ from tokenbridge.classifier import Classifier, classifier_loss
 from tokenbridge.data import labels_of, load_images, pixels_to_images, to_pixels
 from tokenbridge.files import sha256_of, write_json
 from tokenbridge.generator import TokenBridge, generator_loss
+from tokenbridge.givt import GIVT, givt_loss
 from tokenbridge.latents import cache_latents
+from tokenbridge.llamagen import LlamaGen, llamagen_loss
+from tokenbridge.mar import MAR, mar_loss
 from tokenbridge.orders import channel_order
-from tokenbridge.tokenizers import autoencoder_loss, sample_posterior, vq_loss
+from tokenbridge.tokenizers import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
 from tokenbridge.training import train
 from tokenbridge.weights import WEIGHTS_FILE, load_model, save_model
 
@@ -38,7 +41,10 @@ MODEL_CLASSES: dict[str, Any] = {
     "autoencoder": AutoencoderKL,
     "vq": VQModel,
     "classifier": Classifier,
-    "generator": TokenBridge,
+    "tokenbridge": TokenBridge,
+    "mar": MAR,
+    "givt": GIVT,
+    "llamagen": LlamaGen,
 }
 
 
@@ -69,24 +75,28 @@ def train_recipe(
 ) -> dict[str, Any]:
     """Train one model of a scale; save it to `weights/name` and its log to `runs/name`.
 
-    A generator needs the scale's autoencoder in `weights`.
+    A generator needs in `weights` the scale's tokenizer: the VQ autoencoder for LlamaGen, the autoencoder for all else.
 
     Returns:
         The training log (see `training.train`).
     """
     recipe = scale.recipe(name)
     runs = Path(runs) / name
-    if recipe.kind == "generator":
-        dataset = latents_of(scale, weights, runs.parent / "latents")
-        scaling = _autoencoder_scaling(scale, weights)
-        num_channels = recipe.model["num_channels"]
-        order = channel_order(recipe.channel_order, num_channels, _some_latents(dataset))
-        model = build(recipe, channel_order=order)
-        loss = functools.partial(_generator_step, scaling=scaling, with_mirrored=scale.with_mirrored, **recipe.loss)
-    else:
-        model = build(recipe)
+    changes: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if not recipe.is_generator:
         dataset = images_of(scale, "train")
-        loss = functools.partial(_PIXEL_STEPS[recipe.kind], **recipe.loss)
+    elif recipe.kind == "llamagen":
+        dataset = tokens_of(scale, weights)
+        options = {"with_mirrored": scale.with_mirrored}
+    else:
+        dataset = latents_of(scale, weights, runs.parent / "latents")
+        options = {"scaling": _autoencoder_scaling(scale, weights), "with_mirrored": scale.with_mirrored}
+        if recipe.kind == "tokenbridge":
+            latents = _some_latents(dataset)
+            changes["channel_order"] = channel_order(recipe.channel_order, recipe.model["num_channels"], latents)
+    model = build(recipe, **changes)
+    loss = functools.partial(STEPS[recipe.kind], **options, **recipe.loss)
     log = train(model, dataset, loss, recipe.training, runs, name=name, show_progress=show_progress)
     log |= {
         "recipe": {
@@ -153,6 +163,26 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
         return cache_latents(autoencoder, images, folder / name, **options)
 
 
+@torch.inference_mode()
+def tokens_of(scale: Scale, weights: Path | str) -> Dataset:
+    """Return the tokens of the training images by the VQ autoencoder in `weights`.
+
+    Columns: `tokens` int64 [L] in raster order, `tokens_mirrored` likewise (if the scale has mirrored images), `label`.
+    """
+    from datasets import Dataset
+
+    vq = load(scale.recipe("vq"), weights)
+    tokenizer = VQTokenizer(vq.cuda() if torch.cuda.is_available() else vq)
+    columns: dict[str, list[Tensor]] = {"tokens": [], "label": []}
+    for batch in images_of(scale, "train").iter(64):
+        images = batch["images"].to(tokenizer.device)
+        columns["tokens"].append(tokenizer.encode(images).flatten(1).cpu())
+        if scale.with_mirrored:
+            columns.setdefault("tokens_mirrored", []).append(tokenizer.encode(images.flip(-1)).flatten(1).cpu())
+        columns["label"].append(batch["labels"])
+    return Dataset.from_dict({name: torch.cat(parts).numpy() for name, parts in columns.items()}).with_format("torch")
+
+
 def _some_latents(dataset: Dataset) -> Tensor:
     """Return posterior samples [N, C, h, w] of at most 4,096 images, to measure the channel order on.
 
@@ -174,21 +204,35 @@ def _classifier_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return classifier_loss(model, batch["images"], batch["labels"])
 
 
-_PIXEL_STEPS: dict[str, Any] = {
+def _latent_step(
+    latent_loss: Any, model: Any, batch: dict[str, Tensor], *, scaling: float, with_mirrored: bool, **options: Any
+) -> Tensor:
+    moments = _half_mirrored(batch, "moments") if with_mirrored else batch["moments"]
+    return latent_loss(model, sample_posterior(moments) * scaling, batch["label"], **options)
+
+
+def _token_step(model: Any, batch: dict[str, Tensor], *, with_mirrored: bool, **options: Any) -> Tensor:
+    tokens = _half_mirrored(batch, "tokens") if with_mirrored else batch["tokens"]
+    return llamagen_loss(model, tokens, batch["label"], **options)
+
+
+def _half_mirrored(batch: dict[str, Tensor], column: str) -> Tensor:
+    """Return a column with the mirrored image's value in the place of half of the images' own."""
+    values = batch[column]
+    mirror = torch.rand(len(values), *[1] * (values.ndim - 1), device=values.device) < 0.5
+    return torch.where(mirror, batch[f"{column}_mirrored"], values)
+
+
+STEPS: dict[str, Any] = {
     "autoencoder": _autoencoder_step,
     "vq": _vq_step,
     "classifier": _classifier_step,
+    "tokenbridge": functools.partial(_latent_step, generator_loss),
+    "mar": functools.partial(_latent_step, mar_loss),
+    "givt": functools.partial(_latent_step, givt_loss),
+    "llamagen": _token_step,
 }
-
-
-def _generator_step(
-    model: Any, batch: dict[str, Tensor], *, scaling: float, with_mirrored: bool, **options: Any
-) -> Tensor:
-    moments = batch["moments"]
-    if with_mirrored:
-        mirror = torch.rand(len(moments), 1, 1, 1, device=moments.device) < 0.5
-        moments = torch.where(mirror, batch["moments_mirrored"], moments)
-    return generator_loss(model, sample_posterior(moments) * scaling, batch["label"], **options)
+"""Loss of a model of each kind on one batch of its data set."""
 
 
 def _autoencoder_scaling(scale: Scale, weights: Path | str) -> float:

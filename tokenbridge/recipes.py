@@ -8,10 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from tokenbridge.givt import GivtSamplingConfig
+from tokenbridge.llamagen import LlamaGenSampling
+from tokenbridge.mar import MarSamplingConfig
+from tokenbridge.presets import PRESETS
 from tokenbridge.sampling import SamplingConfig
 from tokenbridge.training import TrainingConfig
 
-Kind = Literal["autoencoder", "vq", "classifier", "generator"]
+Kind = Literal["autoencoder", "vq", "classifier", "tokenbridge", "mar", "givt", "llamagen"]
+Sampling = SamplingConfig | MarSamplingConfig | GivtSamplingConfig | LlamaGenSampling
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,14 @@ class Recipe:
     model: dict[str, Any]  # keyword arguments of the model's class
     training: TrainingConfig
     loss: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
-    channel_order: Literal["frequency", "natural", "official"] = "frequency"  # of a generator, see orders.py
-    sampling: SamplingConfig | None = None  # of a generator
+    channel_order: Literal["frequency", "natural", "official"] = "frequency"  # of TokenBridge, see orders.py
+    sampling: Sampling | None = None  # of a generator, which is what has one
     optional: bool = False  # trained only when asked for by name
+
+    @property
+    def is_generator(self) -> bool:
+        """Whether the model makes images, and is trained on what a tokenizer makes of them."""
+        return self.sampling is not None
 
 
 @dataclass(frozen=True)
@@ -69,37 +79,58 @@ def _autoencoder(channels: int, size: int, widths: tuple[int, ...], **extra: Any
     }
 
 
-_TINY_GENERATOR: dict[str, Any] = {
-    "latent_size": 4,
-    "num_channels": 16,
-    "num_classes": 10,
-    "num_levels": 64,
-    "head_type": "ar",
-    "width": 112,
-    "encoder_depth": 2,
-    "decoder_depth": 3,
-    "num_heads": 4,
-    "num_buffer": 4,
-    "head_width": 64,
-    "head_depth": 2,
-    "head_num_heads": 2,
-    "dropout": 0.0,
-}
+def _backbone(tokenbridge: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of TokenBridge's arguments that MAR shares with it: all but quantiser and head."""
+    names = ("latent_size", "num_channels", "num_classes", "width", "encoder_depth", "decoder_depth", "num_heads")
+    return {name: tokenbridge[name] for name in (*names, "num_buffer", "dropout")}
+
+
+_TINY_GENERATOR: dict[str, Any] = dict(PRESETS["tokenbridge-tiny"].model)
 _TINY_GENERATOR_TRAINING = TrainingConfig(
     num_steps=12_000, batch_size=64, learning_rate=1.5e-3, warmup_steps=200, ema_decay=0.999
 )
-_TINY_SAMPLING = SamplingConfig(
-    num_iterations=16, guidance_scale=3.0, temperature=0.95, first_element="training-consistent"
-)
 _TINY_AR64 = Recipe(
     name="tokenbridge-64",
-    kind="generator",
+    kind="tokenbridge",
     model=_TINY_GENERATOR,
     training=_TINY_GENERATOR_TRAINING,
     # All mask ratios about alike: with 16 positions, the official 0.7 at least would never show the model more
     # than 4 visible positions, and sampling ends with 15 (at 256 positions the official settings do well).
     loss={"num_loss_positions": 4, "mask_ratio_min": 0.0, "mask_ratio_std": 1.0},
-    sampling=_TINY_SAMPLING,
+    sampling=PRESETS["tokenbridge-tiny"].sampling_config(),
+)
+# The baselines: parameters within 10 % of TokenBridge's 1,078,640, trained alike on as many images. Their guidance and
+# temperature are starting values: the search for them waits for the trained models.
+_TINY_MAR = Recipe(
+    name="mar",
+    kind="mar",
+    model={**_backbone(_TINY_GENERATOR), "head_width": 112, "head_depth": 3},  # 1,058,208
+    training=_TINY_GENERATOR_TRAINING,
+    loss=_TINY_AR64.loss,
+    # 100 steps, but from timestep 990 on; the official "100" start at 999, where 1 / sqrt(alpha_bar) is 2e4: the
+    # first step multiplies an error of the noise by 300. A head this small is wrong by 0.03, and its latents had a
+    # deviation of 263 instead of 1 (after 4,500 of the steps; 0.98 from timestep 990 on).
+    sampling=MarSamplingConfig(num_iterations=16, guidance_scale=3.0, temperature=0.95, num_diffusion_steps="ddim100"),
+)
+_TINY_GIVT = Recipe(
+    name="givt",
+    kind="givt",
+    model={  # 1,061,520
+        **{"num_positions": 16, "num_channels": 16, "num_classes": 10, "num_components": 16},
+        **{"width": 128, "depth": 5, "num_heads": 4, "mlp_width": 512, "dropout": 0.0},
+    },
+    training=_TINY_GENERATOR_TRAINING,
+    sampling=GivtSamplingConfig(guidance_weight=0.4, temperature=0.95),
+)
+_TINY_LLAMAGEN = Recipe(
+    name="llamagen",
+    kind="llamagen",
+    model={  # 985,600
+        **{"latent_size": 4, "num_codes": 512, "num_classes": 10},
+        **{"width": 128, "depth": 4, "num_heads": 4, "hidden_multiple": 128, "dropout": 0.0},
+    },
+    training=_TINY_GENERATOR_TRAINING,
+    sampling=LlamaGenSampling(guidance_scale=2.0),
 )
 _TINY_WIDTHS = (16, 32, 48, 48)
 _TINY_AUTOENCODER_TRAINING = TrainingConfig(num_steps=1500, learning_rate=2e-3, ema_decay=0.995, weight_decay=0.0)
@@ -138,6 +169,9 @@ TINY = Scale(
         replace(_TINY_AR64, name="parallel-64", model={**_TINY_GENERATOR, "head_type": "parallel"}),
         replace(_TINY_AR64, name="tokenbridge-16", model={**_TINY_GENERATOR, "num_levels": 16}),
         replace(_TINY_AR64, name="tokenbridge-64-natural", channel_order="natural", optional=True),
+        _TINY_MAR,
+        _TINY_GIVT,
+        _TINY_LLAMAGEN,
     ),
 )
 
@@ -156,7 +190,7 @@ _SMALL_GENERATOR: dict[str, Any] = {
 }
 _SMALL_AR64 = Recipe(
     name="tokenbridge-64",
-    kind="generator",
+    kind="tokenbridge",
     model=_SMALL_GENERATOR,
     training=TrainingConfig(num_steps=30_000, batch_size=256, learning_rate=8e-4, warmup_steps=1000, ema_decay=0.9995),
     loss={"num_loss_positions": 16, "mask_ratio_min": 0.0, "mask_ratio_std": 1.0},
@@ -200,6 +234,29 @@ SMALL = Scale(
         _SMALL_AR64,
         replace(_SMALL_AR64, name="tokenbridge-16", model={**_SMALL_GENERATOR, "num_levels": 16}),
         replace(_SMALL_AR64, name="parallel-64", model={**_SMALL_GENERATOR, "head_type": "parallel"}),
+        replace(
+            _TINY_MAR,
+            model={**_backbone(_SMALL_GENERATOR), "head_width": 448, "head_depth": 3},
+            training=_SMALL_AR64.training,
+            loss=_SMALL_AR64.loss,
+            sampling=MarSamplingConfig(num_iterations=64, guidance_scale=2.0, num_diffusion_steps="ddim100"),
+        ),
+        replace(
+            _TINY_GIVT,
+            model={
+                **{**_TINY_GIVT.model, "num_positions": 64, "dropout": 0.1},
+                **{"width": 384, "depth": 14, "num_heads": 6, "mlp_width": 1536},
+            },
+            training=_SMALL_AR64.training,
+        ),
+        replace(
+            _TINY_LLAMAGEN,
+            model={
+                **{"latent_size": 8, "num_codes": 4096, "num_classes": 10},
+                **{"width": 384, "depth": 12, "num_heads": 6, "dropout": 0.1},
+            },
+            training=_SMALL_AR64.training,
+        ),
     ),
 )
 """CIFAR-10 on one GPU. Declared, and tested for one step of each loss; not trained, and no weights are shipped yet."""

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenbridge import provenance, results
-from tokenbridge.data import labels_of, load_images, pixels_of, pixels_to_images
+from tokenbridge import givt, llamagen, mar, provenance, results, sampling
+from tokenbridge.data import images_to_pixels, labels_of, load_images, pixels_of, pixels_to_images
+from tokenbridge.diffusion import diffusion_process
 from tokenbridge.experiment import load
 from tokenbridge.files import sha256_of, write_json, write_text
 from tokenbridge.metrics import class_accuracy, score
@@ -30,18 +31,18 @@ from tokenbridge.pictures import save_grid
 from tokenbridge.quantizer import gaussian_quantizer, measure_distortion
 from tokenbridge.reconstruction import reconstruct_with, reconstruction_metrics
 from tokenbridge.results import Provenance, Results, Row, Trend
-from tokenbridge.sampling import SamplingConfig, generate_tokens, image_noise, sample_images
+from tokenbridge.sampling import SamplingConfig, image_noise
 from tokenbridge.tokenizers import LatentTokenizer, VQTokenizer
 from tokenbridge.weights import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from tokenbridge.classifier import Classifier
-    from tokenbridge.generator import TokenBridge
-    from tokenbridge.recipes import Scale
+    from tokenbridge.recipes import Recipe, Sampling, Scale
 
 LEVELS = (8, 16, 32, 64)  # table 1a
 RANGES = (2.0, 3.0, 4.0, 5.0)  # table 1b
 MAIN_SYSTEM = "tokenbridge-64"
+NUM_DIFFUSION_STEPS = 100  # table 5
 Say = Callable[[str], None]
 
 
@@ -61,6 +62,20 @@ class Bench:
     def extractor(self) -> str:
         """The name that scores carry."""
         return self.scale.extractor
+
+    def model(self, name: str) -> Any:
+        """Load a model of the scale; errors as `experiment.load`."""
+        return load(self.scale.recipe(name), self.weights).to(self.device)
+
+    @functools.cached_property
+    def latents(self) -> LatentTokenizer:
+        """The autoencoder, its latents continuous."""
+        return LatentTokenizer(self.model("vae"))
+
+    @functools.cached_property
+    def vq(self) -> VQTokenizer:
+        """The VQ autoencoder."""
+        return VQTokenizer(self.model("vq"))
 
 
 def open_bench(scale: Scale, weights: Path | str) -> Bench:
@@ -152,9 +167,8 @@ def reproduce(
 def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
     """Rebuild tables 1a and 1b on the test images; draw the reconstruction grid."""
     say("Table 1: reconstruction")
-    vae = load(bench.scale.recipe("vae"), bench.weights).to(bench.device)
-    vq = VQTokenizer(load(bench.scale.recipe("vq"), bench.weights).to(bench.device))
-    latents = LatentTokenizer(vae).latents(pixels_to_images(bench.test_pixels).to(bench.device)).cpu()
+    vq = bench.vq
+    latents = bench.latents.latents(pixels_to_images(bench.test_pixels).to(bench.device)).cpu()
 
     def measure(tokenizer: Any) -> tuple[dict[str, float], Tensor]:
         """Return metrics and reconstructions."""
@@ -168,10 +182,10 @@ def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
     def measure_quantised(levels: int, value_range: float) -> tuple[dict[str, float], Tensor]:
         quantizer = gaussian_quantizer(levels, value_range=value_range)
         distortion = measure_distortion(quantizer, latents).relative_mse
-        metrics, pixels = measure(LatentTokenizer(vae, quantizer.to(bench.device)))
+        metrics, pixels = measure(LatentTokenizer(bench.latents.autoencoder, quantizer.to(bench.device)))
         return {**metrics, "relative MSE": distortion}, pixels
 
-    continuous = measure(LatentTokenizer(vae))
+    continuous = measure(bench.latents)
     measured = {
         "table1a/vae": ("VAE, continuous", continuous),
         **{f"table1a/ptq-{n}": (f"post-training, {n} levels", measure_quantised(n, RANGES[-1])) for n in LEVELS},
@@ -196,21 +210,19 @@ def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Sa
     """Sample every generator; rebuild tables 2a, 2b, 2c and 3; draw a grid of samples for each."""
     measured: dict[str, dict[str, float]] = {}
     missing: dict[str, str] = {}
-    tokenizer = LatentTokenizer(load(bench.scale.recipe("vae"), bench.weights).to(bench.device))
     labels = torch.arange(num_images) % len(bench.scale.classes)  # class after class in turn
     for recipe in bench.scale.recipes:
-        if recipe.kind != "generator":
+        if recipe.sampling is None:
             continue
-        assert recipe.sampling is not None
         try:
-            model: TokenBridge = load(recipe, bench.weights).to(bench.device)
+            model = bench.model(recipe.name)
         except FileNotFoundError as error:
             missing[recipe.name] = f"there are no weights of {recipe.name}; `tokenbridge train` makes them"
             say(f"Not run: {error}")
             continue
         say(f"Sampling {num_images} images: {recipe.name}")
         clock = time.perf_counter()
-        pixels = sample_images(model, tokenizer, recipe.sampling, labels, seed)
+        pixels = sample_images(bench, recipe.kind, model, recipe.sampling, labels, seed)
         seconds = (time.perf_counter() - clock) / num_images
         measured[recipe.name] = {
             **measure_samples(bench, pixels, labels),
@@ -219,8 +231,9 @@ def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Sa
         }
         _sample_grid(bench, out / f"samples-{recipe.name}.png", pixels, recipe.name, recipe.sampling)
         if recipe.name == MAIN_SYSTEM:
+            assert isinstance(recipe.sampling, SamplingConfig)
             confident = replace(recipe.sampling, position_order="confidence")
-            few = sample_images(model, tokenizer, confident, labels[: 10 * len(bench.scale.classes)], seed)
+            few = sample_images(bench, recipe.kind, model, confident, labels[: 10 * len(bench.scale.classes)], seed)
             _sample_grid(bench, out / f"samples-{recipe.name}-confidence.png", few, recipe.name, confident)
             # The Frechet distance falls with the number of images: as many as there are real ones, to set beside them.
             as_many = min(num_images, len(bench.test_pixels))
@@ -248,22 +261,54 @@ def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Sa
         row("table3/tokenbridge", "TokenBridge (64 levels, AR head)", MAIN_SYSTEM),
         row("table3/tokenbridge-16", "TokenBridge (16 levels, AR head)", "tokenbridge-16"),
         row("table3/parallel", "parallel head (64 levels)", "parallel-64"),
+        row("table3/llamagen", "LlamaGen (VQ tokens)", "llamagen"),
+        row("table3/givt", "GIVT (Gaussian mixtures)", "givt"),
+        row("table3/mar", "MAR (diffusion head)", "mar"),
         row("table3/tokenbridge-as-many", "TokenBridge, as many as test images", "as many"),
         row("table3/real", "real test images", "real"),
     ]
 
 
+def sample_images(bench: Bench, kind: str, model: Any, config: Any, labels: Tensor, seed: int) -> Tensor:
+    """Generate an image for each label by any of the systems: uint8 pixels [N, C, H, W] on the CPU."""
+    if kind == "llamagen":
+        return llamagen.sample_images(
+            model, lambda tokens: images_to_pixels(bench.vq.decode(tokens)), config, labels, seed
+        )
+    systems: dict[str, Any] = {"tokenbridge": sampling, "mar": mar, "givt": givt}
+    pixels: Tensor = systems[kind].sample_images(model, bench.latents, config, labels, seed)
+    return pixels
+
+
 def golden_tokens(bench: Bench, *, num_images: int = 10, seed: int = 0) -> dict[str, list[Any]]:
-    """Return the tokens [N, L, C] of a few images of each generator there is: what a regression test compares."""
-    tokens: dict[str, list[Any]] = {}
-    for recipe in bench.scale.recipes:
-        if recipe.sampling is None or not (bench.weights / recipe.name / WEIGHTS_FILE).is_file():
-            continue
-        model = load(recipe, bench.weights).to(bench.device)
-        noise = image_noise(seed, list(range(num_images)), model.num_positions, model.num_channels)
-        labels = torch.arange(num_images) % len(bench.scale.classes)
-        tokens[recipe.name] = generate_tokens(model, labels, recipe.sampling, noise).tolist()
-    return tokens
+    """Return the tokens of a few images of each generator there is: what a regression test compares.
+
+    They are [N, L, C] of TokenBridge, [N, L] of LlamaGen; of MAR and GIVT, the latents [N, C, h, w] to 3 decimals.
+    """
+    labels = torch.arange(num_images) % len(bench.scale.classes)
+    return {
+        recipe.name: _golden(recipe, bench.model(recipe.name), labels, seed)
+        for recipe in bench.scale.recipes
+        if recipe.is_generator and (bench.weights / recipe.name / WEIGHTS_FILE).is_file()
+    }
+
+
+def _golden(recipe: Recipe, model: Any, labels: Tensor, seed: int) -> list[Any]:
+    indices, length = list(range(len(labels))), model.num_positions
+    config: Any = recipe.sampling
+    if recipe.kind == "tokenbridge":
+        noise = image_noise(seed, indices, length, model.num_channels)
+        values = sampling.generate_tokens(model, labels, config, noise)
+    elif recipe.kind == "llamagen":
+        values = llamagen.generate_tokens(model, labels, config, image_noise(seed, indices, length, 1).uniforms[..., 0])
+    elif recipe.kind == "mar":
+        streams = mar.latent_noise(seed, indices, length, model.num_channels)
+        values = mar.generate_latents(model, labels, config, streams)
+    else:
+        values = givt.generate_latents(model, labels, config, lambda i: givt.StreamNoise(seed, indices, i, model))
+    if values.is_floating_point():
+        values = values.double().round(decimals=3)
+    return values.tolist()
 
 
 def measure_samples(bench: Bench, pixels: Tensor, labels: Tensor) -> dict[str, float]:
@@ -274,40 +319,75 @@ def measure_samples(bench: Bench, pixels: Tensor, labels: Tensor) -> dict[str, f
 
 
 def prediction_time_rows(bench: Bench, say: Say, *, runs: int = 100) -> list[Row]:
-    """Rebuild table 5: milliseconds to predict all channels of one position, batch 1, mean of `runs` runs."""
+    """Rebuild table 5: milliseconds to predict all channels of one position, batch 1, mean of `runs` runs.
+
+    The head alone, from a context on: what is drawn or chosen counts, the transformer before it and guidance do not.
+    """
     say("Table 5: time of one prediction")
-    labels = {"uncached": "AR head, all recomputed for each channel", "cached": "AR head, key/value cache"}
-    try:
-        model: TokenBridge = load(bench.scale.recipe(MAIN_SYSTEM), bench.weights).to(bench.device)
-    except FileNotFoundError as error:
-        return [Row(id=f"table5/{n}", label=label, metrics={}, not_run=str(error)) for n, label in labels.items()]
-    context = torch.randn(1, model.config.width, generator=torch.Generator().manual_seed(0)).to(bench.device)
+    heads: dict[str, tuple[str, str, Callable[[Any, Tensor], Callable[[], object]]]] = {
+        "uncached": ("AR head, all recomputed for each channel", MAIN_SYSTEM, _predict_uncached),
+        "cached": ("AR head, key/value cache", MAIN_SYSTEM, _predict_cached),
+        "diffusion": (f"MAR: diffusion head, {NUM_DIFFUSION_STEPS} steps", "mar", _predict_by_diffusion),
+        "mixture": ("GIVT: Gaussian mixture", "givt", _predict_by_mixture),
+        "softmax": ("LlamaGen: softmax over the codes", "llamagen", _predict_code),
+    }
+    times: dict[str, list[float]] = {}
+    missing: dict[str, str] = {}
+    for id_, (_, name, prediction) in heads.items():
+        try:
+            model = bench.model(name)
+        except FileNotFoundError as error:
+            missing[id_] = str(error)
+            continue
+        context = torch.randn(1, model.config.width, generator=torch.Generator().manual_seed(0)).to(bench.device)
+        times[id_] = _milliseconds(prediction(model, context), runs)
 
-    def cached() -> None:
-        model.head.sample(context, lambda logits, place: logits.argmax(-1))
+    def row(id_: str) -> Row:
+        if id_ in missing:
+            return Row(id=f"table5/{id_}", label=heads[id_][0], metrics={}, not_run=missing[id_])
+        median = statistics.median(times[id_])
+        metrics = {"ms per position": statistics.mean(times[id_]), "± ms": statistics.stdev(times[id_])}
+        metrics |= {
+            column: statistics.median(times[slow]) / median
+            for column, slow in (("speed-up", "uncached"), ("against diffusion", "diffusion"))
+            if slow in times
+        }
+        return Row(id=f"table5/{id_}", label=heads[id_][0], metrics=metrics)
 
-    def uncached() -> None:
+    return [row(id_) for id_ in heads]
+
+
+def _predict_cached(model: Any, context: Tensor) -> Callable[[], object]:
+    return lambda: model.head.sample(context, lambda logits, place: logits.argmax(-1))
+
+
+def _predict_uncached(model: Any, context: Tensor) -> Callable[[], object]:
+    def predict() -> None:
         tokens = torch.zeros(1, model.num_channels, dtype=torch.int64, device=context.device)
         for place in range(model.num_channels):
             tokens[:, place] = model.head.logits(context, tokens, first="official")[:, place].argmax(-1)
 
-    times = {name: _milliseconds(f, runs) for name, f in (("uncached", uncached), ("cached", cached))}
-    return [
-        Row(
-            id=f"table5/{name}",
-            label=labels[name],
-            metrics={
-                "ms per position": statistics.mean(values),
-                "± ms": statistics.stdev(values),
-                "speed-up": statistics.median(times["uncached"]) / statistics.median(values),
-            },
-        )
-        for name, values in times.items()
-    ]
+    return predict
+
+
+def _predict_by_diffusion(model: Any, context: Tensor) -> Callable[[], object]:
+    process = diffusion_process(NUM_DIFFUSION_STEPS, context.device)
+    noise = torch.randn(1 + process.num_steps, 1, model.num_channels, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(context.device)
+    return lambda: list(model.head.sample(process, context, noise))[-1]
+
+
+def _predict_by_mixture(model: Any, context: Tensor) -> Callable[[], object]:
+    config, noise = givt.GivtSamplingConfig(), givt.StreamNoise(0, [0], 0, model)
+    return lambda: givt.draw_token(model.mixture(model.head(context)), None, config, noise)
+
+
+def _predict_code(model: Any, context: Tensor) -> Callable[[], object]:
+    return lambda: model.output(context).argmax(-1)
 
 
 @torch.inference_mode()
-def _milliseconds(function: Callable[[], None], runs: int) -> list[float]:
+def _milliseconds(function: Callable[[], object], runs: int) -> list[float]:
     def once() -> float:
         start = time.perf_counter()
         function()
@@ -375,6 +455,14 @@ def trends(rows: list[Row]) -> list[Trend]:
         ">=",
         0.95,
     )
+    claim(
+        "ar-against-diffusion",
+        "the diffusion head's time for a position over the AR head's (5.94 in the paper, on a GPU)",
+        ("table5/cached", "table5/diffusion"),
+        lambda: by_id["table5/cached"]["against diffusion"],
+        ">=",
+        2.0,
+    )
     return found
 
 
@@ -382,13 +470,13 @@ def _first_of_each_class(labels: Tensor, num_classes: int) -> list[int]:
     return [int((labels == c).nonzero()[0, 0]) for c in range(num_classes)]
 
 
-def _sample_grid(bench: Bench, path: Path, pixels: Tensor, name: str, config: SamplingConfig) -> None:
+def _sample_grid(bench: Bench, path: Path, pixels: Tensor, name: str, config: Sampling) -> None:
     """Draw the first ten samples of each class, a row per class."""
     classes = bench.scale.classes
     rows = [pixels[c :: len(classes)][:10] for c in range(len(classes))]
-    order = "" if config.position_order == "random" else f", {config.position_order} order"
-    title = (
-        f"{name}: guidance {config.guidance_scale:g}, temperature {config.temperature:g}, "
-        f"{config.num_iterations} iterations{order}"
-    )
-    save_grid(path, rows, classes, title)
+    settings = dataclasses.asdict(config)
+    shown = ("guidance_scale", "guidance_weight", "temperature", "num_iterations", "num_diffusion_steps")
+    words = [f"{key.replace('_', ' ')} {settings[key]}" for key in shown if key in settings]
+    if settings.get("position_order", "random") != "random":
+        words.append(f"{settings['position_order']} order")
+    save_grid(path, rows, classes, f"{name}: {', '.join(words).replace('num ', '')}")

@@ -248,6 +248,8 @@ def find_system(
     scale, recipe = found
     if recipe.sampling is None:
         raise ValueError(f"{name!r} is no generator.")
+    if not isinstance(recipe.sampling, SamplingConfig):
+        raise ValueError(f"{name!r} is no TokenBridge; reproduce_{scale.name} samples it.")
     if name in SHIPPED_PRESETS:
         sampling = find_preset(name).sampling_config(variant)
     elif variant is None:
@@ -321,4 +323,4 @@ def _recipe_of(name: str) -> tuple[recipes.Scale, recipes.Recipe] | None:
 
 
 def _generators() -> list[str]:
-    return [f"{s.name}/{r.name}" for s in recipes.SCALES.values() for r in s.recipes if r.sampling is not None]
+    return [f"{s.name}/{r.name}" for s in recipes.SCALES.values() for r in s.recipes if r.kind == "tokenbridge"]
