@@ -13,6 +13,7 @@ from tokenbridge.cli import reference_folder
 from tokenbridge.recipes import TINY, Recipe
 from tokenbridge.reproduce import golden_tokens, open_bench
 from tokenbridge.results import read
+from tokenbridge.sampling import SamplingConfig
 from tokenbridge.weights import WEIGHTS_FILE
 
 SHIPPED = reference_folder() / "tiny"
@@ -39,7 +40,7 @@ def test_fixed_seeds_give_the_stored_tokens(stored: dict[str, list[Any]]) -> Non
 
     # Mutations: another seed, and another guidance scale, must be told apart.
     def changed(recipe: Recipe) -> Recipe:
-        assert recipe.sampling is not None
+        assert isinstance(recipe.sampling, SamplingConfig)
         return replace(recipe, sampling=replace(recipe.sampling, guidance_scale=1.0))
 
     assert share_equal(golden_tokens(bench, seed=1)["tokenbridge-64"], stored["tokenbridge-64"]) < 0.2

@@ -187,7 +187,9 @@ def sample(
 
     system = find_system(model, shipped=reference_folder(), preset=preset, variant=variant, weights=weights, vae=vae)
     if stand_in:
-        num_images, num_iterations = num_images or STAND_IN_IMAGES, num_iterations or STAND_IN_ITERATIONS
+        num_iterations = num_iterations or STAND_IN_ITERATIONS
+        if num_images is None and labels is None:
+            num_images = STAND_IN_IMAGES
     given = {
         "guidance_scale": guidance_scale,
         "temperature": temperature,
@@ -226,6 +228,8 @@ def sample(
         else:
             _print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
         return
+    if system.is_published and not stand_in:
+        system = _with_artifacts(system)
     make = system.stand_in if stand_in else system.load
     sampler = make(state.device, dtype=chosen_dtype, compiled=compiled)
     report = sampling_run(sampler, config, out)
@@ -236,6 +240,16 @@ def sample(
         print(json.dumps({"folder": str(out), "model": sampler.name, **report.as_json()}, indent=2))
     else:
         print(f"{report.num_images} images ({sampler.name}) are in {report.samples}, an overview in {out}/grid.png.")
+
+
+def _with_artifacts(system: Any) -> Any:
+    """Fill in the files of a published system that nobody named: from the usual places, or by download."""
+    from tokenbridge.artifacts import KL16_VAE, resolve
+
+    if system.missing() and (system.weights is None or system.vae is None):
+        files = resolve([system.name, KL16_VAE], given={system.name: system.weights, KL16_VAE: system.vae})
+        return replace(system, weights=files[system.name], vae=files[KL16_VAE])
+    return system
 
 
 def _labels(label: int | None, labels: str | None, num_images: int | None) -> tuple[int, ...] | None:
@@ -578,6 +592,7 @@ def reproduce_table3(
 ) -> None:
     """Rebuild a row of the paper's table 3 from published weights: sample 50,000 images, score them, judge."""
     from tokenbridge import table3
+    from tokenbridge.artifacts import FOLDER_VARIABLE
     from tokenbridge.presets import find_preset
 
     preset = find_preset(model)
@@ -600,7 +615,7 @@ def reproduce_table3(
         "adm-statistics": reference,
         "adm-reference": reference_batch,
     }
-    if folder is None and weights is not None and weights.is_dir():
+    if folder is None and FOLDER_VARIABLE not in os.environ and weights is not None and weights.is_dir():
         folder = weights  # the other files may lie there too
     where: dict[str, Any] = {"out": out, "shipped": reference_folder()}
     if plan:

@@ -137,6 +137,8 @@ class TokenBridgePipeline(DiffusionPipeline):
         noise = self._noise(seed, len(labels))
         with self.progress_bar(total=config.num_iterations) as bar:
             tokens = generate_tokens(self.transformer, torch.tensor(labels), config, noise, on_iteration=bar.update)
+        if int(tokens.min()) < 0:
+            raise FloatingPointError("The logits are NaN: these weights or this precision do not work.")
         images = LatentTokenizer(self.vae).images(self.transformer.to_latents(tokens))
         if output_type == "pil":
             return ImagePipelineOutput(to_pil(images_to_pixels(images)))

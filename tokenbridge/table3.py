@@ -192,7 +192,7 @@ def plan(
 
 
 def judge(preset: Preset, results: Results) -> Judged:
-    """Compare the row with the paper, if it is of the paper's number of images, settings and Inception weights."""
+    """Compare the row with the paper, if it is of the paper's number of images and by its Inception weights."""
     settings = results.provenance.settings
     if results.scale == STAND_IN:
         reason = "a stand-in's numbers mean nothing"
@@ -244,7 +244,9 @@ def _compare_published(preset: Preset, row: Row) -> tuple[Verdict, str]:
     there = published.model_copy(update={"metrics": {n: v for n, v in published.metrics.items() if n in measured}})
     verdict, why = compare(row.model_copy(update={"metrics": measured}), there)
     absent = sorted(published.metrics.keys() - measured.keys())
-    return verdict, why + (f"; not measured: {', '.join(absent)}" if absent else "")
+    if absent and verdict == "reproduced":
+        return "not compared", f"{why} of those measured, but not all were: {', '.join(absent)}"
+    return verdict, why
 
 
 def _measure(
@@ -263,8 +265,11 @@ def _measure(
     config, state = options.run_config(), process_state()
     system.check(config)
     make = system.stand_in if is_stand_in else system.load
-    # Inception's weights are checked before the hours of sampling, not after.
-    evaluation.load_inception(inception, allow_other=is_stand_in)
+    # What the scores need is looked at before the hours of sampling, not after.
+    network = evaluation.load_inception(inception, allow_other=is_stand_in)
+    if state.is_main_process:
+        for reference in references:
+            evaluation.load_reference(reference, network, cache=out / "features")
     sampler = make(state.device, dtype=system.dtype(options.dtype, state.device), compiled=options.compiled)
     report = sampling_run(sampler, config, out / "samples", show_progress=show_progress)
     if not state.is_main_process:
@@ -289,9 +294,11 @@ def _measure(
         metrics = {**named, **metrics}  # the first reference's count
         not_run |= {row.label: row.not_run for row in scored.rows if row.not_run is not None}
         data_hashes |= scored.provenance.data_sha256
-    not_run = {label: why for label, why in not_run.items() if not any(n.startswith(label) for n in metrics)}
-    if report.images_per_second is not None:
-        metrics["seconds per image"] = 1 / report.images_per_second
+    not_run = {
+        label: why for label, why in not_run.items() if not any(n.startswith(label.split(",")[0]) for n in metrics)
+    }
+    if report.num_made:
+        metrics["seconds per image"] = report.seconds / report.num_made
     results = Results(
         scale=STAND_IN if is_stand_in else "paper",
         provenance=Provenance(
@@ -312,7 +319,7 @@ def _measure(
                 "published Inception weights": not is_stand_in,
                 "sampler": json.loads(json.dumps(described)),
                 "randomness": options.randomness,
-                "run": report.as_json() | {"samples": str(report.samples)},
+                "run": report.as_json(),
                 "not run": [f"{label}: {why}" for label, why in not_run.items()],
             },
         ),
