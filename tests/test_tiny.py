@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tokenbridge.cli import reference_folder
+from tokenbridge.files import sha256_of
 from tokenbridge.recipes import TINY, Recipe
 from tokenbridge.reproduce import golden_tokens, open_bench
 from tokenbridge.results import read
@@ -60,3 +61,15 @@ def test_weights_are_small_and_safe() -> None:
     files = sorted((SHIPPED / "weights").rglob("*"))
     assert sum(f.stat().st_size for f in files if f.is_file()) <= 10 * 2**20
     assert {f.name for f in files if f.is_file()} == {"config.json", WEIGHTS_FILE}
+
+
+def test_the_shipped_page_is_that_of_the_shipped_results() -> None:
+    results = read(SHIPPED / "results.json")
+    page = (SHIPPED / "tables.md").read_text()
+    assert results.provenance.dirty is False
+    assert str(results.provenance.commit) in page
+    assert "| not reproduced |" not in page
+    weights = results.provenance.weights_sha256
+    assert len(weights) == 12  # two files of each of six models
+    for name, sha256 in weights.items():
+        assert sha256_of(SHIPPED / "weights" / name) == sha256
