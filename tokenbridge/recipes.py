@@ -100,8 +100,8 @@ _TINY_AR64 = Recipe(
     sampling=PRESETS["tokenbridge-tiny"].sampling_config(),
 )
 # The baselines: parameters within 10 % of TokenBridge's 1,078,640, trained alike on as many images. Like TokenBridge
-# the others do without their published dropout, but for LlamaGen, whose short codes are soon learned by heart. GIVT with
-# its 0.2 did better on other digits (nats a position: -14.5 instead of -7.2) and made worse samples at all settings.
+# the others do without their published dropout, but for LlamaGen, whose short codes are soon learned by heart. GIVT
+# with its 0.2 did better on other digits (nats a position: -14.5, not -7.2) and made worse samples at all settings.
 _TINY_MAR = Recipe(
     name="mar",
     kind="mar",
