@@ -19,8 +19,8 @@ from tokenbridge.official import create_kl16
 from tokenbridge.plan import measure_matmul, plan_run, tokenbridge_flop
 from tokenbridge.presets import PRESETS
 from tokenbridge.run import RunConfig
-from tokenbridge.samplers import find_system
 from tokenbridge.sampling import SamplingConfig, generate_tokens, image_noise
+from tokenbridge.systems import find_system
 
 SHIPPED = ROOT / "reference_results"
 SMALL_VAE = create_kl16(embed_dim=4, ch=32, ch_mult=(1, 1), num_res_blocks=1)

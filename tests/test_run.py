@@ -45,8 +45,9 @@ from tokenbridge.run import (
     sampling_run,
     save_overview,
 )
-from tokenbridge.samplers import TokenBridgeSampler, find_system
+from tokenbridge.samplers import TokenBridgeSampler
 from tokenbridge.sampling import SamplingConfig, _picker, global_noise
+from tokenbridge.systems import find_system
 from tokenbridge.tokenizers import LatentTokenizer
 
 SHIPPED = ROOT / "reference_results"
@@ -328,7 +329,7 @@ def test_official_streams_run_on_through_a_process_s_batches(tmp_path: Path) -> 
         ours = []
         for number, seed in run._batches(config, set(), state, tmp_path):
             assert seed is None
-            ours.append((number, run._make(sampler, config, torch.zeros(8, dtype=torch.int64), number, seed)))
+            ours.append((number, run._make(sampler, config, torch.zeros(8, dtype=torch.int64), number, seed, CPU)))
         torch.manual_seed(7 + rank)
         np.random.seed(7 + rank)  # noqa: NPY002
         for _, pixels in ours:

@@ -15,7 +15,7 @@ import skimage.data
 from official_files import SMALL_VAE, declare_small_models, write_checkpoint, write_kl16
 from test_reconstruction import write_quick_inception
 
-from tokenbridge import artifacts, cli, evaluation, samplers, table3
+from tokenbridge import artifacts, cli, evaluation, systems, table3
 from tokenbridge.artifacts import ARTIFACTS, MissingArtifactsError
 from tokenbridge.files import sha256_of
 from tokenbridge.official import create_kl16
@@ -52,7 +52,8 @@ def preset(monkeypatch: pytest.MonkeyPatch) -> str:
     name = declare_small_models(monkeypatch)
     monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], published=PRESETS["tokenbridge-l"].published))
     monkeypatch.setitem(ARTIFACTS, name, replace(ARTIFACTS["tokenbridge-l"], key=name))
-    monkeypatch.setattr(samplers, "create_kl16", lambda: create_kl16(**SMALL_VAE))
+    small = replace(systems.KL16, create=lambda: create_kl16(**SMALL_VAE))
+    monkeypatch.setitem(systems.KINDS, "tokenbridge", replace(systems.KINDS["tokenbridge"], tokenizer=small))
     monkeypatch.setattr(table3, "NUM_IMAGES", NUM_IMAGES)
     monkeypatch.setattr(evaluation, "FEW", NUM_IMAGES)
     return name

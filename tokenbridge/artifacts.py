@@ -196,8 +196,8 @@ ARTIFACTS: dict[str, Artifact] = {
             )
         ),
         _givt("vae", "GIVT's VAE, β = 5e-5", "vae_imagenet_2012_beta_5e-5_params"),
-        _givt("causal", "GIVT-Causal at 256 pixels", "givt_imagenet_2012_causal_params.npz"),
-        _givt("maskgit", "GIVT-MaskGIT at 256 pixels", "givt_imagenet_2012_maskgit_params.npz"),
+        _givt("causal-256", "GIVT-Causal at 256 pixels", "givt_imagenet_2012_causal_params.npz"),
+        _givt("maskgit-256", "GIVT-MaskGIT at 256 pixels", "givt_imagenet_2012_maskgit_params.npz"),
     )
 }
 

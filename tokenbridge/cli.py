@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -113,16 +113,18 @@ def reproduce(
         sys.exit(1)
 
 
+_COLOURS = {"reproduced": "green", "not reproduced": "bold red", "not run": "yellow", "not compared": "yellow"}
+
+
 def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Path) -> None:
     from tokenbridge.results import TITLES, TREND_COLUMNS, cell, columns_of, tables, trend_cells
 
-    colours = {"reproduced": "green", "not reproduced": "bold red", "not run": "yellow", "not compared": "yellow"}
     for table, rows in tables(measured).items():
         columns = columns_of(rows)
         body = []
         for row in rows:
             verdict, _ = judged[row.id]
-            body.append([escape(row.label), *[cell(row, c) for c in columns], f"[{colours[verdict]}]{verdict}[/]"])
+            body.append([escape(row.label), *[cell(row, c) for c in columns], f"[{_COLOURS[verdict]}]{verdict}[/]"])
         _print_table(TITLES.get(table, table), ["", *columns, "verdict"], body)
     trends = [trend_cells(trend) for trend in measured.trends]
     _print_table("The paper's argument at this scale", TREND_COLUMNS, trends)
@@ -130,7 +132,7 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
     for id_, (verdict, why) in judged.items():
         if verdict not in ("reproduced", "not compared"):
             console.print(f"{id_}: {verdict}: {why}", highlight=False, markup=False)
-    counts = {v: sum(1 for verdict, _ in judged.values() if verdict == v) for v in colours}
+    counts = {v: sum(1 for verdict, _ in judged.values() if verdict == v) for v in _COLOURS}
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     console.print(f"{summary}. Tables and pictures are in {out}/.", highlight=False, markup=False)
 
@@ -148,20 +150,34 @@ def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]
 @app.command()
 def sample(
     model: Annotated[
-        str, typer.Argument(help="A preset (tokenbridge-l), SCALE/RECIPE (tiny/parallel-64), or a path and --preset.")
+        str,
+        typer.Argument(help="A preset (tokenbridge-l, mar-l ...), SCALE/RECIPE (tiny/mar), or a path and --preset."),
     ] = "tokenbridge-tiny",
     preset: Annotated[str | None, typer.Option(help="Which model is at the path MODEL.")] = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="Of a preset: checkpoint, its folder, or converted; of a scale: its folder of models."),
     ] = None,
-    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt or a diffusers folder.")] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="The tokenizer's file (kl16.ckpt, vq_ds16_c2i.pt ...) or a diffusers folder.")
+    ] = None,
     num_images: Annotated[int | None, typer.Option(help="How many; 100, or as many as labels, by default.")] = None,
-    label: Annotated[int | None, typer.Option(help="One class for all; by default all classes equally often.")] = None,
-    labels: Annotated[str | None, typer.Option(help="One class for each image, separated by commas.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of a preset's settings: official (default) or paper.")] = None,
+    label: Annotated[int | None, typer.Option(help="One class for all images.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="A class for each image (3,7,7), balanced or random; by default as published: mostly balanced."
+        ),
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Of a preset's settings: official (default), or paper, unguided, if it has them.")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; the model's own by default.")] = None,
+    guidance_weight: Annotated[float | None, typer.Option(help="Of GIVT; 0 is no guidance.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of LlamaGen; 0 keeps all codes.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of LlamaGen; 1 keeps all codes.")] = None,
+    num_diffusion_steps: Annotated[str | None, typer.Option(help="Of MAR: a number, or another spacing.")] = None,
     num_iterations: Annotated[int | None, typer.Option(help="At most the number of positions.")] = None,
     position_order: Annotated[str | None, typer.Option(help="random, raster or confidence.")] = None,
     first_element: Annotated[str | None, typer.Option(help="Of the AR head: official or training-consistent.")] = None,
@@ -169,7 +185,7 @@ def sample(
     randomness: Annotated[str, typer.Option(help="per-image, or official: global streams.")] = "per-image",
     batch_size: Annotated[int, typer.Option(help="Images at a time in each process.")] = 16,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; by default fp16 for published models on GPUs, else fp32.")
+        str | None, typer.Option(help="fp32, bf16 or fp16; by default as published for such models on GPUs, else fp32.")
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile backbone and VAE decoder.")] = False,
     file_format: Annotated[str, typer.Option("--format", help="png: a folder; npz: one file as ADM reads.")] = "png",
@@ -183,24 +199,29 @@ def sample(
     """Generate images, in one process or under torchrun; a run that was killed goes on where it was."""
     from tokenbridge.plan import plan_run
     from tokenbridge.run import RunConfig, process_state, sampling_run, save_overview
-    from tokenbridge.samplers import STAND_IN_IMAGES, STAND_IN_ITERATIONS, find_system
+    from tokenbridge.systems import STAND_IN_IMAGES, find_system
 
     system = find_system(model, shipped=reference_folder(), preset=preset, variant=variant, weights=weights, vae=vae)
     if stand_in:
-        num_iterations = num_iterations or STAND_IN_ITERATIONS
-        if num_images is None and labels is None:
+        system = system.for_stand_in()
+        if num_images is None and labels in (None, "balanced", "random"):
             num_images = STAND_IN_IMAGES
+    steps = num_diffusion_steps
     given = {
         "guidance_scale": guidance_scale,
+        "guidance_weight": guidance_weight,
         "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "num_diffusion_steps": int(steps) if steps is not None and steps.isdecimal() else steps,
         "num_iterations": num_iterations,
         "position_order": position_order,
         "first_element": first_element,
     }
     system = system.sampled(**{key: value for key, value in given.items() if value is not None})
-    chosen_labels = _labels(label, labels, num_images)
+    chosen_labels = system.labels if label is None and labels is None else _labels(label, labels, num_images)
     if num_images is None:
-        num_images = len(chosen_labels or range(100))
+        num_images = len(chosen_labels) if isinstance(chosen_labels, tuple) else 100
     config = RunConfig(
         num_images,
         labels=chosen_labels,
@@ -244,26 +265,33 @@ def sample(
 
 def _with_artifacts(system: Any) -> Any:
     """Fill in the files of a published system that nobody named: from the usual places, or by download."""
-    from tokenbridge.artifacts import KL16_VAE, resolve
+    from tokenbridge.artifacts import resolve
 
     if system.missing() and (system.weights is None or system.vae is None):
-        files = resolve([system.name, KL16_VAE], given={system.name: system.weights, KL16_VAE: system.vae})
-        return replace(system, weights=files[system.name], vae=files[KL16_VAE])
+        tokenizer = system.kind.tokenizer.key
+        files = resolve([system.name, tokenizer], given={system.name: system.weights, tokenizer: system.vae})
+        return replace(system, weights=files[system.name], vae=files[tokenizer])
     return system
 
 
-def _labels(label: int | None, labels: str | None, num_images: int | None) -> tuple[int, ...] | None:
+def _labels(
+    label: int | None, labels: str | None, num_images: int | None
+) -> tuple[int, ...] | Literal["random"] | None:
     """Return the labels that the options --label and --labels ask for; None for balanced ones."""
     if label is not None and labels is not None:
         raise ValueError("--label gives one class for all images, --labels one for each: name one of them.")
     if label is not None:
         return (label,) * (100 if num_images is None else num_images)
-    if labels is None:
+    if labels is None or labels == "balanced":
         return None
+    if labels == "random":
+        return "random"
     try:
         return tuple(int(number) for number in labels.split(","))
     except ValueError as error:
-        raise ValueError(f"Labels are whole numbers separated by commas, not {labels!r}.") from error
+        raise ValueError(
+            f"Labels are whole numbers separated by commas, balanced or random, not {labels!r}."
+        ) from error
 
 
 @app.command()
@@ -443,15 +471,17 @@ def conformance(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint-last.pth or its folder; or kl16.ckpt.")],
-    name: Annotated[str, typer.Argument(help="tokenbridge-b, -l or -h; or kl16.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A published file, or its folder: of a model or a tokenizer.")],
+    name: Annotated[str, typer.Argument(help="A preset (`tokenbridge models`), kl16, llamagen-vq16 or givt-vae.")],
     out: Annotated[Path, typer.Option(help="Folder to write: config.json and safetensors.")],
-    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt, to write a whole pipeline with its VAE.")] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="kl16.ckpt, to write a whole pipeline of TokenBridge with its VAE.")
+    ] = None,
     ema: Annotated[bool, typer.Option(help="Moving average of the weights, as published; or the last ones.")] = True,
 ) -> None:
     """Turn a published checkpoint into a diffusers folder, strictly; pickled code in it is never run."""
     if vae is None:
-        from tokenbridge.official import convert as run
+        from tokenbridge.systems import convert as run
 
         run(checkpoint, out, name, ema=ema)
     else:
@@ -557,13 +587,18 @@ def reproduce_table1(
 
 @app.command()
 def reproduce_table3(
-    model: Annotated[str, typer.Argument(help="A published preset: tokenbridge-l or tokenbridge-h.")],
-    variant: Annotated[str | None, typer.Option(help="Sampling settings: official (default) or paper.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="A published preset (tokenbridge-l, mar-l), or a system (mar, llamagen, givt ...).")
+    ],
+    size: Annotated[str | None, typer.Option(help="Of a system: b, l, h, 3b ...; its best known by default.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Sampling settings: official (default), or paper, unguided, if there are such.")
+    ] = None,
     num_images: Annotated[int, typer.Option(help="Only 50,000 are compared with the paper.")] = 50_000,
     weights: Annotated[
-        Path | None, typer.Option(help="checkpoint-last.pth, or a folder with it and perhaps the other files.")
+        Path | None, typer.Option(help="The model's file, or a folder with it and perhaps the other files.")
     ] = None,
-    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="The tokenizer's file: kl16.ckpt, vq_ds16_c2i.pt ...")] = None,
     inception: Annotated[
         Path | None, typer.Option("--inception", "--inception-weights", help="torch-fidelity's Inception weights.")
     ] = None,
@@ -578,8 +613,9 @@ def reproduce_table3(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/MODEL by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
     randomness: Annotated[str, typer.Option(help="per-image, or official: global streams.")] = "per-image",
+    labels: Annotated[str | None, typer.Option(help="balanced or random; as published by default.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time in each process.")] = 64,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp16 on GPUs, as published.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; on GPUs as published by default.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile backbone and VAE decoder.")] = False,
     num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for FID's interval; 0 for none.")] = 100,
     plan: Annotated[
@@ -593,9 +629,9 @@ def reproduce_table3(
     """Rebuild a row of the paper's table 3 from published weights: sample 50,000 images, score them, judge."""
     from tokenbridge import table3
     from tokenbridge.artifacts import FOLDER_VARIABLE
-    from tokenbridge.presets import find_preset
+    from tokenbridge.systems import published_preset
 
-    preset = find_preset(model)
+    kind, preset = published_preset(model, size)
     options = table3.Options(
         variant=variant,
         num_images=num_images,
@@ -606,11 +642,12 @@ def reproduce_table3(
         compiled=compiled,
         num_bootstrap=num_bootstrap,
         with_precision_recall=precision_recall,
+        labels=cast("Any", labels),
     )
     out = out or Path("runs") / f"{preset.name}{'-stand-in' if stand_in else ''}"
     given = {
         preset.name: weights,
-        "kl16": vae,
+        kind.tokenizer.key: vae,
         "inception": inception,
         "adm-statistics": reference,
         "adm-reference": reference_batch,
@@ -619,16 +656,16 @@ def reproduce_table3(
         folder = weights  # the other files may lie there too
     where: dict[str, Any] = {"out": out, "shipped": reference_folder()}
     if plan:
-        planned = table3.plan(model, options, folder=folder, given=given, **where)
+        planned = table3.plan(preset.name, options, folder=folder, given=given, **where)
         if as_json:
             print(json.dumps(planned.as_json(), indent=2))
         else:
             _print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
         return
     if stand_in:
-        done = table3.stand_in(model, options, **where)
+        done = table3.stand_in(preset.name, options, **where)
     else:
-        done = table3.reproduce_table3(model, options, folder=folder, given=given, **where)
+        done = table3.reproduce_table3(preset.name, options, folder=folder, given=given, **where)
     if done is None:  # not the main process
         return
     measured, judged = done
@@ -639,6 +676,101 @@ def reproduce_table3(
         print(table3.to_markdown(preset, measured, judged))
     if any(verdict == "not reproduced" for verdict, _ in judged.values()):
         sys.exit(1)
+
+
+@app.command()
+def reproduce_tables(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="table1 and presets; all by default.", show_default=False)
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Of each model; only 50,000 are compared with the paper.")] = 50_000,
+    precision_recall: Annotated[
+        bool, typer.Option(help="Measure precision and recall, which need ADM's reference batch.")
+    ] = True,
+    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for a folder of each.")] = Path("runs/tables"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the images.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time in each process.")] = 64,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the runs take and what is missing; run nothing.")
+    ] = False,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Full sizes, weights drawn by a rule, few images: no result.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Rebuild whatever the files that are here allow: table 1, and a row of table 3 for each published model."""
+    from tokenbridge import tables
+    from tokenbridge.run import process_state
+    from tokenbridge.table3 import Options
+
+    chosen = tables.check_names(names or [])
+    options = Options(num_images=num_images, seed=seed, batch_size=batch_size, with_precision_recall=precision_recall)
+    where: dict[str, Any] = {"out": out, "shipped": reference_folder()}
+    if plan:
+        planned = tables.plan_tables(chosen, options, folder=folder, **where)
+        if as_json:
+            print(json.dumps(planned, indent=2))
+        else:
+            _print_table_plans(planned)
+        return
+    where["say"] = lambda text: print(text, file=sys.stderr, flush=True)
+    if stand_in:
+        outcomes = tables.stand_in_tables(chosen, options, **where)
+    else:
+        outcomes = tables.reproduce_tables(chosen, options, folder=folder, **where)
+    if not process_state().is_main_process:
+        return
+    if as_json:
+        print(json.dumps([outcome.as_json() for outcome in outcomes], indent=2))
+    else:
+        _print_outcomes(outcomes)
+    if any(outcome.verdict == "not reproduced" for outcome in outcomes):
+        sys.exit(1)
+
+
+def _print_table_plans(planned: Sequence[Mapping[str, Any]]) -> None:
+    body = []
+    for entry in planned:
+        plan = entry.get("plan", {})
+        hours = f"{plan['estimated_hours_at_least']:,}" if "estimated_hours_at_least" in plan else "–"
+        total = plan.get("tflop_per_image", {}).get("total")
+        body.append([entry["id"], "–" if total is None else f"{total:.4g}", hours, escape(entry["not_run"] or "ready")])
+    _print_table("Plan: tables 1 and 3", ["", "TFLOP an image", "hours at least", ""], body)
+
+
+def _print_outcomes(outcomes: Sequence[Any]) -> None:
+    from tokenbridge.results import cell, columns_of
+
+    columns = [c for c in columns_of([o.published for o in outcomes] + [o.row for o in outcomes]) if c.endswith("-50K")]
+    body = []
+    for outcome in outcomes:
+        cells = [f"{cell(outcome.row, c)} ({cell(outcome.published, c)})" for c in columns]
+        verdict = f"[{_COLOURS[outcome.verdict]}]{outcome.verdict}[/]"
+        body.append([escape(outcome.row.id), *cells, verdict, escape(outcome.why)])
+    _print_table("Tables 1 and 3: measured (published)", ["", *columns, "verdict", "why"], body)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models of all systems: size, tokens, source and licence of the weights, published scores, settings."""
+    from tokenbridge.systems import list_presets
+
+    listed = list_presets()
+    if as_json:
+        print(json.dumps([listing.as_json() for listing in listed], indent=2))
+        return
+    body = []
+    for listing in listed:
+        scores = [f"{listing.published[name]:g}" if name in listing.published else "–" for name in ("FID", "IS")]
+        settings = next(iter(listing.settings.values()), {})
+        shown = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if k != "source" and v is not None)
+        tokens = f"{listing.num_tokens:,}: {listing.token}"
+        parameters = f"{listing.num_parameters:,}"
+        source, licence = escape(listing.source), escape(listing.licence)
+        body.append([listing.name, parameters, tokens, *scores, shown or "not published", licence, source])
+    header = ["", "parameters", "tokens of an image", "FID", "IS", "settings", "licence", "weights"]
+    _print_table("Models, and what was published of them (50,000 images, ImageNet 256 x 256)", header, body)
 
 
 @app.command()

@@ -246,11 +246,16 @@ class GIVT(ModelMixin, ConfigMixin):
         """Flatten latents [B, C, h, w] to [B, L, C], positions in raster order."""
         return latents.flatten(2).transpose(1, 2)
 
-    def to_latents(self, sequence: Tensor) -> Tensor:
-        """Return the square latents [B, C, h, h] of a sequence [B, L, C]."""
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the latents, which are square."""
         side = math.isqrt(self.num_positions)
         assert side**2 == self.num_positions, "latents are square"
-        return sequence.transpose(1, 2).unflatten(2, (side, side))
+        return side
+
+    def to_latents(self, sequence: Tensor) -> Tensor:
+        """Return the square latents [B, C, h, h] of a sequence [B, L, C]."""
+        return sequence.transpose(1, 2).unflatten(2, (self.latent_size, self.latent_size))
 
     def without_class(self, labels: Tensor) -> Tensor:
         """Return the label of "no class", once for each of labels [B].

@@ -337,7 +337,7 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
 
 
 @torch.inference_mode()
-def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, uniforms: Tensor) -> Tensor:
+def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, uniforms: Tensor | None) -> Tensor:
     """Generate the tokens of a batch of images; conditional and unconditional halves run as one batch.
 
     Args:
@@ -345,22 +345,28 @@ def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, u
         labels: [B] class labels.
         config: how to sample.
         uniforms: [B, L] in [0, 1), one for every token: `image_noise(seed, indices, L, 1).uniforms[..., 0]`, so
-            that an image does not depend on the batch it was made in.
+            that an image does not depend on the batch it was made in. None draws from torch's global stream what
+            the official code draws.
 
     Returns:
-        tokens [B, L] int64, raster order.
+        tokens [B, L] int64, raster order; -1 where the logits were NaN.
 
     Raises:
         ValueError: labels out of range, or not one for each row of uniforms.
     """
-    check_labels(labels, len(uniforms), model.num_classes)
+    check_labels(labels, len(labels) if uniforms is None else len(uniforms), model.num_classes)
     keep = partial(filter_logits, top_k=config.top_k, top_p=config.top_p)
-    return model.sample(
-        labels.to(model.device),
-        _picker(config.temperature, uniforms.to(model.device), keep),
-        guidance_scale=config.guidance_scale,
-        num_guided=config.num_guided,
+    choose = _picker(config.temperature, None if uniforms is None else uniforms.to(model.device), keep)
+    bad: list[Tensor] = []
+
+    def pick(logits: Tensor, place: int) -> Tensor:
+        bad.append(logits.isnan().any(-1))  # whatever is picked by them is a valid token: one look at the end finds it
+        return choose(logits, place)
+
+    tokens = model.sample(
+        labels.to(model.device), pick, guidance_scale=config.guidance_scale, num_guided=config.num_guided
     )
+    return tokens.masked_fill(torch.stack(bad, dim=1), -1)
 
 
 def sample_images(

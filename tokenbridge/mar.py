@@ -44,6 +44,7 @@ from tokenbridge.sampling import (
     image_streams,
     iterations,
 )
+from tokenbridge.sampling import global_noise as global_orders
 from tokenbridge.tokenizers import LatentTokenizer
 from tokenbridge.transformer import initialise, modulate, take
 
@@ -411,6 +412,25 @@ def latent_noise(seed: int, image_indices: list[int], num_positions: int, num_ch
         return torch.from_numpy(noise)
 
     return LatentNoise(torch.from_numpy(orders), draw)
+
+
+def global_noise(
+    num_images: int, num_positions: int, num_channels: int, *, guided: bool, device: torch.device
+) -> LatentNoise:
+    """Draw from the global streams in the order of the official code, on the devices where it draws.
+
+    Orders come from numpy's (`sampling.global_noise`); the initial noise from torch's on the CPU (diffloss.py,
+    `sample`, moves it to the GPU); the noise of every step from torch's on the device (gaussian_diffusion.py,
+    `p_sample`): with guidance for both halves, of which the first one counts.
+    """
+
+    def draw(num_drawn: int, num_steps: int) -> Tensor:
+        rows = num_images * num_drawn
+        initial = torch.randn(rows, num_channels).to(device)
+        steps = [torch.randn(rows * (1 + guided), num_channels, device=device)[:rows] for _ in range(num_steps)]
+        return torch.stack([initial, *steps]).unflatten(1, (num_images, num_drawn))
+
+    return LatentNoise(global_orders(num_images, num_positions).orders, draw)
 
 
 @dataclass(frozen=True)

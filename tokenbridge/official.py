@@ -21,7 +21,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from tokenbridge.files import replacing_folder
 from tokenbridge.generator import TokenBridge
 from tokenbridge.presets import PRESETS, Model, create_model
 from tokenbridge.quantizer import gaussian_bin_edges
@@ -217,25 +216,6 @@ def load_kl16(path: Path | str) -> AutoencoderKL:
     vae = create_kl16()
     _load_from(Path(path), vae, ema=False)
     return vae
-
-
-def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True) -> None:
-    """Write a published checkpoint as a diffusers model folder: config.json and float32 safetensors.
-
-    Args:
-        path: the official file.
-        folder: what to write; whole or not at all, replacing what is there.
-        name: of a TokenBridge preset, or "kl16".
-        ema: of a TokenBridge, see `load_checkpoint`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as `load_tokenbridge`, `load_kl16` and `check_replaceable`.
-    """
-    check_replaceable(folder, "config.json")
-    model = load_kl16(path) if name == KL16 else load_tokenbridge(path, name, ema=ema)
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
 
 
 def check_replaceable(folder: Path | str, index: str) -> None:

@@ -9,7 +9,8 @@ Two kinds of randomness:
 - ``"per-image"``: every image has a stream of its own, made from (seed, image number), so that it depends neither on
   the batch nor on the process that made it, beyond the rounding of sums in batches of other sizes.
 - ``"official"``: as engine_tokenbridge.py draws: numpy's and torch's global streams, seeded with seed + rank, run on
-  through all batches of a process (the last one is filled up with label 0). Images depend on batch size and number
+  through all batches of a process (the last one is filled up with label 0; random labels are drawn before each batch,
+  as LlamaGen's sample_c2i_ddp.py does). Images depend on batch size and number
   of processes, so both belong to the recipe; the streams' state is saved with every batch, so a resumed run goes on
   where it was. This is the order of the official draws, on the device the official code runs on; whether the very
   same images come out hangs on the rounding of the logits too, and nobody promises it across devices or versions.
@@ -125,7 +126,8 @@ class RunConfig:
     """What a run makes, beside the sampler's own settings."""
 
     num_images: int
-    labels: tuple[int, ...] | None = None  # one an image; balanced if None (`balanced_labels`)
+    # One an image; balanced if None (`balanced_labels`); or drawn at random, every class as likely as another.
+    labels: tuple[int, ...] | Literal["random"] | None = None
     seed: int = 0
     randomness: Randomness = "per-image"
     batch_size: int = 16  # images at a time in each process
@@ -142,8 +144,13 @@ class RunConfig:
             raise ValueError(f"Unknown randomness {self.randomness!r}; there are {', '.join(get_args(Randomness))}.")
         if self.format not in get_args(Format):
             raise ValueError(f"Unknown format {self.format!r}; there are {', '.join(get_args(Format))}.")
-        if self.labels is not None and len(self.labels) != self.num_images:
+        if isinstance(self.labels, tuple) and len(self.labels) != self.num_images:
             raise ValueError(f"There are {len(self.labels)} labels for {self.num_images} images.")
+
+    @property
+    def draws_labels(self) -> bool:
+        """Whether labels come from the stream that the images come from, and are not known beforehand."""
+        return self.labels == "random" and self.randomness == "official"
 
     @property
     def num_batches(self) -> int:
@@ -181,12 +188,22 @@ def balanced_labels(num_images: int, num_classes: int) -> tuple[int, ...]:
     return tuple(i * num_classes // num_images for i in range(num_images))
 
 
-def run_labels(config: RunConfig, num_classes: int) -> Tensor:
-    """Return the labels [N] of a run.
+def random_labels(num_images: int, num_classes: int, seed: int) -> tuple[int, ...]:
+    """Return independent random labels, from a stream of the seed's own: no image's stream is this one."""
+    stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
+    return tuple(stream.integers(num_classes, size=num_images).tolist())
+
+
+def run_labels(config: RunConfig, num_classes: int) -> Tensor | None:
+    """Return the labels [N] of a run; None if they are drawn as the images are (`RunConfig.draws_labels`).
 
     Raises:
         ValueError: labels that are no classes of the system.
     """
+    if config.draws_labels:
+        return None
+    if config.labels == "random":
+        return torch.tensor(random_labels(config.num_images, num_classes, config.seed))
     labels = torch.tensor(config.labels or balanced_labels(config.num_images, num_classes))
     if strange := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
         raise ValueError(f"There is no class {strange[0]}; the labels are 0 to {num_classes - 1}.")
@@ -201,7 +218,7 @@ def process_state() -> PartialState:
 
 def run_recipe(sampler: Sampler, config: RunConfig, num_processes: int = 1) -> dict[str, Any]:
     """Return, as JSON values, all that decides which images a run makes."""
-    labels = "balanced" if config.labels is None else ",".join(map(str, config.labels))
+    labels = ",".join(map(str, config.labels)) if isinstance(config.labels, tuple) else config.labels or "balanced"
     recipe = {"sampler": {"name": sampler.name, **sampler.describe()}, **asdict(config), "labels": labels}
     if config.randomness == "official":
         recipe["num_processes"] = num_processes
@@ -215,7 +232,8 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
 
     Every process of a distributed run calls this. Images go to `images/000000.png`, ..., or, by way of
     `parts/`, to `samples.npz` in the format of ADM's evaluation: `arr_0` uint8 [N, H, W, 3] (a grey channel three
-    times) and the labels `arr_1` [N]. Stand-ins go to `no-result/` or `no-result.npz` instead.
+    times) and, unless they were drawn with the images, the labels `arr_1` [N]. Stand-ins go to `no-result/` or
+    `no-result.npz` instead.
 
     Args:
         sampler: what makes the images; it must be the same in every process.
@@ -244,14 +262,14 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
         start = time.perf_counter()
         with _progress(show_progress and state.is_main_process, sampler.name, config, len(present)) as tell:
             for number, seed in _batches(config, present, state, folder):
-                pixels = _make(sampler, config, labels, number, seed)
+                pixels = _make(sampler, config, labels, number, seed, state.device)
                 store.write(number, pixels, present)
                 tell(len(store.present()))
         state.wait_for_everyone()
         seconds = time.perf_counter() - start
         if state.is_main_process:
             assert len(store.present()) == config.num_images, "every batch is some process's"
-            store.finish(labels.numpy())
+            store.finish(None if labels is None else labels.numpy())
         state.wait_for_everyone()
     num_made = config.num_images - len(present)
     return RunReport(
@@ -295,22 +313,32 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _make(sampler: Sampler, config: RunConfig, labels: Tensor, number: int, seed: int | None) -> Tensor:
+def _make(
+    sampler: Sampler,
+    config: RunConfig,
+    labels: Tensor | None,
+    number: int,
+    seed: int | None,
+    device: torch.device,
+) -> Tensor:
     """Return the pixels of a batch, looked at."""
     indices = config.batch(number)
-    wanted = labels[indices.start : indices.stop]
+    full = range(indices.start, indices.start + config.batch_size)
+    if labels is None:  # for the whole of a last batch too, as the official script
+        wanted = torch.randint(0, sampler.num_classes, (len(full),), device=device).cpu()
+    else:
+        wanted = labels[indices.start : indices.stop]
     try:
         if seed is None:
             # Quirk kept: the official engine fills up its last batch with class 0, which takes random numbers too.
-            full = range(indices.start, indices.start + config.batch_size)
-            padding = wanted.new_zeros(len(full) - len(indices))
+            padding = wanted.new_zeros(len(full) - len(wanted))
             pixels = sampler.images(torch.cat([wanted, padding]), full, None)[: len(indices)]
         else:
             pixels = sampler.images(wanted, indices, seed)
         refuse((pixels == 0).flatten(1).all(dim=1), "is black")
     except BadImageError as error:
         raise FloatingPointError(
-            f"Image {indices.start + error.row} (seed {config.seed}, class {int(labels[indices.start + error.row])}) "
+            f"Image {indices.start + error.row} (seed {config.seed}, class {int(wanted[error.row])}) "
             f"of {sampler.name} {error}. The images made before stay."
         ) from error
     except torch.OutOfMemoryError as error:
@@ -434,7 +462,7 @@ class _PngFolder:
         rows = [row for row, index in enumerate(self.config.batch(number)) if index not in present]
         save_images(self.samples, pixels[rows], [self.config.batch(number)[row] for row in rows])
 
-    def finish(self, labels: NDArray[Any]) -> None:
+    def finish(self, labels: NDArray[Any] | None) -> None:
         """Nothing is left to do: the folder is the result."""
 
 
@@ -462,7 +490,7 @@ class _Npz:
         with replacing(self._part(number)) as temporary, temporary.open("wb") as file:
             _write_npy(file, pixels.shape, [pixels.numpy()])
 
-    def finish(self, labels: NDArray[Any]) -> None:
+    def finish(self, labels: NDArray[Any] | None) -> None:
         """Put the parts together, one at a time, and remove them."""
         paths = [self._part(number) for number in range(self.config.num_batches)]
         if not self.samples.exists():
@@ -471,8 +499,9 @@ class _Npz:
             with replacing(self.samples) as temporary, zipfile.ZipFile(temporary, "w") as archive:
                 with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                     _write_npy(file, shape, parts)
-                with archive.open("arr_1.npy", "w") as file:
-                    _write_npy(file, labels.shape, [labels])
+                if labels is not None:
+                    with archive.open("arr_1.npy", "w") as file:
+                        _write_npy(file, labels.shape, [labels])
         _remove(paths)
         if self.pieces.exists():
             self.pieces.rmdir()

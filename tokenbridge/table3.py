@@ -1,4 +1,6 @@
-"""A row of the paper's table 3 from published weights: sample 50,000 images, score them, compare with the paper.
+"""A row of the paper's table 3 from published weights: sample 50,000 images, score them, compare as published.
+
+For every system: its own files, sampler, settings and published numbers (`systems.py`); one evaluation for all.
 
 Order of work: the files first (a missing one costs seconds, not hours), then the sampling run (`run.py`: many
 processes, resumed after a kill), then the scores (`evaluation.py`): FID and Inception Score against the statistics of
@@ -13,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import skimage.data
 from PIL import Image
@@ -22,7 +24,7 @@ from tokenbridge import artifacts, evaluation, provenance
 from tokenbridge.files import replacing_folder, sha256_of, write_json, write_text
 from tokenbridge.inception import write_random_inception
 from tokenbridge.plan import Plan, plan_run
-from tokenbridge.presets import Preset, find_preset
+from tokenbridge.presets import Preset
 from tokenbridge.results import (
     Provenance,
     Results,
@@ -35,7 +37,7 @@ from tokenbridge.results import (
     tolerance_of,
 )
 from tokenbridge.run import RunConfig, process_state, sampling_run, save_overview
-from tokenbridge.samplers import STAND_IN_IMAGES, STAND_IN_ITERATIONS, TokenBridgeSystem, find_system
+from tokenbridge.systems import STAND_IN_IMAGES, System, find_system, published_preset
 
 NUM_IMAGES = 50_000
 STAND_IN = "stand-in: no result"
@@ -59,16 +61,29 @@ class Options:
     compiled: bool = False
     num_bootstrap: int = 100
     with_precision_recall: bool = True  # needs ADM's reference batch
+    labels: Literal["balanced", "random"] | None = None  # None: as the system's own evaluation
 
-    def run_config(self) -> RunConfig:
+    def __post_init__(self) -> None:
+        if self.num_images < 2:
+            raise ValueError(f"FID needs at least 2 images, not {self.num_images}.")
+        if self.labels not in (None, "balanced", "random"):
+            raise ValueError(f"Labels are balanced or random here, not {self.labels!r}.")
+
+    def run_config(self, system: System) -> RunConfig:
         """Return the sampling run."""
         randomness: Any = self.randomness
-        return RunConfig(self.num_images, seed=self.seed, randomness=randomness, batch_size=self.batch_size)
+        labels = system.labels if self.labels is None else "random" if self.labels == "random" else None
+        return RunConfig(self.num_images, labels, self.seed, randomness, self.batch_size)
 
 
 def needed_files(name: str, options: Options) -> list[str]:
-    """Return the keys of the files that a row needs."""
-    keys = [find_preset(name).name, artifacts.KL16_VAE, artifacts.INCEPTION, artifacts.STATISTICS]
+    """Return the keys of the files that a row needs: of the model, its tokenizer, and the evaluation.
+
+    Raises:
+        ValueError: a preset without published weights or settings.
+    """
+    kind, preset = published_preset(name)
+    keys = [preset.name, kind.tokenizer.key, artifacts.INCEPTION, artifacts.STATISTICS]
     return [*keys, artifacts.REFERENCE_BATCH] if options.with_precision_recall else keys
 
 
@@ -102,8 +117,7 @@ def reproduce_table3(
         MissingArtifactsError: files cannot be had; the message lists all of them.
         ValueError: files that are not what they should be, or settings out of range.
     """
-    preset = find_preset(name)
-    _check_number(options.num_images)
+    kind, preset = published_preset(name)
     state = process_state()
     with state.main_process_first():  # one process downloads, the others find
         files = artifacts.resolve(needed_files(name, options), folder=folder, given=given)
@@ -112,7 +126,7 @@ def reproduce_table3(
         shipped=shipped,
         variant=options.variant,
         weights=files[preset.name],
-        vae=files[artifacts.KL16_VAE],
+        vae=files[kind.tokenizer.key],
     )
     references = [files[artifacts.STATISTICS]]
     if options.with_precision_recall:
@@ -137,13 +151,11 @@ def stand_in(
         shipped: as for `reproduce_table3`.
         show_progress: on stderr.
     """
-    preset, out = find_preset(name), Path(out)
+    (_, preset), out = published_preset(name), Path(out)
     if options.num_images == NUM_IMAGES:
         options = replace(options, num_images=STAND_IN_IMAGES)
     options = replace(options, num_bootstrap=min(options.num_bootstrap, STAND_IN_BOOTSTRAP))
-    _check_number(options.num_images)
-    system = find_system(preset.name, shipped=shipped, variant=options.variant)
-    system = system.sampled(num_iterations=STAND_IN_ITERATIONS)
+    system = find_system(preset.name, shipped=shipped, variant=options.variant).for_stand_in()
     inception, reference = out / "stand-in" / "inception.pth", out / "stand-in" / "reference.npz"
     if process_state().is_main_process:
         write_random_inception(inception)
@@ -175,14 +187,15 @@ def plan(
     given: Mapping[str, Path | str | None] | None = None,
 ) -> Plan:
     """Estimate the sampling run and list the files that are missing; nothing is run, downloaded or hashed."""
-    preset = find_preset(name)
-    _check_number(options.num_images)
+    _, preset = published_preset(name)
     system = find_system(preset.name, shipped=shipped, variant=options.variant)
+    config = options.run_config(system)
+    system.check(config)
     state = process_state()
     statuses = artifacts.status(needed_files(name, options), folder=folder, given=given)
     return plan_run(
         system,
-        options.run_config(),
+        config,
         Path(out),
         device=state.device,
         dtype=system.dtype(options.dtype, state.device),
@@ -217,8 +230,8 @@ def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:
     lines = [f"# Table 3, {preset.name}: {results.scale}", ""]
     lines += [
         f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
-        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. Published: arXiv 2503.16430 v1, "
-        "table 3.",
+        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. Published: "
+        f"{p.settings['published']}.",
         "",
     ]
     row = results.rows[0]
@@ -226,6 +239,7 @@ def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:
     lines += [*markdown_table(["", "measured", "published"], body), ""]
     verdict, why = judged[row.id]
     lines += [f"**{verdict}**: {why}.", ""]
+    lines += [f"- {note}" for note in p.settings["notes"]]
     for reason in p.settings["not run"]:
         lines += [f"- not run: {reason}"]
     names = [name for name in row.metrics if name in published.metrics]
@@ -251,7 +265,7 @@ def _compare_published(preset: Preset, row: Row) -> tuple[Verdict, str]:
 
 def _measure(
     preset: Preset,
-    system: TokenBridgeSystem,
+    system: System,
     options: Options,
     out: Path,
     inception: Path,
@@ -262,7 +276,7 @@ def _measure(
 ) -> tuple[Results, Judged] | None:
     """Sample, score against each reference, and write what came out."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    config, state = options.run_config(), process_state()
+    config, state = options.run_config(system), process_state()
     system.check(config)
     make = system.stand_in if is_stand_in else system.load
     # What the scores need is looked at before the hours of sampling, not after.
@@ -319,6 +333,9 @@ def _measure(
                 "published Inception weights": not is_stand_in,
                 "sampler": json.loads(json.dumps(described)),
                 "randomness": options.randomness,
+                "labels": config.labels or "balanced",
+                "published": system.kind.published,
+                "notes": list(system.kind.notes),
                 "run": report.as_json(),
                 "not run": [f"{label}: {why}" for label, why in not_run.items()],
             },
@@ -335,8 +352,3 @@ def _measure(
 def _name(name: str, num_images: int) -> str:
     """Return what a score of the evaluation is called here: of 50,000 images, by the published weights, FID-50K."""
     return f"{name}-50K" if name in SCORES and num_images == NUM_IMAGES else name
-
-
-def _check_number(num_images: int) -> None:
-    if num_images < 2:
-        raise ValueError(f"FID needs at least 2 images, not {num_images}.")
