@@ -23,6 +23,7 @@ from tokenbridge import givt, sampling
 from tokenbridge.cli import reference_folder
 from tokenbridge.data import images_to_pixels, load_images
 from tokenbridge.experiment import build
+from tokenbridge.heads import ARHead
 from tokenbridge.official import official_buffers
 from tokenbridge.quantizer import gaussian_quantizer
 from tokenbridge.recipes import TINY
@@ -47,7 +48,7 @@ def stand_in(name: str) -> Any:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few digits as a folder of images, and models: the shipped ones, and stand-ins for those that are not."""
     folder = tmp_path_factory.mktemp("discrepancies")
-    for split, step in (("train", 30), ("test", 25)):
+    for split, step in (("train", 45), ("test", 25)):
         digits = load_images("digits", split)
         for i in range(0, len(digits), step):
             file = folder / "digits" / split / str(digits[i]["label"]) / f"{i}.png"
@@ -126,7 +127,7 @@ def test_noise_of_seeds_is_the_measure() -> None:
 
 def test_without_cache_the_head_chooses_the_same_tokens() -> None:
     head = tiny_model().head
-    assert isinstance(head, d.ARHead)
+    assert isinstance(head, ARHead)
     context = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(9, 4, generator=torch.Generator().manual_seed(1))
 
@@ -313,6 +314,15 @@ def test_givt_rows(study: d.Study) -> None:
         assert 0 <= row.metrics["fallbacks"] < 1
 
 
+def test_no_class_is_all_that_is_untrained() -> None:
+    model = stand_in("givt")
+    other = d.without_class_training(model, 0)
+    latents, labels = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 9])
+    dropped = torch.ones(2, dtype=torch.bool)
+    assert torch.equal(model(latents, labels), other(latents, labels))
+    assert not torch.allclose(model(latents, labels, dropped=dropped), other(latents, labels, dropped=dropped))
+
+
 def test_a_turned_class_token_changes_all_but_the_first_token() -> None:
     model = stand_in("llamagen")
     other = d.rotated(model)
@@ -354,10 +364,12 @@ def test_command_end_to_end(folder: Path, tmp_path: Path, run_command: Callable[
 def test_rows_without_weights_or_latents_are_not_run(folder: Path, study: d.Study, tmp_path: Path) -> None:
     shutil.copytree(folder / "weights" / "tokenbridge-64", tmp_path / "tokenbridge-64")
     without = replace(study, bench=replace(study.bench, weights=tmp_path))
-    rows = d.givt_guidance(without) + d.llamagen_zero_row(without)
+    rows = d.givt_guidance(without) + d.givt_no_class(without) + d.llamagen_zero_row(without)
     assert [row.id.removeprefix("discrepancies/") for row in rows] == [
         "givt-guidance-rejection-official",
         "givt-guidance-rejection-envelope",
+        "givt-no-class-trained",
+        "givt-no-class-untrained",
         "llamagen-zero-row-official",
         "llamagen-zero-row-rotated",
     ]

@@ -239,7 +239,7 @@ def swapped(model: TokenBridge) -> TokenBridge:
     return model
 
 
-def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 15) -> list[Row]:
+def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 9) -> list[Row]:
     """Compare the head with and without key/value cache: the paper says it can have one, the code has none.
 
     Time is of the head alone: of `num_positions` at once, as many as there are images in a batch, and of one.
@@ -587,9 +587,7 @@ def givt_guidance(study: Study) -> list[Row]:
     if not _has_weights(study, "givt"):
         reason = _no_weights("givt")
         return [_not_run(f"givt-guidance-rejection-{name}", label, reason) for name, (label, _) in sides.items()]
-    config = study.bench.scale.recipe("givt").sampling
-    assert isinstance(config, givt.GivtSamplingConfig)
-    model: givt.GIVT = study.bench.model("givt")
+    model, config = _givt(study)
     mixtures = givt_mixtures(model, config, study.labels[:NUM_GIVT_IMAGES], study.seed)
     draws, densities = zip(
         *(draw_by(kind, mixtures, config, study.seed + 1, model) for _, kind in sides.values()), strict=True
@@ -650,6 +648,46 @@ def draw_by(
 def _first(draw: givt.Draw) -> Tensor:
     assert draw.first_accepted is not None
     return draw.first_accepted
+
+
+def givt_no_class(study: Study) -> list[Row]:
+    """Compare a trained embedding for "no class", which guidance needs, with one left as it was initialised.
+
+    The trainer published with GIVT never passes the switch for label dropout on: in it that row gets no gradient
+    (big_vision, trainers/proj/givt/generative.py).
+    """
+    trained, untrained = "trained with label dropout", "as initialised (published trainer)"
+    if not _has_weights(study, "givt"):
+        reason = _no_weights("givt")
+        return [_not_run(f"givt-no-class-{n}", t, reason) for n, t in (("trained", trained), ("untrained", untrained))]
+    model, config = _givt(study)
+
+    def scores(model: givt.GIVT) -> list[Scores]:
+        made = (
+            givt.sample_images(model, study.bench.latents, config, study.labels, seed, show_progress=False)
+            for seed in study.seeds
+        )
+        return [study.score(p, study.labels) for p in made]
+
+    return rows_of(
+        "givt-no-class",
+        Side("trained", trained, scores(model)),
+        Side("untrained", untrained, scores(without_class_training(model, study.seed))),
+    )
+
+
+def without_class_training(model: givt.GIVT, seed: int) -> givt.GIVT:
+    """Return a copy of the model whose embedding for "no class" is drawn anew, as `nn.Embedding` is: N(0, 1)."""
+    model = copy.deepcopy(model)
+    fresh = torch.randn(model.class_emb.embedding_dim, generator=torch.Generator().manual_seed(seed))
+    model.class_emb.weight.data[-1] = fresh
+    return model
+
+
+def _givt(study: Study) -> tuple[givt.GIVT, givt.GivtSamplingConfig]:
+    config = study.bench.scale.recipe("givt").sampling
+    assert isinstance(config, givt.GivtSamplingConfig)
+    return study.bench.model("givt"), config
 
 
 def llamagen_zero_row(study: Study) -> list[Row]:
@@ -726,6 +764,7 @@ COMPARISONS: dict[str, tuple[str, Callable[[Study], list[Row]]]] = {
     "pixels": ("Images to 8 bits", pixels),
     "num-images": ("Number of images", num_images),
     "givt-guidance": ("GIVT: rejection sampling of the guided density", givt_guidance),
+    "givt-no-class": ("GIVT: embedding for no class", givt_no_class),
     "llamagen-zero-row": ("LlamaGen: rotary row of the class token", llamagen_zero_row),
 }
 """Title and function of each comparison."""
@@ -739,6 +778,7 @@ def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
         "temperature-0.97": "temperature 0.97 instead of 0.96",
         "labels-random": "labels at random instead of balanced",
         "pixels-truncated": "pixels cut off instead of rounded",
+        "givt-no-class-untrained": "GIVT's embedding for no class",
         "llamagen-zero-row-rotated": "LlamaGen's rotary row of the class token",
     }
     name = f"FID-{extractor}"
