@@ -104,6 +104,10 @@ _PUBLISHED_SAMPLES = (
     "set beforehand: the paper rounds, and FID-50K of one recipe spreads by 1 to 2 % over seeds of training and "
     "sampling (arXiv 2606.20536)"
 )
+_DEVIATION = "of three seeds, each within the tolerance of its score"
+_CHANGE = "of two scores, each within its tolerance; the mean of three seeds"
+_NEAR_EDGES = "counted; rounding on another processor moves values that lie beside the edge of a bin"
+_HALF = "where rounding flips a first token, the rest of the image is drawn anew; half precision differs by processor"
 _TIMING = "a time depends on the machine and is not compared; the ratios within one run are"
 _RATIO = "ratio of two times of one run, on a machine that others may share"
 
@@ -123,6 +127,22 @@ METRICS: dict[str, Metric] = {
     "precision": Metric(3, 0.0, 0.04, _SAMPLING),
     "recall": Metric(3, 0.0, 0.05, _SAMPLING),
     "class accuracy": Metric(3, 0.0, 0.008, _SAMPLING),
+    "± FID": Metric(4, 0.0, 0.004, _DEVIATION),
+    "± IS": Metric(2, 0.0, 0.15, _DEVIATION),
+    "± class accuracy": Metric(4, 0.0, 0.008, _DEVIATION),
+    "± PSNR": Metric(3, 0.0, 0.05, _DEVIATION),
+    "± SSIM": Metric(5, 0.0, 0.002, _DEVIATION),
+    "± rFID": Metric(5, 0.0, 0.001, _DEVIATION),
+    "change of FID": Metric(4, 0.05, 0.004, _CHANGE),
+    "± change of FID": Metric(4, 0.05, 0.006, _CHANGE),
+    "tokens that differ": Metric(4, 0.05, 0.0002, _NEAR_EDGES),
+    "generated tokens that differ": Metric(3, 0.15, 0.02, _HALF),
+    "images that differ": Metric(3, 0.15, 0.05, _HALF),
+    "pixels that differ": Metric(4, 0.02, 0.002, _SAMPLING),
+    "fallbacks": Metric(4, 0.15, 0.002, _SAMPLING),
+    "acceptance": Metric(3, 0.05, 0.0, _SAMPLING),
+    "not covered": Metric(4, 0.15, 0.002, _SAMPLING),
+    "deviation of draws": Metric(3, 0.0, 0.02, _SAMPLING),
     "bits per image": Metric(0, 0.0, 0.0, "counted"),
     "relative MSE": Metric(6, 0.01, 0.0, _SAME_NUMBERS),
     "images": Metric(0, 0.0, 0.0, "counted"),
@@ -200,6 +220,7 @@ TITLES = {
     "table2c": "Table 2c. Quantisation levels of the generator",
     "table3": "Table 3. Systems",
     "table5": "Table 5. Time to predict one position, batch 1",
+    "discrepancies": "Paper against code, and the code against itself",
     "evaluation": "Evaluation",
 }
 
