@@ -205,18 +205,18 @@ def share_equal(first: list[Any], second: list[Any]) -> float:
     return same.double().mean().item()
 
 
-def benchmarks(path: Path | str, measure: Callable[..., ratios.Ratios] = ratios.measure) -> list[Check]:
+def benchmarks(path: Path | str, root: Path = ratios.ROOT) -> list[Check]:
     """Measure the benchmarks' ratios, those that fall behind the stored ones again.
 
     Args:
         path: stored ratios.
-        measure: what measures, see `ratios.measure`.
+        root: the checkout that holds `benchmarks/`.
 
     Raises:
         ValueError: there are no stored ratios, or benchmarks cannot be run.
     """
     stored = ratios.read(path)
-    measured = measure()
+    measured = ratios.measure(root=root)
 
     def judged() -> dict[str, tuple[bool, str]]:
         names = dict.fromkeys([*stored.ratios, *measured.ratios])
@@ -225,7 +225,7 @@ def benchmarks(path: Path | str, measure: Callable[..., ratios.Ratios] = ratios.
     for _ in range(NUM_RUNS - 1):
         slow = [measured.ratios[n].test for n, (good, _) in judged().items() if not good and n in measured.ratios]
         if slow:
-            measured = ratios.better(measured, measure(slow))
+            measured = ratios.better(measured, ratios.measure(slow, root=root))
     failed = [Check(name, "fail", "the test fails; its message is above") for name in measured.failed]
     return failed + [Check(name, "pass" if good else "fail", why) for name, (good, why) in judged().items()]
 

@@ -18,7 +18,7 @@ from tokenbridge.files import replacing_folder, write_text
 from tokenbridge.reproduce import reproduce
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from tokenbridge.ratios import Ratios
     from tokenbridge.recipes import Scale
@@ -40,7 +40,6 @@ def update(
     parts: Sequence[str] = PARTS,
     why: str | None = None,
     source: Path = ROOT,
-    measure_ratios: Callable[[], Ratios] = ratios.measure,
 ) -> list[Change]:
     """Measure references anew and return what differs; replace the stored ones if a reason is given.
 
@@ -53,7 +52,6 @@ def update(
         parts: which of `PARTS`.
         why: the reason, for the record; None writes nothing.
         source: checkout of the code that measures.
-        measure_ratios: what runs the benchmarks.
 
     Raises:
         ValueError: an unknown part; or, with a reason, an empty one, or a checkout with uncommitted changes.
@@ -72,7 +70,7 @@ def update(
         changes += changed
     if "benchmarks" in parts:
         name = "benchmarks/ratios.json"
-        measured = measure_ratios()
+        measured = ratios.measure()
         if measured.failed:
             raise ValueError(f"These benchmarks fail, and cannot be references: {', '.join(measured.failed)}.")
         stored = ratios.read(folder / name) if (folder / name).is_file() else None
