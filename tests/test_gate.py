@@ -260,11 +260,11 @@ def test_what_is_slow_once_is_measured_again(
     runs: list[float], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ratios.write(tmp_path / "ratios.json", some_ratios(head=5.0, other=2.0))
-    left, asked = iter(runs), []
+    left, asked = iter(runs), list[list[str]]()
 
     def measure(*tests: list[str], root: Path) -> Ratios:
         asked.append(*tests or [[]])
-        return some_ratios(head=next(left), **({} if tests else {"other": 2.1}))
+        return some_ratios(head=next(left)) if tests else some_ratios(head=next(left), other=2.1)
 
     monkeypatch.setattr(ratios, "measure", measure)
     found = {check.name: check.verdict for check in gate.benchmarks(tmp_path / "ratios.json")}
