@@ -101,10 +101,6 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(value))
 
 
-def ratio(value: float, test: str = "benchmarks/test_speed.py::test_nap") -> Ratio:
-    return Ratio(test=test, ratio=value, quartiles=(value, value))
-
-
 def some_ratios(failed: tuple[str, ...] = (), **values: float) -> Ratios:
     origin = ratios.Origin(
         command="python -m pytest benchmarks",
@@ -116,7 +112,9 @@ def some_ratios(failed: tuple[str, ...] = (), **values: float) -> Ratios:
         hardware={},
         share_of_other_processes=0.0,
     )
-    return Ratios(provenance=origin, ratios={k: ratio(v, f"test_{k}") for k, v in values.items()}, failed=failed)
+    return Ratios(
+        provenance=origin, ratios={k: Ratio(test=f"test_{k}", runs=(v,)) for k, v in values.items()}, failed=failed
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the gate
@@ -245,14 +243,14 @@ def test_a_slowed_benchmark_is_red_end_to_end(tmp_path: Path, monkeypatch: pytes
     naps.write_text(NAPS.format(fast=0.02))
     measured = ratios.measure(root=root)
     assert measured.ratios["nap"].test == "benchmarks/test_naps.py::test_nap"
-    assert 3 < measured.ratios["nap"].ratio < 6
+    assert 3 < measured.ratios["nap"].middle < 6
     assert measured.failed == ()
     ratios.write(path, measured)
     naps.write_text(NAPS.format(fast=0.05))
-    monkeypatch.setattr(gate, "NUM_RUNS", 1)
+    monkeypatch.setattr(ratios, "NUM_RUNS", 1)
     (check,) = gate.benchmarks(path, root)
     assert check.verdict == "fail"
-    assert re.fullmatch(r"slower: [12]\.\d\dx, stored [345]\.\d\dx; at least [234]\.\d\dx is asked", check.why)
+    assert re.fullmatch(r"slower: [12]\.\d\dx, stored [345]\.\d\dx \(.*\); at least [234]\.\d\dx is asked", check.why)
 
 
 @pytest.mark.parametrize(("runs", "verdict"), [([3.4, 3.4, 3.4], "fail"), ([3.4, 3.4, 3.6], "pass"), ([3.6], "pass")])
@@ -270,6 +268,15 @@ def test_what_is_slow_once_is_measured_again(
     found = {check.name: check.verdict for check in gate.benchmarks(tmp_path / "ratios.json")}
     assert found == {"head": verdict, "other": "pass"}
     assert asked == [[], *[["test_head"]] * (len(runs) - 1)]
+
+
+def test_the_lowest_stored_run_is_what_is_kept_up_with() -> None:
+    stored = Ratio(test="t", runs=(9.0, 4.0, 5.0))
+    assert stored.middle == 5.0
+    assert ratios.compare(Ratio(test="t", runs=(2.79,)), stored)[0] is False
+    assert ratios.compare(Ratio(test="t", runs=(1.0, 2.81)), stored)[0] is True
+    both = ratios.merge(some_ratios(("a",), head=5.0, old=1.0), some_ratios(("a", "b"), head=3.0))
+    assert (both.ratios["head"].runs, both.ratios["old"].runs, both.failed) == ((5.0, 3.0), (1.0,), ("a", "b"))
 
 
 def test_benchmarks_that_cannot_be_judged_are_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,6 @@ SHARE_OF_TOKENS = 0.8
 anew, and a file holds ten images. Another seed leaves less than a fifth."""
 LATENTS = 0.01
 """Difference of latents (of unit variance, stored to 3 decimals) that counts as equal; set beforehand, not measured."""
-NUM_RUNS = 3
-"""Times a benchmark may be run to keep up with its stored ratio: other processes disturb one run, not the best of
-three, and a fast path that is lost is slow in all."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +219,10 @@ def benchmarks(path: Path | str, root: Path = ratios.ROOT) -> list[Check]:
         names = dict.fromkeys([*stored.ratios, *measured.ratios])
         return {name: ratios.compare(measured.ratios.get(name), stored.ratios.get(name)) for name in names}
 
-    for _ in range(NUM_RUNS - 1):
+    for _ in range(ratios.NUM_RUNS - 1):
         slow = [measured.ratios[n].test for n, (good, _) in judged().items() if not good and n in measured.ratios]
         if slow:
-            measured = ratios.better(measured, ratios.measure(slow, root=root))
+            measured = ratios.merge(measured, ratios.measure(slow, root=root))
     failed = [Check(name, "fail", "the test fails; its message is above") for name in measured.failed]
     return failed + [Check(name, "pass" if good else "fail", why) for name, (good, why) in judged().items()]
 
