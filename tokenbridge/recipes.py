@@ -99,8 +99,9 @@ _TINY_AR64 = Recipe(
     loss={"num_loss_positions": 4, "mask_ratio_min": 0.0, "mask_ratio_std": 1.0},
     sampling=PRESETS["tokenbridge-tiny"].sampling_config(),
 )
-# The baselines: parameters within 10 % of TokenBridge's 1,078,640, trained alike on as many images. Their guidance and
-# temperature are starting values: the search for them waits for the trained models.
+# The baselines: parameters within 10 % of TokenBridge's 1,078,640, trained alike on as many images. The masked models
+# see another mask at every pass over the 4,500 digits; the causal ones see the same sequences 170 times, and without
+# their published dropout GIVT learned them by heart (nats a position: -29.0 of training images, -7.2 of others).
 _TINY_MAR = Recipe(
     name="mar",
     kind="mar",
@@ -115,9 +116,9 @@ _TINY_MAR = Recipe(
 _TINY_GIVT = Recipe(
     name="givt",
     kind="givt",
-    model={  # 1,061,520
+    model={  # 979,280: all tiny weights stay below 15 MB
         **{"num_positions": 16, "num_channels": 16, "num_classes": 10, "num_components": 16},
-        **{"width": 128, "depth": 5, "num_heads": 4, "mlp_width": 512, "dropout": 0.0},
+        **{"width": 128, "depth": 5, "num_heads": 4, "mlp_width": 448, "dropout": 0.2},
     },
     training=_TINY_GENERATOR_TRAINING,
     sampling=GivtSamplingConfig(guidance_weight=0.4, temperature=0.95),
@@ -127,7 +128,7 @@ _TINY_LLAMAGEN = Recipe(
     kind="llamagen",
     model={  # 985,600
         **{"latent_size": 4, "num_codes": 512, "num_classes": 10},
-        **{"width": 128, "depth": 4, "num_heads": 4, "hidden_multiple": 128, "dropout": 0.0},
+        **{"width": 128, "depth": 4, "num_heads": 4, "hidden_multiple": 128, "dropout": 0.1},
     },
     training=_TINY_GENERATOR_TRAINING,
     sampling=LlamaGenSampling(guidance_scale=2.0),
@@ -244,7 +245,7 @@ SMALL = Scale(
         replace(
             _TINY_GIVT,
             model={
-                **{**_TINY_GIVT.model, "num_positions": 64, "dropout": 0.1},
+                **{**_TINY_GIVT.model, "num_positions": 64},
                 **{"width": 384, "depth": 14, "num_heads": 6, "mlp_width": 1536},
             },
             training=_SMALL_AR64.training,
