@@ -20,14 +20,15 @@ import torch
 import yaml
 from conftest import ROOT, error_of
 
-from tokenbridge import cli, gate, ratios, recipes, references, sampling
+from tokenbridge import cli, gate, ratios, recipes, references, results, sampling
 from tokenbridge.data import load_images
+from tokenbridge.files import write_json
 from tokenbridge.gate import Check, Part
 from tokenbridge.quantizer import ScalarQuantizer
 from tokenbridge.ratios import Ratio, Ratios
 from tokenbridge.recipes import TINY, Scale
 from tokenbridge.reproduce import prediction_time_rows, reproduce
-from tokenbridge.results import read
+from tokenbridge.results import Results, read
 from tokenbridge.sampling import ImageNoise
 from tokenbridge.weights import WEIGHTS_FILE
 
@@ -203,12 +204,30 @@ def test_a_changed_seed_is_red(stored: Path, scale: Scale, tmp_path: Path, monke
     ids=["metric", "trend", "trend gone", "metric gone", "row gone", "hash of weights", "hash of images"],
 )
 def test_a_tampered_result_is_red(
-    stored: Path, scale: Scale, tmp_path: Path, change: Callable[[Any], object], failed: str
+    stored: Path,
+    scale: Scale,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any], object],
+    failed: str,
 ) -> None:
-    edit(stored / "mini" / "results.json", change)
+    """By measuring again, whatever a file says of its own integrity."""
+    value = read(stored / "mini" / "results.json").model_dump()
+    change(value)
+    forged = Results.model_validate(value)
+    monkeypatch.setattr(results, "read", lambda path: forged)
     found = bad(gate.tiny(scale, stored / "mini", tmp_path / "out", quick=True))
     assert any(name.startswith(failed) for name in found)
     assert all(name.startswith((failed, "stored trends")) for name in found)  # a trend may rest on the number
+
+
+def test_a_damaged_result_is_red(stored: Path, scale: Scale, tmp_path: Path) -> None:
+    file = stored / "mini" / "results.json"
+    file.write_text(file.read_text()[:-20])
+    (part,) = gate.run_gate(scale, stored, tmp_path / "out", parts=["tiny"], quick=True)
+    assert part.verdict == "not run"
+    assert "cut off?" in part.why
+    assert gate.exit_code([part]) == 2
 
 
 def test_tampered_tokens_are_red(stored: Path, scale: Scale) -> None:
@@ -387,20 +406,25 @@ def test_update_shows_what_differs_and_writes_nothing(stored: Path, scale: Scale
 def test_update_replaces_and_records(
     stored: Path, scale: Scale, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def changed(*arguments: Any, out: Path, **options: Any) -> Any:
+    before = read(stored / "mini" / "results.json")
+    old = before.rows[0].metrics["PSNR"]
+    better = before.rows[0].model_copy(update={"metrics": {**before.rows[0].metrics, "PSNR": 30.0}})
+    measured = before.model_copy(update={"rows": [better, *before.rows[1:]]})
+
+    def changed(*arguments: Any, out: Path, **options: Any) -> tuple[Results, None]:
         shutil.copytree(stored / "mini", out, ignore=shutil.ignore_patterns("weights"))
-        edit(out / "results.json", lambda file: file["rows"][0]["metrics"].update(PSNR=30.0))
+        write_json(out / "results.json", measured.model_dump())
         edit(out / "tokens.json", lambda file: file["tokenbridge-64"].__setitem__(0, file["tokenbridge-64"][1]))
-        return read(out / "results.json"), None
+        return measured, None
 
     monkeypatch.setattr(references, "reproduce", changed)
-    old, before = read(stored / "mini" / "results.json").rows[0].metrics["PSNR"], contents(stored)
+    files = contents(stored)
     references.update(scale, stored, tmp_path / "out", why="a better autoencoder", source=source)
     after = contents(stored)
     names = {"mini/results.json", "mini/tokens.json", "mini/tables.md", "benchmarks/ratios.json", "CHANGES.md"}
-    assert {name for name in after if after[name] != before.get(name)} == names
-    assert before.keys() <= after.keys()
-    assert read(stored / "mini" / "results.json").rows[0].metrics["PSNR"] == 30.0
+    assert {name for name in after if after[name] != files.get(name)} == names
+    assert files.keys() <= after.keys()
+    assert json.loads(after["mini/results.json"])["rows"][0]["metrics"]["PSNR"] == 30.0
     record = after["CHANGES.md"].decode()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True).stdout.strip()
     assert f"Ada <ada@example.org>, measured at commit {commit}: a better autoencoder" in record
