@@ -149,3 +149,15 @@ def reproduce_tables(session: nox.Session) -> None:
 def reproduce_table1(session: nox.Session) -> None:
     """Table 1 at the paper's scale: needs ImageNet, the published VAE, Inception's weights and statistics."""
     run(session, "tokenbridge", "reproduce-table1", *session.posargs)
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """Regression gate: golden cases, tiny results, tokens, benchmark ratios against the stored ones; `-- --quick`."""
+    run(session, "tokenbridge", "gate", *session.posargs)
+
+
+@nox.session
+def update_references(session: nox.Session) -> None:
+    """Show how newly measured references differ; `-- --write --why "..."` replaces the stored ones."""
+    run(session, "tokenbridge", "update-references", *session.posargs)

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import psutil
 import torch
 import typer
 from torch import Tensor
@@ -385,7 +384,7 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
         RuntimeError: the two paths do not agree, so that comparing their times would mean nothing.
     """
     started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    busy = busy_seconds()
+    busy = provenance.busy_seconds()
     first_run = (plan.extrapolated or plan.whole)[0]
     agree = agreement(setting, first_run)
     if setting.autocast is None and agree < AGREEMENT:
@@ -409,7 +408,7 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
     dtype = next(setting.fast.parameters()).dtype
     peak = matmul_peak(setting.device, dtype)
     # The load average would not do: it counts this process too, and what ended a minute ago.
-    others = (busy_seconds() - busy) / ((time.monotonic() - begin) * (os.cpu_count() or 1))
+    others = (provenance.busy_seconds() - busy) / ((time.monotonic() - begin) * (os.cpu_count() or 1))
     return {
         "preset": preset,
         "num_parameters": sum(p.numel() for p in setting.fast.parameters()),
@@ -433,12 +432,6 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
             "hardware": provenance.hardware(),
         },
     }
-
-
-def busy_seconds() -> float:
-    """Return the processor seconds that everything but this process has used since the machine started."""
-    times = psutil.cpu_times()
-    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - time.process_time()
 
 
 def to_markdown(report: dict[str, Any]) -> str:

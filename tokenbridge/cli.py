@@ -865,3 +865,42 @@ def _run_self(arguments: Sequence[str]) -> int:
             sys.stderr.write(line)
             sys.stderr.flush()
     return process.returncode
+
+
+@app.command()
+def gate(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="goldens, tiny, tokens, benchmarks; all by default.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out sampling in `tiny`, and the benchmarks.")] = False,
+    references: Annotated[Path | None, typer.Option(help="What is compared with; the shipped ones by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is made, and for junit.xml.")] = Path("runs/gate"),
+) -> None:
+    """Compare this code with all stored references; exit code 1 if anything changed, 2 if a part could not be run."""
+    from tokenbridge import gate as g
+
+    chosen = parts or g.PARTS
+    done = g.run_gate(find_scale("tiny"), references or reference_folder(), out, parts=chosen, quick=quick)
+    g.write_junit(out / "junit.xml", done)
+    g.print_parts(done)
+    sys.exit(g.exit_code(done))
+
+
+@app.command()
+def update_references(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="tiny, benchmarks; all by default.", show_default=False)
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Replace the stored references by the measured ones.")] = False,
+    why: Annotated[str, typer.Option(help="Why they change; asked for by --write.")] = "",
+    references: Annotated[Path | None, typer.Option(help="What is replaced; the shipped ones by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is measured.")] = Path("runs/references"),
+) -> None:
+    """Measure the references anew and show what differs; with --write and --why, replace them and record it."""
+    from tokenbridge import references as r
+
+    folder = references or reference_folder()
+    changes = r.update(find_scale("tiny"), folder, out, parts=parts or r.PARTS, why=why if write else None)
+    _print_table("Stored references against new ones", r.COLUMNS, [[escape(c) for c in change] for change in changes])
+    print(f"{folder} is updated; the record is in {folder / r.RECORD}." if write else "Nothing was written.")

@@ -86,6 +86,15 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def busy_seconds() -> float:
+    """Return the processor seconds since the machine's start of all but this process and its ended children."""
+    import psutil
+
+    times, own = psutil.cpu_times(), os.times()
+    of_own = own.user + own.system + own.children_user + own.children_system
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - of_own
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
