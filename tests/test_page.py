@@ -21,7 +21,18 @@ from PIL import Image
 from tokenbridge import results
 from tokenbridge.audit import Audit, Effect, Evidence, Finding, Verdict
 from tokenbridge.claims import Claim, Discrepancy, Tolerance
-from tokenbridge.page import VERDICTS, bar, data_uri, paper_tables, pictures, source, strip, summary, write_page
+from tokenbridge.page import (
+    VERDICTS,
+    bar,
+    data_uri,
+    paper_tables,
+    pictures,
+    small_tables,
+    source,
+    strip,
+    summary,
+    write_page,
+)
 from tokenbridge.results import Row
 
 NASTY = "<script>alert('1')</script> \"quoted\" & 'single' </style> {{ braces }} — Größe 漢字 ±½"
@@ -236,7 +247,7 @@ def test_verdicts_are_named_and_counted(page: Page) -> None:
     text = " ".join("".join(page.text).split())
     for verdict in VERDICTS:
         assert verdict in text
-    claims = [a for tag, a in page.elements if tag == "details" and a.get("class") == "claim"]
+    claims = [a for tag, a in page.elements if tag == "details" and (a.get("class") or "").startswith("claim")]
     assert len(claims) == len(make_audit().findings)
     assert "published 1.76" in text
     assert "measured here 1.800" in text
@@ -263,6 +274,14 @@ def test_paper_tables_have_the_papers_shape() -> None:
     assert table2e.title.startswith("Table 2e")
 
 
+def test_tables_of_small_scale_are_those_of_the_recipes() -> None:
+    tiny = make_audit().evidence[0]
+    stand_in = tiny.model_copy(update={"scale": "stand-in: no result"})
+    (shown,) = small_tables((stand_in, tiny, tiny.model_copy(update={"scale": "paper"})))
+    assert shown[:2] == (1, tiny)
+    assert [row.label for row in shown[2]["table2a"]] == ["parallel", "autoregressive"]
+
+
 def test_bars_and_strips() -> None:
     doubt, same = make_audit().findings[0], make_audit().findings[5]
     drawn = bar(doubt)
@@ -279,6 +298,7 @@ def test_bars_and_strips() -> None:
     assert negative is not None
     assert (negative.zero, negative.claimed) == (100, 0)
     assert bar(make_finding("text/words", "not run")) is None
+    assert bar(make_finding("table3/maskgit/fid", "not run", value=6.18)) is None
 
 
 def test_source_links_papers_and_addresses() -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from tokenbridge import results
 from tokenbridge.audit import Verdict
 from tokenbridge.files import sha256_of, write_text
+from tokenbridge.recipes import SCALES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -47,7 +48,7 @@ SYMBOLS: dict[Verdict, str] = {
     "not run": "○",
     "not applicable at this scale": "–",
 }
-SCALES = {
+DECIDED_BY = {
     "paper": "published weights on ImageNet",
     "tiny": "tiny models on digits: a trend, never a number of the paper",
     "counted": "counting and arithmetic, no trained weights",
@@ -83,7 +84,7 @@ def write_page(audit: Audit, path: Path, *, reference: Path, runs: Path | None =
         verdicts=VERDICTS,
         meanings=MEANINGS,
         symbols=SYMBOLS,
-        scales=SCALES,
+        decided_by=DECIDED_BY,
         counts=Counter(finding.verdict for finding in audit.findings),
         sentences=summary(audit.findings),
         groups=groups(audit.findings),
@@ -272,10 +273,10 @@ def paper_tables(findings: Iterable[Finding]) -> list[PaperTable]:
 
 
 def small_tables(evidence: Sequence[Evidence]) -> list[tuple[int, Evidence, dict[str, list[Row]]]]:
-    """Return the tables that were measured at other scales than the paper's: (number of evidence, evidence, tables)."""
+    """Return what was measured at the scales of the recipes: (number of evidence, evidence, its tables)."""
     found = []
     for i, file in enumerate(evidence):
-        if file.scale == "paper":
+        if file.scale not in SCALES:  # the paper's own stands in its tables; a stand-in measures nothing
             continue
         tables: dict[str, list[Row]] = {}
         for row in file.rows:
@@ -295,7 +296,7 @@ class Bar:
 
     zero: float
     claimed: float
-    measured: float | None
+    measured: float
     interval: tuple[float, float] | None
 
 
@@ -309,29 +310,26 @@ class Strip:
 
 
 def bar(finding: Finding) -> Bar | None:
-    """Place a claimed and a measured value on one axis that includes zero; None without a claimed value."""
-    value = finding.claim.value
-    if value is None:
+    """Place a claimed and a measured value on one axis that includes zero; None unless there are both."""
+    value, found = finding.claim.value, finding.measured
+    if value is None or found is None:
         return None
-    ends = (0.0, value, *([finding.measured] if finding.measured is not None else []), *(finding.interval or ()))
+    ends = (0.0, value, found, *(finding.interval or ()))
     place = _axis(min(ends), max(ends))
-    return Bar(place(0.0), place(value), *_place(finding, place))
+    return Bar(place(0.0), place(value), place(found), _ends(finding, place))
 
 
 def strip(finding: Finding) -> Strip | None:
     """Place tolerance, measured value and interval around a claimed value; None if there is nothing to tell apart."""
-    value = finding.claim.value
-    if value is None or finding.measured is None:
+    value, found = finding.claim.value, finding.measured
+    if value is None or found is None:
         return None
     granted = finding.claim.tolerance.of(value) if finding.claim.tolerance else 0.0
-    ends = (value - granted, value + granted, finding.measured, *(finding.interval or ()))
-    reach = 1.2 * max(abs(end - value) for end in ends)
+    reach = 1.2 * max(abs(end - value) for end in (value + granted, found, *(finding.interval or ())))
     if reach == 0:
         return None
     place = _axis(value - reach, value + reach)
-    at, around = _place(finding, place)
-    assert at is not None
-    return Strip((place(value - granted), place(value + granted)), at, around)
+    return Strip((place(value - granted), place(value + granted)), place(found), _ends(finding, place))
 
 
 def _axis(low: float, high: float) -> Callable[[float], float]:
@@ -339,10 +337,8 @@ def _axis(low: float, high: float) -> Callable[[float], float]:
     return lambda value: round(100 * (value - low) / span, 3)
 
 
-def _place(finding: Finding, place: Callable[[float], float]) -> tuple[float | None, tuple[float, float] | None]:
-    at = None if finding.measured is None else place(finding.measured)
-    around = finding.interval and (place(finding.interval[0]), place(finding.interval[1]))
-    return at, around
+def _ends(finding: Finding, place: Callable[[float], float]) -> tuple[float, float] | None:
+    return finding.interval and (place(finding.interval[0]), place(finding.interval[1]))
 
 
 # Pictures
@@ -403,7 +399,7 @@ def _webp(picture: Image.Image, **settings: Any) -> bytes:
 # Plots: matplotlib draws in three colours that the page's style sheet sets
 
 INK, MUTED, ACCENT = "#010101", "#020202", "#030303"
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 10,
     "axes.spines.top": False,
