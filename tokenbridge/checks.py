@@ -39,7 +39,7 @@ class Check:
     """A number that is computed, not trained for."""
 
     what: str
-    measure: Callable[[], float]
+    run: Callable[[], float]
 
 
 def count(module: nn.Module) -> float:

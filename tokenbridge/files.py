@@ -65,3 +65,10 @@ def sha256_of(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reference_folder() -> Path:
+    """Return `reference_results/`: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "reference_results"
+    return beside if beside.is_dir() else package / "reference_results"

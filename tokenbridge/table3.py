@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from tokenbridge.results import (
 from tokenbridge.run import RunConfig, process_state, sampling_run, save_overview
 from tokenbridge.systems import STAND_IN_IMAGES, System, find_system, published_preset
 
+IMAGE_SIZE = 256
 STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
 SCORES = ("FID", "IS", "precision", "recall")  # of the paper's table
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; the stand-in's reference
@@ -213,6 +214,68 @@ def judge(preset: Preset, results: Results) -> Judged:
     return {row.id: _compare_published(preset, row) for row in results.rows}
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a row, under the names that it has in results."""
+
+    metrics: dict[str, float]
+    not_run: list[str]  # what was not measured, and why
+    data_sha256: dict[str, str]  # of samples and references
+
+
+def score(
+    samples: Path | str,
+    references: Sequence[Path],
+    *,
+    inception: Path,
+    num_images: int,
+    allow_other_inception: bool = False,
+    num_bootstrap: int = 100,
+    batch_size: int = 64,
+    cache: Path | str,
+) -> Scored:
+    """Score samples against each reference; where two give a score, the first one's counts.
+
+    Args:
+        samples: of `evaluation.evaluate`, as are the others.
+        references: at least one.
+        inception: torch-fidelity's file of weights.
+        num_images: of the samples; 50,000 of them have the paper's scores, others are labelled.
+        allow_other_inception: take other weights than the published ones, and label all scores with it.
+        num_bootstrap: resamples behind the interval of FID.
+        batch_size: images per forward pass.
+        cache: folder for features.
+
+    Raises:
+        ValueError: see `evaluation.evaluate`.
+    """
+    metrics: dict[str, float] = {}
+    not_run: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    for reference in references:
+        scored = evaluation.evaluate(
+            [samples],
+            reference,
+            inception=inception,
+            allow_other_inception=allow_other_inception,
+            allow_few=num_images < NUM_IMAGES,
+            # The interval belongs to the FID that is compared, which is the first reference's.
+            num_bootstrap=num_bootstrap if reference == references[0] else 0,
+            batch_size=batch_size,
+            cache=cache,
+        )
+        named = {_name(name, num_images): value for name, value in scored.rows[0].metrics.items()}
+        metrics = {**named, **metrics}
+        not_run |= {row.label: row.not_run for row in scored.rows if row.not_run is not None}
+        hashes |= scored.provenance.data_sha256
+    absent = [
+        f"{label}: {why}"
+        for label, why in not_run.items()
+        if not any(n.startswith(label.split(",")[0]) for n in metrics)
+    ]
+    return Scored(metrics, absent, hashes)
+
+
 def published_row(preset: Preset) -> Row:
     """Return the paper's row, under the names that ours has."""
     metrics = {f"{name}-50K": value for name, value in preset.published.items()}
@@ -285,27 +348,16 @@ def _measure(
         return None
     save_overview(out / "grid.png", report.samples, f"{sampler.name}, seed {options.seed}")
     described = sampler.describe()
-    metrics: dict[str, float] = {"images": float(options.num_images), "parameters": float(preset.num_parameters)}
-    not_run: dict[str, str] = {}
-    data_hashes: dict[str, str] = {}
-    for reference in references:
-        scored = evaluation.evaluate(
-            [report.samples],
-            reference,
-            inception=inception,
-            allow_other_inception=is_stand_in,
-            allow_few=options.num_images < NUM_IMAGES,
-            # The interval belongs to the FID that is compared, which is the first reference's.
-            num_bootstrap=options.num_bootstrap if reference == references[0] else 0,
-            cache=out / "features",
-        )
-        named = {_name(name, options.num_images): value for name, value in scored.rows[0].metrics.items()}
-        metrics = {**named, **metrics}  # the first reference's count
-        not_run |= {row.label: row.not_run for row in scored.rows if row.not_run is not None}
-        data_hashes |= scored.provenance.data_sha256
-    not_run = {
-        label: why for label, why in not_run.items() if not any(n.startswith(label.split(",")[0]) for n in metrics)
-    }
+    scored = score(
+        report.samples,
+        references,
+        inception=inception,
+        num_images=options.num_images,
+        allow_other_inception=is_stand_in,
+        num_bootstrap=options.num_bootstrap,
+        cache=out / "features",
+    )
+    metrics = {**scored.metrics, "parameters": float(preset.num_parameters)}
     if report.num_made:
         metrics["seconds per image"] = report.seconds / report.num_made
     results = Results(
@@ -318,7 +370,7 @@ def _measure(
             **provenance.commit(),
             versions=provenance.versions(),
             hardware=provenance.hardware(),
-            data_sha256=data_hashes,
+            data_sha256=scored.data_sha256,
             weights_sha256={
                 **({} if is_stand_in else described["weights"]),
                 "inception": sha256_of(inception),
@@ -332,7 +384,7 @@ def _measure(
                 "published": system.kind.published,
                 "notes": list(system.kind.notes),
                 "run": report.as_json(),
-                "not run": [f"{label}: {why}" for label, why in not_run.items()],
+                "not run": scored.not_run,
             },
         ),
         rows=[Row(id=f"table3/{preset.name}", label=sampler.name, metrics=metrics)],
