@@ -458,8 +458,8 @@ def choose(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
         if first.overlaps(second) and first.results.scale in ("paper", *SCALES):
             both = ", ".join(sorted(first.measured & second.measured)[:3])
             raise ValueError(
-                f"{first.name} and {second.name} both measured {both} at scale {first.results.scale}: name the one that "
-                "is meant."
+                f"{first.name} and {second.name} both measured {both} at scale {first.results.scale}: name the one "
+                "that is meant."
             )
     remaining = [s.noted(*ignored.get(s.name, ())) for s in shipped if s.name not in replaced]
     return [*remaining, *kept], regressions
