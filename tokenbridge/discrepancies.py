@@ -151,6 +151,8 @@ class Study:
 
     def score_samples(self, config: SamplingConfig, *, model: TokenBridge | None = None) -> list[Scores]:
         """Sample by `config` and score, for each seed."""
+        if (config, model) == (self.config, None):
+            return self.base_scores
         tokens = [self.generate(config, self.labels, seed, model=model) for seed in self.seeds]
         return [self.score(images_to_pixels(self.images(t)), self.labels) for t in tokens]
 
@@ -415,32 +417,26 @@ def tokens_precision(study: Study) -> list[Row]:
     """
     labels = study.labels[: study.num_images // 2]
 
-    def side(name: str, label: str, dtype: torch.dtype | None) -> tuple[str, str, Tensor, Tensor]:
+    sides = {
+        "fp32": ("float32", None),
+        "fp16": ("float16 autocast (official code)", HALVES["fp16"]),
+        "bf16": ("bfloat16 autocast (paper)", HALVES["bf16"]),
+    }
+    tokens, scores = {}, {}
+    for name, (_, dtype) in sides.items():
         with _autocast(study, dtype):
-            tokens = study.generate(study.config, labels, study.seed)
-            return name, label, tokens, images_to_pixels(study.images(tokens))
-
-    measured = [
-        side("fp32", "float32", None),
-        side("fp16", "float16 autocast (official code)", HALVES["fp16"]),
-        side("bf16", "bfloat16 autocast (paper)", HALVES["bf16"]),
-    ]
-    exact = measured[0][2]
-    return rows_of(
-        "tokens",
-        *(
-            Side(
-                name,
-                label,
-                [study.score(pixels, labels)],
-                {
-                    "generated tokens that differ": _share(tokens != exact),
-                    "images that differ": _share((tokens != exact).flatten(1).any(1)),
-                },
-            )
-            for name, label, tokens, pixels in measured
-        ),
-    )
+            tokens[name] = study.generate(study.config, labels, study.seed)
+            pixels = images_to_pixels(study.images(tokens[name]))
+        scores[name] = [study.score(pixels, labels)]
+    differ = {name: t != tokens["fp32"] for name, t in tokens.items()}
+    also = {
+        name: {
+            "generated tokens that differ": _share(different),
+            "images that differ": _share(different.flatten(1).any(1)),
+        }
+        for name, different in differ.items()
+    }
+    return rows_of("tokens", *(Side(name, label, scores[name], also[name]) for name, (label, _) in sides.items()))
 
 
 def _autocast(study: Study, dtype: torch.dtype | None) -> torch.autocast:
