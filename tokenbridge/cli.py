@@ -391,9 +391,8 @@ def evaluate(
 ) -> None:
     """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
     from tokenbridge.evaluation import evaluate as run
-    from tokenbridge.files import write_json
     from tokenbridge.inception import find_inception
-    from tokenbridge.results import cell, columns_of
+    from tokenbridge.results import cell, columns_of, write
 
     measured = run(
         samples,
@@ -408,7 +407,7 @@ def evaluate(
         cache=cache,
     )
     if out is not None:
-        write_json(out, measured.model_dump())
+        write(out, measured)
     if as_json:
         print(json.dumps(measured.model_dump(), indent=2))
         return

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tokenbridge import givt, llamagen, provenance, sampling
 from tokenbridge.data import images_to_pixels, load_images, pixels_to_images
-from tokenbridge.files import sha256_of, write_json, write_text
+from tokenbridge.files import sha256_of, write_text
 from tokenbridge.heads import ARHead
 from tokenbridge.metrics import Statistics, extract_features, fidelity_distance, inception_score, statistics_of
 from tokenbridge.official import official_buffers
@@ -45,6 +45,7 @@ from tokenbridge.results import (
     columns_of,
     markdown_table,
     trend_cells,
+    write,
 )
 from tokenbridge.sampling import SamplingConfig, image_batches, image_noise
 from tokenbridge.weights import WEIGHTS_FILE
@@ -857,7 +858,7 @@ def measure_discrepancies(
         rows=rows,
         trends=trends(rows, bench.extractor),
     )
-    write_json(Path(out) / "results.json", measured.model_dump())
+    write(Path(out) / "results.json", measured)
     write_text(Path(out) / "tables.md", to_markdown(measured))
     return measured
 

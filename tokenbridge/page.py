@@ -1,0 +1,479 @@
+"""The audit as one HTML page: everything inside the file, nothing loaded, no script needed to read it.
+
+Python prepares what the page shows; `templates/audit.html.j2` says how it looks.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import jinja2
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from PIL import Image
+
+from tokenbridge import results
+from tokenbridge.audit import Verdict
+from tokenbridge.files import sha256_of, write_text
+from tokenbridge.recipes import SCALES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from tokenbridge.audit import Audit, Evidence, Finding
+    from tokenbridge.claims import Tolerance
+    from tokenbridge.results import Row
+
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+MEANINGS: dict[Verdict, str] = {
+    "reproduced": "measured here, and within the stated tolerance of the published value",
+    "not reproduced": "measured here, and outside the tolerance",
+    "within doubt": "measured here, but the interval of the measurement reaches across the edge of the tolerance",
+    "not run": "something it needs is missing; the claim says what",
+    "not applicable at this scale": "nothing that could be run here decides it",
+}
+SYMBOLS: dict[Verdict, str] = {
+    "reproduced": "✓",
+    "not reproduced": "✗",
+    "within doubt": "≈",
+    "not run": "○",
+    "not applicable at this scale": "–",
+}
+DECIDED_BY = {
+    "paper": "published weights on ImageNet",
+    "tiny": "tiny models on digits: a trend, never a number of the paper",
+    "counted": "counting and arithmetic, no trained weights",
+}
+TITLES = results.TITLES | {
+    "table2d": "Table 2d. Channels grouped for one softmax",
+    "table2e": "Table 2e. Size of the autoregressive head",
+    "table4": "Table 4. Hyper-parameters",
+}
+LOSSLESS_BYTES = 150_000  # a picture that compresses to less keeps every pixel; the page stays below 3 MB
+LOSSY_QUALITY = 82  # of WebP, for the others
+
+
+def write_page(audit: Audit, path: Path, *, reference: Path, runs: Path | None = None) -> None:
+    """Write an audit as one self-contained HTML file.
+
+    Args:
+        audit: what to show.
+        path: file to write; it appears whole or not at all.
+        reference: folder `reference_results`: the pictures and training logs of its `tiny/` are shown.
+        runs: folder of a user's own tiny run; its pictures stand beside those of the same name.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tokenbridge"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"source": source, "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False)}
+    page = environment.get_template("audit.html.j2").render(
+        audit=audit,
+        verdicts=VERDICTS,
+        meanings=MEANINGS,
+        symbols=SYMBOLS,
+        decided_by=DECIDED_BY,
+        counts=Counter(finding.verdict for finding in audit.findings),
+        sentences=summary(audit.findings),
+        groups=groups(audit.findings),
+        paper_tables=paper_tables(audit.findings),
+        small_tables=small_tables(audit.evidence),
+        pictures=pictures(Path(reference) / "tiny", None if runs is None else Path(runs)),
+        reconstruction=picture_pair(
+            "reconstruction.png", Path(reference) / "tiny", None if runs is None else Path(runs)
+        ),
+        curves=loss_curves(Path(reference) / "tiny" / "training"),
+        results=results,
+        bar=bar,
+        strip=strip,
+        claimed=claimed,
+        measured=measured,
+        interval=interval,
+        tolerance=tolerance,
+        number=number,
+    )
+    write_text(path, page)
+
+
+# Words and numbers
+
+
+def number(value: float, decimals: int | None = None) -> str:
+    """Format a number: whole ones in full, others with `decimals` or six significant digits."""
+    if decimals is None and (abs(value) >= 1000 or value == int(value)):
+        decimals = 0 if value == int(value) else 2
+    return f"{value:.6g}" if decimals is None else f"{value:,.{decimals}f}"
+
+
+def claimed(finding: Finding) -> str:
+    """Format the published value: with the decimals of its metric, or more if it was published with more."""
+    value, name = finding.claim.value, finding.claim.metric
+    if value is None:
+        return "in words"
+    decimals = _decimals(name)
+    if decimals is not None and abs(value - round(value, decimals)) > 1e-9 * abs(value):
+        decimals = None
+    return _with_unit(number(value, decimals), finding.claim.unit)
+
+
+def measured(finding: Finding) -> str:
+    """Format the measured value, one decimal more than published ones have; a dash where there is none."""
+    if finding.measured is None:
+        return "–"
+    decimals = _decimals(finding.claim.metric)
+    return _with_unit(number(finding.measured, None if decimals is None else decimals + 1), finding.claim.unit)
+
+
+def interval(finding: Finding) -> str:
+    """Format the interval of a measurement."""
+    assert finding.interval is not None
+    decimals = _decimals(finding.claim.metric)
+    low, high = (number(end, None if decimals is None else decimals + 1) for end in finding.interval)
+    return f"{low} to {high}"
+
+
+def tolerance(granted: Tolerance) -> str:
+    """Format a tolerance."""
+    parts = [f"{100 * granted.relative:.3g} %"] * (granted.relative > 0)
+    parts += [f"{granted.absolute:g}"] * (granted.absolute > 0)
+    return f"± {' + '.join(parts)}" if parts else "none: exact"
+
+
+def source(text: str) -> Markup:
+    """Escape a source, and make links of the addresses and arXiv numbers in it."""
+    pattern = re.compile(r"https?://[^\s<>\"']+[^\s<>\"'.,;:)]|arXiv[ :](\d{4}\.\d{4,5})")
+    pieces, end = [], 0
+    for match in pattern.finditer(text):
+        address = f"https://arxiv.org/abs/{match[1]}" if match[1] else match[0]
+        pieces += [
+            escape(text[end : match.start()]),
+            Markup('<a href="{}" rel="noreferrer">{}</a>').format(address, match[0]),
+        ]
+        end = match.end()
+    return Markup("").join([*pieces, escape(text[end:])])
+
+
+def summary(findings: Sequence[Finding]) -> list[str]:
+    """Return in sentences what was measured, and what was not."""
+    numbers = [finding for finding in findings if finding.claim.value is not None]
+    done = [finding for finding in numbers if finding.measured is not None]
+    by_scale = Counter(finding.claim.scale for finding in done)
+    left = Counter(finding.verdict for finding in numbers if finding.measured is None)
+    sentences = [
+        f"Of {len(numbers)} published numbers, {len(done)} {_were(len(done))} measured for this audit: "
+        f"{by_scale['paper']} at the paper's own scale (published weights, ImageNet) and {by_scale['counted']} by "
+        f"counting or arithmetic, which needs no trained weights."
+    ]
+    if left:
+        kinds = [f"{left[verdict]} {verdict}" for verdict in VERDICTS if left[verdict]]
+        sentences.append(f"About the others nothing is said: {', '.join(kinds)}.")
+    if tiny := [finding for finding in findings if finding.claim.scale == "tiny"]:
+        sentences.append(
+            f"{len(tiny)} {'claim' if len(tiny) == 1 else 'claims'} in words {_were(len(tiny))} looked at with tiny "
+            "models of digits: such a result supports a trend, never a number of the paper."
+        )
+    return sentences
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"
+
+
+def _decimals(name: str | None) -> int | None:
+    if name is None:
+        return None
+    try:
+        return results.metric(name).decimals
+    except KeyError:
+        return None
+
+
+def _with_unit(value: str, unit: str) -> str:
+    return f"{value}\N{NO-BREAK SPACE}{unit}" if unit else value
+
+
+# Claims in groups, and tables
+
+
+@dataclass(frozen=True)
+class Group:
+    """The claims of one table, or of one other source."""
+
+    key: str
+    title: str
+    findings: list[Finding]
+
+    @property
+    def counts(self) -> Counter[Verdict]:
+        """Number of claims by verdict."""
+        return Counter(finding.verdict for finding in self.findings)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the page shows the group unfolded: something in it was looked at."""
+        return any(f.verdict in ("reproduced", "not reproduced", "within doubt") for f in self.findings)
+
+
+def groups(findings: Sequence[Finding]) -> list[Group]:
+    """Group claims by the first part of their ids, in the order they are listed; the paper's tables first."""
+    grouped: dict[str, list[Finding]] = {}
+    for finding in findings:
+        grouped.setdefault(finding.claim.id.split("/")[0], []).append(finding)
+    keys = sorted(grouped, key=lambda key: key if re.match(r"table\d", key) else "~")  # a stable sort
+    return [Group(key, _title(key), grouped[key]) for key in keys]
+
+
+def _title(key: str) -> str:
+    if key in TITLES:
+        return TITLES[key]
+    words = re.sub(r"^table(\d\w*)$", r"Table \1", key).replace("-", " ")
+    return words[:1].upper() + words[1:]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table in the paper's shape: published cells, and what was measured for each."""
+
+    key: str
+    title: str
+    rows: dict[str, str]  # label by id
+    columns: dict[str, str]
+    cells: dict[tuple[str, str], Finding]
+
+
+def paper_tables(findings: Iterable[Finding]) -> list[PaperTable]:
+    """Set the claims whose ids are table/row/column out as tables."""
+    grouped: dict[str, dict[tuple[str, str], Finding]] = {}
+    for finding in findings:
+        if match := re.fullmatch(r"(table\d\w*)/([^/]+)/([^/]+)", finding.claim.id):
+            grouped.setdefault(match[1], {})[match[2], match[3]] = finding
+    tables = []
+    for key, cells in sorted(grouped.items()):
+        labels: tuple[dict[str, str], dict[str, str]] = ({}, {})
+        for axis in (0, 1):  # rows, columns
+            for name in dict.fromkeys(place[axis] for place in cells):
+                texts = [finding.claim.text for place, finding in cells.items() if place[axis] == name]
+                # "TokenBridge-L, FID-50K": the row's name, then the column's
+                shared = {text.rpartition(", ")[2 * axis] for text in texts}
+                labels[axis][name] = shared.pop() if len(shared) == 1 and "" not in shared else name
+        tables.append(PaperTable(key, _title(key), *labels, cells))
+    return tables
+
+
+def small_tables(evidence: Sequence[Evidence]) -> list[tuple[int, Evidence, dict[str, list[Row]]]]:
+    """Return what was measured at the scales of the recipes: (number of evidence, evidence, its tables)."""
+    found = []
+    for i, file in enumerate(evidence):
+        if file.scale not in SCALES:  # the paper's own stands in its tables; a stand-in measures nothing
+            continue
+        tables: dict[str, list[Row]] = {}
+        for row in file.rows:
+            tables.setdefault(row.table, []).append(row)
+        tables.pop("discrepancies", None)  # shown with the ledger
+        if tables or file.trends:
+            found.append((i, file, tables))
+    return found
+
+
+# Bars: positions in percent of the width
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Claimed against measured, from zero."""
+
+    zero: float
+    claimed: float
+    measured: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The neighbourhood of a claimed value, which lies at 50."""
+
+    tolerance: tuple[float, float]
+    measured: float
+    interval: tuple[float, float] | None
+
+
+def bar(finding: Finding) -> Bar | None:
+    """Place a claimed and a measured value on one axis that includes zero; None unless there are both."""
+    value, found = finding.claim.value, finding.measured
+    if value is None or found is None:
+        return None
+    ends = (0.0, value, found, *(finding.interval or ()))
+    place = _axis(min(ends), max(ends))
+    return Bar(place(0.0), place(value), place(found), _ends(finding, place))
+
+
+def strip(finding: Finding) -> Strip | None:
+    """Place tolerance, measured value and interval around a claimed value; None if there is nothing to tell apart."""
+    value, found = finding.claim.value, finding.measured
+    if value is None or found is None:
+        return None
+    granted = finding.claim.tolerance.of(value) if finding.claim.tolerance else 0.0
+    reach = 1.2 * max(abs(end - value) for end in (value + granted, found, *(finding.interval or ())))
+    if reach == 0:
+        return None
+    place = _axis(value - reach, value + reach)
+    return Strip((place(value - granted), place(value + granted)), place(found), _ends(finding, place))
+
+
+def _axis(low: float, high: float) -> Callable[[float], float]:
+    span = high - low or 1.0
+    return lambda value: round(100 * (value - low) / span, 3)
+
+
+def _ends(finding: Finding, place: Callable[[float], float]) -> tuple[float, float] | None:
+    return finding.interval and (place(finding.interval[0]), place(finding.interval[1]))
+
+
+# Pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the reference results, and the same one of a user's run."""
+
+    name: str
+    reference: str | None  # data URI
+    own: str | None  # data URI; None if there is none, or it is the same file
+    same: bool  # the run's picture is the reference's, byte for byte
+    size: tuple[int, int]  # width, height in pixels
+
+
+def pictures(reference: Path, runs: Path | None) -> list[Picture]:
+    """Return the grids of samples of both folders: TokenBridge's first, of these the one with most levels."""
+
+    def place(name: str) -> tuple[bool, bool, int, str]:
+        levels = re.search(r"\d+", name)
+        return "tokenbridge" not in name, "confidence" in name, -int(levels[0]) if levels else 0, name
+
+    names = {path.name for folder in (reference, runs) if folder for path in folder.glob("samples-*.png")}
+    return [found for name in sorted(names, key=place) if (found := picture_pair(name, reference, runs))]
+
+
+def picture_pair(name: str, reference: Path, runs: Path | None) -> Picture | None:
+    """Return a picture of the reference and of a user's run; None if neither has it."""
+    stored, own = reference / name, None if runs is None else runs / name
+    stored_uri = data_uri(stored) if stored.is_file() else None
+    own_file = own if own is not None and own.is_file() else None
+    same = own_file is not None and stored_uri is not None and sha256_of(own_file) == sha256_of(stored)
+    own_uri = data_uri(own_file) if own_file is not None and not same else None
+    if stored_uri is None and own_uri is None:
+        return None
+    with Image.open(stored if stored_uri else own_file) as image:  # type: ignore[arg-type]
+        size = image.size
+    return Picture(name.removeprefix("samples-").removesuffix(".png"), stored_uri, own_uri, same, size)
+
+
+def data_uri(path: Path) -> str:
+    """Return a picture as WebP in a data URI: lossless where that stays small."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")  # the grids are opaque
+    content = _webp(picture, lossless=True)
+    if len(content) > LOSSLESS_BYTES:
+        content = _webp(picture, quality=LOSSY_QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _webp(picture: Image.Image, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="WEBP", method=4, **settings)
+    return buffer.getvalue()
+
+
+# Plots: matplotlib draws in three colours that the page's style sheet sets
+
+INK, MUTED, ACCENT = "#010101", "#020202", "#030303"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss of one model's training."""
+
+    name: str
+    svg: Markup
+    num_parameters: int
+    num_images_seen: int
+    seconds: float
+    last: float
+
+
+def loss_curves(folder: Path) -> list[Curve]:
+    """Draw the loss of every training log `*.json` of a folder."""
+    curves = []
+    for path in sorted(folder.glob("*.json")):
+        log = json.loads(path.read_text(encoding="utf-8"))
+        steps, losses = zip(*log["loss"], strict=True)
+        with matplotlib.rc_context(STYLE | {"svg.hashsalt": path.stem}):
+            figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+            axes = figure.add_subplot()
+            axes.plot(steps, losses, color=ACCENT, linewidth=1)
+            if min(losses) > 0:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.set_xlabel("step")
+            axes.set_ylabel("loss")
+            axes.set_xlim(0, steps[-1])
+            what = f"Training loss of {path.stem}: {losses[0]:.4g} at step {steps[0]}, {losses[-1]:.4g} at {steps[-1]}."
+            svg = inline_svg(figure, f"loss-{path.stem}", what)
+        curves.append(Curve(path.stem, svg, log["num_parameters"], log["num_images_seen"], log["seconds"], losses[-1]))
+    return curves
+
+
+def inline_svg(figure: Figure, name: str, description: str) -> Markup:
+    """Return a figure as SVG that can stand in a page beside others.
+
+    Args:
+        figure: drawn with `STYLE`.
+        name: put before every id, which are unique in one figure only.
+        description: what the figure shows, for those who cannot see it.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box is not None
+    svg = svg[svg.index(">", svg.index("<svg")) + 1 :]  # past the opening tag, which is written anew
+    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    prefix = re.sub(r"[^A-Za-z0-9-]", "-", name)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{prefix}-', svg)
+    for colour, variable in ((INK, "ink"), (MUTED, "muted"), (ACCENT, "accent")):
+        svg = svg.replace(colour, f"var(--{variable})")
+    start = Markup('<svg role="img" aria-label="{}" {}>').format(description, Markup(view_box[0]))  # noqa: S704
+    return start + Markup(svg)  # noqa: S704 - matplotlib has escaped the names in it
