@@ -109,14 +109,14 @@ def test_rows_hold_means_deviations_and_paired_changes() -> None:
 
 
 def test_noise_of_seeds_is_the_measure() -> None:
-    def row(side: str, **metrics: float) -> Row:
-        return Row(id=f"discrepancies/{side}", label=side, metrics={k.replace("_", " "): v for k, v in metrics.items()})
+    def row(side: str, metrics: dict[str, float]) -> Row:
+        return Row(id=f"discrepancies/{side}", label=side, metrics=metrics)
 
     rows = [
-        Row(id="discrepancies/temperature-0.96", label="", metrics={"FID-x": 1.0, "± FID-x": 0.1}),
-        Row(id="discrepancies/temperature-0.97", label="", metrics={"FID-x": 0.85, "change of FID-x": -0.15}),
-        Row(id="discrepancies/labels-balanced", label="", metrics={"FID-x": 1.0, "± FID-x": 0.05}),
-        Row(id="discrepancies/labels-random", label="", metrics={"FID-x": 1.2, "change of FID-x": 0.2}),
+        row("temperature-0.96", {"FID-x": 1.6, "± FID-x": 0.1}),
+        row("temperature-0.97", {"FID-x": 0.85, "± FID-x": 0.7, "change of FID-x": -0.75}),
+        row("labels-balanced", {"FID-x": 1.0, "± FID-x": 0.05}),
+        row("labels-random", {"FID-x": 1.2, "± FID-x": 0.05, "change of FID-x": 0.2}),
         Row(id="discrepancies/llamagen-zero-row-rotated", label="", metrics={}, not_run="no weights"),
     ]
     found = {trend.id: trend for trend in d.trends(rows, "x")}

@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import math
 import statistics
 import sys
 import time
@@ -543,7 +544,9 @@ def num_images(study: Study) -> list[Row]:
         sets = [part for part in features.split(size) if len(part) == size]
         name = f"FID-{study.bench.extractor}"
         scores = [{name: fidelity_distance(statistics_of(part), study.reference)} for part in sets]
-        return Side(str(size), f"{size:,} images, mean of {len(sets)}", scores, {"images": float(size)})
+        return Side(
+            str(size), f"{size:,} images, {len(sets)} set{'s' * (len(sets) > 1)}", scores, {"images": float(size)}
+        )
 
     return rows_of("num-images", side(study.num_images // 2), side(2 * study.num_images))
 
@@ -768,27 +771,30 @@ COMPARISONS: dict[str, tuple[str, Callable[[Study], list[Row]]]] = {
 
 
 def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
-    """Tell which changes of the Fréchet distance are lost in the seeds' noise: at most two of its deviations."""
+    """Tell which changes of the Fréchet distance are within the seeds' noise: two deviations, pooled over the sides."""
     asked = {
-        "first-element-training": "the head's first element",
-        "final-layer-swapped": "the order of the final layer's modulation",
+        "first-element-training": "the head's first element as in training",
+        "final-layer-swapped": "the final layer's scale and shift in DiT's order",
         "temperature-0.97": "temperature 0.97 instead of 0.96",
         "labels-random": "labels at random instead of balanced",
         "pixels-truncated": "pixels cut off instead of rounded",
-        "givt-no-class-untrained": "GIVT's embedding for no class",
-        "llamagen-zero-row-rotated": "LlamaGen's rotary row of the class token",
+        "givt-no-class-untrained": "GIVT's embedding for no class untrained",
+        "llamagen-zero-row-rotated": "LlamaGen's class token with a rotary row",
     }
     name = f"FID-{extractor}"
     by_side = {row.id.removeprefix("discrepancies/"): row.metrics for row in rows if row.not_run is None}
     found = []
-    for side in asked.keys() & by_side.keys():
+    for side, text in asked.items():
+        if side not in by_side:
+            continue
         comparison = side.rpartition("-")[0]
-        noise = next(metrics for other, metrics in by_side.items() if other.startswith(comparison))[f"± {name}"]
+        first = next(metrics for other, metrics in by_side.items() if other.startswith(f"{comparison}-"))
+        noise = math.sqrt((first[f"± {name}"] ** 2 + by_side[side][f"± {name}"] ** 2) / 2)
         if noise > 0:
             ratio = round(abs(by_side[side][f"change of {name}"]) / noise, 4)
-            claim = f"{asked[side]} is lost in the seeds' noise (change of {name} over its deviation)"
+            claim = f"{text}: {name} changes by no more than the seeds' noise (in its deviations)"
             found.append(Trend(id=f"noise-{comparison}", claim=claim, measured=ratio, relation="<=", bound=2.0))
-    return sorted(found, key=lambda trend: trend.id)
+    return found
 
 
 def measure_discrepancies(
@@ -817,6 +823,7 @@ def measure_discrepancies(
         ValueError: latents of another kind, or `num_images` is no multiple of twice the classes.
     """
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    source = provenance.commit()  # now: what is edited while this runs has no part in it
     if num_images < 1 or num_images % (2 * len(scale.classes)):
         raise ValueError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
     if latents is not None:
@@ -835,7 +842,7 @@ def measure_discrepancies(
             seed=seed,
             started=started.isoformat(timespec="seconds"),
             wall_seconds=round(time.perf_counter() - clock, 1),
-            **provenance.commit(),
+            **source,
             versions=provenance.versions(),
             hardware=provenance.hardware(),
             data_sha256={
@@ -894,6 +901,6 @@ def to_markdown(results: Results) -> str:
             len(run) < len(rows)
         )
     if results.trends:
-        lines += ["## Lost in the noise of seeds?", ""]
+        lines += ["## Within the seeds' noise?", ""]
         lines += markdown_table(TREND_COLUMNS, [trend_cells(trend) for trend in results.trends])
     return "\n".join(lines)
