@@ -179,7 +179,7 @@ def discrepancies(
         for row in rows:
             if row.not_run is not None:
                 console.print(f"{row.id}: not run: {row.not_run}", highlight=False, markup=False)
-    _print_table("Lost in the noise of seeds?", TREND_COLUMNS, [trend_cells(trend) for trend in measured.trends])
+    _print_table("Within the seeds' noise?", TREND_COLUMNS, [trend_cells(trend) for trend in measured.trends])
     print(f"Tables and numbers are in {out}/.")
 
 

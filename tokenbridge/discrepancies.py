@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import math
 import statistics
 import sys
 import time
@@ -152,6 +153,8 @@ class Study:
 
     def score_samples(self, config: SamplingConfig, *, model: TokenBridge | None = None) -> list[Scores]:
         """Sample by `config` and score, for each seed."""
+        if (config, model) == (self.config, None):
+            return self.base_scores
         tokens = [self.generate(config, self.labels, seed, model=model) for seed in self.seeds]
         return [self.score(images_to_pixels(self.images(t)), self.labels) for t in tokens]
 
@@ -416,32 +419,26 @@ def tokens_precision(study: Study) -> list[Row]:
     """
     labels = study.labels[: study.num_images // 2]
 
-    def side(name: str, label: str, dtype: torch.dtype | None) -> tuple[str, str, Tensor, Tensor]:
+    sides = {
+        "fp32": ("float32", None),
+        "fp16": ("float16 autocast (official code)", HALVES["fp16"]),
+        "bf16": ("bfloat16 autocast (paper)", HALVES["bf16"]),
+    }
+    tokens, scores = {}, {}
+    for name, (_, dtype) in sides.items():
         with _autocast(study, dtype):
-            tokens = study.generate(study.config, labels, study.seed)
-            return name, label, tokens, images_to_pixels(study.images(tokens))
-
-    measured = [
-        side("fp32", "float32", None),
-        side("fp16", "float16 autocast (official code)", HALVES["fp16"]),
-        side("bf16", "bfloat16 autocast (paper)", HALVES["bf16"]),
-    ]
-    exact = measured[0][2]
-    return rows_of(
-        "tokens",
-        *(
-            Side(
-                name,
-                label,
-                [study.score(pixels, labels)],
-                {
-                    "generated tokens that differ": _share(tokens != exact),
-                    "images that differ": _share((tokens != exact).flatten(1).any(1)),
-                },
-            )
-            for name, label, tokens, pixels in measured
-        ),
-    )
+            tokens[name] = study.generate(study.config, labels, study.seed)
+            pixels = images_to_pixels(study.images(tokens[name]))
+        scores[name] = [study.score(pixels, labels)]
+    differ = {name: t != tokens["fp32"] for name, t in tokens.items()}
+    also = {
+        name: {
+            "generated tokens that differ": _share(different),
+            "images that differ": _share(different.flatten(1).any(1)),
+        }
+        for name, different in differ.items()
+    }
+    return rows_of("tokens", *(Side(name, label, scores[name], also[name]) for name, (label, _) in sides.items()))
 
 
 def _autocast(study: Study, dtype: torch.dtype | None) -> torch.autocast:
@@ -547,7 +544,9 @@ def num_images(study: Study) -> list[Row]:
         sets = [part for part in features.split(size) if len(part) == size]
         name = f"FID-{study.bench.extractor}"
         scores = [{name: fidelity_distance(statistics_of(part), study.reference)} for part in sets]
-        return Side(str(size), f"{size:,} images, mean of {len(sets)}", scores, {"images": float(size)})
+        return Side(
+            str(size), f"{size:,} images, {len(sets)} set{'s' * (len(sets) > 1)}", scores, {"images": float(size)}
+        )
 
     return rows_of("num-images", side(study.num_images // 2), side(2 * study.num_images))
 
@@ -772,27 +771,30 @@ COMPARISONS: dict[str, tuple[str, Callable[[Study], list[Row]]]] = {
 
 
 def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
-    """Tell which changes of the Fréchet distance are lost in the seeds' noise: at most two of its deviations."""
+    """Tell which changes of the Fréchet distance are within the seeds' noise: two deviations, pooled over the sides."""
     asked = {
-        "first-element-training": "the head's first element",
-        "final-layer-swapped": "the order of the final layer's modulation",
+        "first-element-training": "the head's first element as in training",
+        "final-layer-swapped": "the final layer's scale and shift in DiT's order",
         "temperature-0.97": "temperature 0.97 instead of 0.96",
         "labels-random": "labels at random instead of balanced",
         "pixels-truncated": "pixels cut off instead of rounded",
-        "givt-no-class-untrained": "GIVT's embedding for no class",
-        "llamagen-zero-row-rotated": "LlamaGen's rotary row of the class token",
+        "givt-no-class-untrained": "GIVT's embedding for no class untrained",
+        "llamagen-zero-row-rotated": "LlamaGen's class token with a rotary row",
     }
     name = f"FID-{extractor}"
     by_side = {row.id.removeprefix("discrepancies/"): row.metrics for row in rows if row.not_run is None}
     found = []
-    for side in asked.keys() & by_side.keys():
+    for side, text in asked.items():
+        if side not in by_side:
+            continue
         comparison = side.rpartition("-")[0]
-        noise = next(metrics for other, metrics in by_side.items() if other.startswith(comparison))[f"± {name}"]
+        first = next(metrics for other, metrics in by_side.items() if other.startswith(f"{comparison}-"))
+        noise = math.sqrt((first[f"± {name}"] ** 2 + by_side[side][f"± {name}"] ** 2) / 2)
         if noise > 0:
             ratio = round(abs(by_side[side][f"change of {name}"]) / noise, 4)
-            claim = f"{asked[side]} is lost in the seeds' noise (change of {name} over its deviation)"
+            claim = f"{text}: {name} changes by no more than the seeds' noise (in its deviations)"
             found.append(Trend(id=f"noise-{comparison}", claim=claim, measured=ratio, relation="<=", bound=2.0))
-    return sorted(found, key=lambda trend: trend.id)
+    return found
 
 
 def measure_discrepancies(
@@ -821,6 +823,7 @@ def measure_discrepancies(
         ValueError: latents of another kind, or `num_images` is no multiple of twice the classes.
     """
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    source = provenance.commit()  # now: what is edited while this runs has no part in it
     if num_images < 1 or num_images % (2 * len(scale.classes)):
         raise ValueError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
     if latents is not None:
@@ -839,7 +842,7 @@ def measure_discrepancies(
             seed=seed,
             started=started.isoformat(timespec="seconds"),
             wall_seconds=round(time.perf_counter() - clock, 1),
-            **provenance.commit(),
+            **source,
             versions=provenance.versions(),
             hardware=provenance.hardware(),
             data_sha256={
@@ -898,6 +901,6 @@ def to_markdown(results: Results) -> str:
             len(run) < len(rows)
         )
     if results.trends:
-        lines += ["## Lost in the noise of seeds?", ""]
+        lines += ["## Within the seeds' noise?", ""]
         lines += markdown_table(TREND_COLUMNS, [trend_cells(trend) for trend in results.trends])
     return "\n".join(lines)
