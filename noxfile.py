@@ -98,6 +98,12 @@ def reproduce_tiny(session: nox.Session) -> None:
 
 
 @nox.session
+def discrepancies(session: nox.Session) -> None:
+    """What each discrepancy between paper and code does, at tiny scale: tables in runs/discrepancies/."""
+    run(session, "tokenbridge", "discrepancies", *session.posargs)
+
+
+@nox.session
 def train_tiny(session: nox.Session) -> None:
     """Train all tiny models from nothing into runs/tiny-training/."""
     run(session, "tokenbridge", "train", "tiny", *session.posargs)

@@ -15,12 +15,15 @@ from pydantic import ValidationError
 from tokenbridge.results import (
     METRICS,
     SCHEMA,
+    STAND_IN,
     Provenance,
     Results,
     Row,
     Trend,
     columns_of,
     compare,
+    digest_of,
+    incomparable,
     markdown_table,
     metric,
     read,
@@ -28,6 +31,7 @@ from tokenbridge.results import (
     to_markdown,
     verdicts,
     within,
+    write,
 )
 
 if TYPE_CHECKING:
@@ -182,7 +186,7 @@ def test_every_tolerance_has_a_reason() -> None:
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(RESULTS.model_dump()))
+    write(path, RESULTS)
     return path
 
 
@@ -200,6 +204,16 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return apply
 
 
+def signed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Edit, then compute the digest anew: what a forger does, and a program of other people's."""
+
+    def sign(value: dict[str, Any]) -> None:
+        change(value)
+        value["sha256"] = digest_of(value)
+
+    return edit(sign)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cut off"),
     "empty": (lambda path: path.write_bytes(b""), "cut off"),
@@ -213,6 +227,18 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing field": (edit(lambda v: v.pop("trends")), "trends"),
     "other schema": (edit(lambda v: v.update(schema_version="tokenbridge-results/2")), "schema_version"),
     "text for a number": (edit(lambda v: v["rows"][0]["metrics"].update(PSNR="high")), "rows.0.metrics.PSNR"),
+    "metric changed": (edit(lambda v: v["rows"][0]["metrics"].update(PSNR=25.1)), "changed after it was written"),
+    "metric's last bit": (
+        edit(lambda v: v["rows"][0]["metrics"].update(PSNR=math.nextafter(v["rows"][0]["metrics"]["PSNR"], 99))),
+        "changed after it was written",
+    ),
+    "row gone": (edit(lambda v: v["rows"].pop()), "changed after it was written"),
+    "hash of weights": (edit(lambda v: v["provenance"].update(weights_sha256={})), "changed after it was written"),
+    "other digest": (edit(lambda v: v.update(sha256="0" * 64)), "changed after it was written"),
+    "no digest": (edit(lambda v: v.pop("sha256")), "no digest"),
+    "NaN in the settings": (edit(lambda v: v["provenance"]["settings"].update(x=math.nan)), "NaN or infinite"),
+    "unknown metric": (signed(lambda v: v["rows"][0]["metrics"].update(beauty=1.0)), "unknown metric 'beauty'"),
+    "row twice": (signed(lambda v: v["rows"].append(v["rows"][0])), "rows twice: table1a/vae"),
     "other relation": (edit(lambda v: v["trends"][0].update(relation="=")), "trends.0.relation"),
 }
 
@@ -225,6 +251,34 @@ def test_broken_file_is_one_error_that_names_it(stored: Path, case: str) -> None
         read(stored)
     assert not isinstance(caught.value, ValidationError)  # pydantic's is a page long
     assert str(stored) in str(caught.value)
+
+
+def test_the_digest_is_of_the_contents_not_of_their_layout(stored: Path) -> None:
+    value = json.loads(stored.read_text())
+    assert value["sha256"] == digest_of(value) == digest_of(RESULTS.model_dump())
+    stored.write_text(json.dumps(dict(reversed(value.items())), indent=7))
+    assert read(stored) == RESULTS
+
+
+def test_nothing_is_written_that_cannot_be_read(tmp_path: Path) -> None:
+    bad = ROWS[0].model_copy(update={"metrics": {"PSNR": math.nan}})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(tmp_path / "results.json", RESULTS.model_copy(update={"rows": [bad]}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_compares_with_the_paper() -> None:
+    def run(scale: str, **settings: Any) -> Results:
+        p = PROVENANCE.model_copy(update={"settings": settings})
+        return RESULTS.model_copy(update={"scale": scale, "provenance": p})
+
+    full = {"num_images": 50_000, "published Inception weights": True}
+    assert incomparable(run("paper", **full)) is None
+    assert "50,000" in str(incomparable(run("paper", **{**full, "num_images": 49_999})))
+    assert "Inception" in str(incomparable(run("paper", **{**full, "published Inception weights": False})))
+    assert "Inception" in str(incomparable(run("paper", num_images=50_000)))
+    assert "tiny" in str(incomparable(run("tiny", **full)))
+    assert "stand-in" in str(incomparable(run(STAND_IN, **full)))
 
 
 def test_folder_for_a_file(tmp_path: Path) -> None:

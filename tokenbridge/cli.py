@@ -146,6 +146,48 @@ def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]
 
 
 @app.command()
+def discrepancies(
+    scale: ScaleName = "tiny",
+    weights: Annotated[Path | None, typer.Option(help="Folder of models; the shipped ones by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the table and the numbers go.")] = Path("runs/discrepancies"),
+    latents: Annotated[
+        Path | None, typer.Option(help="Real latents to quantise too: .npz with an array `latents`.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Samples of each seed.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="The first of three.")] = 0,
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what each discrepancy between the paper and its code does, both sides in one run."""
+    from tokenbridge import discrepancies as study
+    from tokenbridge.results import TREND_COLUMNS, cell, columns_of, trend_cells
+
+    measured = study.measure_discrepancies(
+        find_scale(scale, data),
+        weights=weights or reference_folder() / scale / "weights",
+        out=out,
+        latents=latents,
+        num_images=num_images,
+        seed=seed,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if as_json:
+        print(json.dumps(measured.model_dump(), indent=2))
+        return
+    console = Console(soft_wrap=True)
+    for title, rows in study.by_comparison(measured).items():
+        ran = [row for row in rows if row.not_run is None]
+        columns = columns_of(ran)
+        if ran:
+            _print_table(title, ["", *columns], [[escape(r.label), *[cell(r, c) for c in columns]] for r in ran])
+        for row in rows:
+            if row.not_run is not None:
+                console.print(f"{row.id}: not run: {row.not_run}", highlight=False, markup=False)
+    _print_table("Lost in the noise of seeds?", TREND_COLUMNS, [trend_cells(trend) for trend in measured.trends])
+    print(f"Tables and numbers are in {out}/.")
+
+
+@app.command()
 def sample(
     model: Annotated[
         str, typer.Argument(help="A preset (tokenbridge-l), SCALE/RECIPE (tiny/parallel-64), or a path and --preset.")
@@ -349,9 +391,8 @@ def evaluate(
 ) -> None:
     """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
     from tokenbridge.evaluation import evaluate as run
-    from tokenbridge.files import write_json
     from tokenbridge.inception import find_inception
-    from tokenbridge.results import cell, columns_of
+    from tokenbridge.results import cell, columns_of, write
 
     measured = run(
         samples,
@@ -366,7 +407,7 @@ def evaluate(
         cache=cache,
     )
     if out is not None:
-        write_json(out, measured.model_dump())
+        write(out, measured)
     if as_json:
         print(json.dumps(measured.model_dump(), indent=2))
         return

@@ -25,7 +25,7 @@ from tokenbridge import givt, llamagen, mar, provenance, results, sampling
 from tokenbridge.data import images_to_pixels, labels_of, load_images, pixels_of, pixels_to_images
 from tokenbridge.diffusion import diffusion_process
 from tokenbridge.experiment import load
-from tokenbridge.files import sha256_of, write_json, write_text
+from tokenbridge.files import sha256_of, write_text
 from tokenbridge.metrics import class_accuracy, score
 from tokenbridge.pictures import save_grid
 from tokenbridge.quantizer import gaussian_quantizer, measure_distortion
@@ -159,7 +159,7 @@ def reproduce(
         rows=rows,
         trends=trends(rows),
     )
-    write_json(out / "results.json", measured.model_dump())
+    results.write(out / "results.json", measured)
     write_text(out / "tables.md", results.to_markdown(measured, stored))
     return measured, stored
 

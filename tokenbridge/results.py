@@ -2,10 +2,15 @@
 
 A result file (`results.json`) holds rows of metrics with their provenance. Each row is compared, metric by metric,
 with the row of the same id in a reference file: "reproduced" within the stated tolerances, else "not reproduced".
+
+A file carries the SHA-256 of its own contents. That detects damage and careless edits, not forgery: who changes a
+number on purpose can compute the digest anew. What speaks against a forged file is measuring again, and the hashes of
+weights, images and tokens that it must name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -14,10 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tokenbridge.files import write_json
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 SCHEMA = "tokenbridge-results/1"
+STAND_IN = "stand-in: no result"  # scale of what random weights gave
+NUM_IMAGES = 50_000  # behind the paper's scores
 
 Verdict = Literal["reproduced", "not reproduced", "not run", "not compared"]
 
@@ -104,6 +113,10 @@ _PUBLISHED_SAMPLES = (
     "set beforehand: the paper rounds, and FID-50K of one recipe spreads by 1 to 2 % over seeds of training and "
     "sampling (arXiv 2606.20536)"
 )
+_DEVIATION = "of three seeds, each within the tolerance of its score"
+_CHANGE = "of two scores, each within its tolerance; the mean of three seeds"
+_NEAR_EDGES = "counted; rounding on another processor moves values that lie beside the edge of a bin"
+_HALF = "where rounding flips a first token, the rest of the image is drawn anew; half precision differs by processor"
 _TIMING = "a time depends on the machine and is not compared; the ratios within one run are"
 _RATIO = "ratio of two times of one run, on a machine that others may share"
 
@@ -123,6 +136,22 @@ METRICS: dict[str, Metric] = {
     "precision": Metric(3, 0.0, 0.04, _SAMPLING),
     "recall": Metric(3, 0.0, 0.05, _SAMPLING),
     "class accuracy": Metric(3, 0.0, 0.008, _SAMPLING),
+    "± FID": Metric(4, 0.0, 0.004, _DEVIATION),
+    "± IS": Metric(2, 0.0, 0.15, _DEVIATION),
+    "± class accuracy": Metric(4, 0.0, 0.008, _DEVIATION),
+    "± PSNR": Metric(3, 0.0, 0.05, _DEVIATION),
+    "± SSIM": Metric(5, 0.0, 0.002, _DEVIATION),
+    "± rFID": Metric(5, 0.0, 0.001, _DEVIATION),
+    "change of FID": Metric(4, 0.05, 0.004, _CHANGE),
+    "± change of FID": Metric(4, 0.05, 0.006, _CHANGE),
+    "tokens that differ": Metric(4, 0.05, 0.0002, _NEAR_EDGES),
+    "generated tokens that differ": Metric(3, 0.15, 0.02, _HALF),
+    "images that differ": Metric(3, 0.15, 0.05, _HALF),
+    "pixels that differ": Metric(4, 0.02, 0.002, _SAMPLING),
+    "fallbacks": Metric(4, 0.15, 0.002, _SAMPLING),
+    "acceptance": Metric(3, 0.05, 0.0, _SAMPLING),
+    "not covered": Metric(4, 0.15, 0.002, _SAMPLING),
+    "deviation of draws": Metric(3, 0.0, 0.02, _SAMPLING),
     "bits per image": Metric(0, 0.0, 0.0, "counted"),
     "relative MSE": Metric(6, 0.01, 0.0, _SAME_NUMBERS),
     "images": Metric(0, 0.0, 0.0, "counted"),
@@ -173,15 +202,59 @@ def compare(row: Row, reference: Row | None) -> tuple[Verdict, str]:
     return ("not reproduced", "; ".join(off)) if off else ("reproduced", "all metrics within tolerance")
 
 
+def incomparable(results: Results, num_images: int = NUM_IMAGES) -> str | None:
+    """Return why a run's numbers do not compare with the paper's; None if they do.
+
+    Args:
+        results: of any scale.
+        num_images: behind the paper's scores.
+    """
+    settings = results.provenance.settings
+    if results.scale == STAND_IN:
+        return "a stand-in's numbers mean nothing"
+    if settings.get("num_images") != num_images:
+        return f"the paper's numbers are of {num_images:,} images"
+    if settings.get("published Inception weights") is not True:
+        return "the scores are not by the published Inception weights"
+    if results.scale != "paper":
+        return f"the numbers are of scale {results.scale}"
+    return None
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a result file's contents, all but the digest itself, as canonical JSON.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    rest = {key: part for key, part in value.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(path: Path | str, results: Results) -> None:
+    """Write a result file with the digest of its contents; it appears whole or not at all.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    value = results.model_dump(mode="json")
+    write_json(path, {**value, "sha256": digest_of(value)})
+
+
 def read(path: Path | str) -> Results:
     """Read a result file.
 
     Raises:
-        ValueError: it is not there, truncated, of another schema, or holds NaN or infinite metrics.
+        ValueError: it is not there, truncated, of another schema, changed after it was written, holds NaN or infinite
+            metrics or unknown ones, or has a row twice.
     """
     path = Path(path)
     try:
-        return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        sha256 = value.pop("sha256", None) if isinstance(value, dict) else None
+        results = Results.model_validate(value)
+        found = digest_of(value)
     except FileNotFoundError as error:
         raise ValueError(f"There is no result file {path}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -190,6 +263,21 @@ def read(path: Path | str) -> Results:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{path} is no {SCHEMA} file: {where}: {first['msg']}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} holds a number that is NaN or infinite.") from error
+    if sha256 is None:
+        raise ValueError(f"{path} has no digest of its contents (field sha256): it is not as it was written.")
+    if sha256 != found:
+        raise ValueError(f"{path} was changed after it was written: its contents have digest {found}, not {sha256}.")
+    ids = [row.id for row in results.rows]
+    if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
+        raise ValueError(f"{path} has rows twice: {', '.join(twice)}.")
+    for name in columns_of(results.rows):
+        try:
+            metric(name)
+        except KeyError as error:
+            raise ValueError(f"{path} has an unknown metric {name!r}.") from error
+    return results
 
 
 TITLES = {
@@ -200,6 +288,7 @@ TITLES = {
     "table2c": "Table 2c. Quantisation levels of the generator",
     "table3": "Table 3. Systems",
     "table5": "Table 5. Time to predict one position, batch 1",
+    "discrepancies": "Paper against code, and the code against itself",
     "evaluation": "Evaluation",
 }
 

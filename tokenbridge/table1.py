@@ -37,13 +37,15 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from tokenbridge import artifacts, provenance
 from tokenbridge.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS
 from tokenbridge.data import labels_of, load_images, pixels_of, pixels_to_images, to_pixels
-from tokenbridge.files import replacing, sha256_of, write_json, write_text
+from tokenbridge.files import replacing, sha256_of, write_text
 from tokenbridge.golden import RULE, rule_state
 from tokenbridge.inception import InceptionWeights, find_inception, load_inception, write_random_inception
 from tokenbridge.metrics import ISC_SPLITS
 from tokenbridge.official import create_kl16, load_kl16
 from tokenbridge.quantizer import gaussian_quantizer
 from tokenbridge.results import (
+    NUM_IMAGES,
+    STAND_IN,
     TITLES,
     Provenance,
     Results,
@@ -51,20 +53,20 @@ from tokenbridge.results import (
     Verdict,
     cell,
     compare,
+    incomparable,
     markdown_table,
     metric,
     tables,
     tolerance_of,
+    write,
 )
 from tokenbridge.tokenizers import LatentTokenizer
 
 FILES = (IMAGENET, KL16_VAE, INCEPTION, STATISTICS)
 IMAGE_SIZE = 256
 NUM_CLASSES = 1000
-NUM_IMAGES = 50_000  # 50 a class
 NUM_FEATURES = 2048
 NUM_LOGITS = 1008
-STAND_IN = "stand-in: no result"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; in place of ImageNet in the stand-in
 
 
@@ -402,16 +404,10 @@ def read_statistics(path: Path | str) -> dict[str, np.ndarray]:
 
 def judge(results: Results) -> Judged:
     """Compare each row with the paper, if it is of the paper's images, weights and number."""
-    if results.scale == STAND_IN:
-        reason = "a stand-in's numbers mean nothing"
-    elif results.provenance.settings["num_images"] != NUM_IMAGES:
-        reason = f"the paper's numbers are of {NUM_IMAGES:,} images"
-    elif not results.provenance.settings["published Inception weights"]:
-        reason = "the scores are not by the published Inception weights"
-    else:
-        published = {recipe.id: recipe.published for recipe in RECIPES}
-        return {row.id: compare(row, published[row.id]) for row in results.rows}
-    return {row.id: ("not compared", reason) for row in results.rows}
+    if (reason := incomparable(results, NUM_IMAGES)) is not None:
+        return {row.id: ("not compared", reason) for row in results.rows}
+    published = {recipe.id: recipe.published for recipe in RECIPES}
+    return {row.id: compare(row, published[row.id]) for row in results.rows}
 
 
 def to_markdown(results: Results, judged: Judged) -> str:
@@ -486,6 +482,6 @@ def _check_number(num_images: int) -> None:
 
 def _write(results: Results, out: Path) -> Judged:
     judged = judge(results)
-    write_json(out / "results.json", results.model_dump())
+    write(out / "results.json", results)
     write_text(out / "tables.md", to_markdown(results, judged))
     return judged

@@ -19,26 +19,28 @@ import skimage.data
 from PIL import Image
 
 from tokenbridge import artifacts, evaluation, provenance
-from tokenbridge.files import replacing_folder, sha256_of, write_json, write_text
+from tokenbridge.files import replacing_folder, sha256_of, write_text
 from tokenbridge.inception import write_random_inception
 from tokenbridge.plan import Plan, plan_run
 from tokenbridge.presets import Preset, find_preset
 from tokenbridge.results import (
+    NUM_IMAGES,
+    STAND_IN,
     Provenance,
     Results,
     Row,
     Verdict,
     cell,
     compare,
+    incomparable,
     markdown_table,
     metric,
     tolerance_of,
+    write,
 )
 from tokenbridge.run import RunConfig, process_state, sampling_run, save_overview
 from tokenbridge.samplers import STAND_IN_IMAGES, STAND_IN_ITERATIONS, TokenBridgeSystem, find_system
 
-NUM_IMAGES = 50_000
-STAND_IN = "stand-in: no result"
 STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
 SCORES = ("FID", "IS", "precision", "recall")  # of the paper's table
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; the stand-in's reference
@@ -193,16 +195,9 @@ def plan(
 
 def judge(preset: Preset, results: Results) -> Judged:
     """Compare the row with the paper, if it is of the paper's number of images and by its Inception weights."""
-    settings = results.provenance.settings
-    if results.scale == STAND_IN:
-        reason = "a stand-in's numbers mean nothing"
-    elif settings["num_images"] != NUM_IMAGES:
-        reason = f"the paper's numbers are of {NUM_IMAGES:,} images"
-    elif not settings["published Inception weights"]:
-        reason = "the scores are not by the published Inception weights"
-    else:
-        return {row.id: _compare_published(preset, row) for row in results.rows}
-    return {row.id: ("not compared", reason) for row in results.rows}
+    if (reason := incomparable(results, NUM_IMAGES)) is not None:
+        return {row.id: ("not compared", reason) for row in results.rows}
+    return {row.id: _compare_published(preset, row) for row in results.rows}
 
 
 def published_row(preset: Preset) -> Row:
@@ -327,7 +322,7 @@ def _measure(
         trends=[],
     )
     judged = judge(preset, results)
-    write_json(out / "results.json", results.model_dump())
+    write(out / "results.json", results)
     write_text(out / "tables.md", to_markdown(preset, results, judged))
     return results, judged
 
