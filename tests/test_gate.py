@@ -22,7 +22,6 @@ from conftest import ROOT, error_of
 
 from tokenbridge import cli, gate, ratios, recipes, references, results, sampling
 from tokenbridge.data import load_images
-from tokenbridge.files import write_json
 from tokenbridge.gate import Check, Part
 from tokenbridge.quantizer import ScalarQuantizer
 from tokenbridge.ratios import Ratio, Ratios
@@ -221,12 +220,20 @@ def test_a_tampered_result_is_red(
     assert all(name.startswith((failed, "stored trends")) for name in found)  # a trend may rest on the number
 
 
-def test_a_damaged_result_is_red(stored: Path, scale: Scale, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(lambda text: text[:-20], "cut off?"), (lambda text: text.replace('"seed": 0', '"seed": 1'), "was changed after")],
+)
+def test_a_damaged_result_is_red(
+    stored: Path, scale: Scale, tmp_path: Path, change: Callable[[str], str], why: str
+) -> None:
     file = stored / "mini" / "results.json"
-    file.write_text(file.read_text()[:-20])
+    text = file.read_text()
+    assert change(text) != text
+    file.write_text(change(text))
     (part,) = gate.run_gate(scale, stored, tmp_path / "out", parts=["tiny"], quick=True)
     assert part.verdict == "not run"
-    assert "cut off?" in part.why
+    assert why in part.why
     assert gate.exit_code([part]) == 2
 
 
@@ -413,7 +420,7 @@ def test_update_replaces_and_records(
 
     def changed(*arguments: Any, out: Path, **options: Any) -> tuple[Results, None]:
         shutil.copytree(stored / "mini", out, ignore=shutil.ignore_patterns("weights"))
-        write_json(out / "results.json", measured.model_dump())
+        results.write(out / "results.json", measured)
         edit(out / "tokens.json", lambda file: file["tokenbridge-64"].__setitem__(0, file["tokenbridge-64"][1]))
         return measured, None
 
