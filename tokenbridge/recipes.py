@@ -121,7 +121,7 @@ _TINY_GIVT = Recipe(
         **{"width": 128, "depth": 5, "num_heads": 4, "mlp_width": 448, "dropout": 0.0},
     },
     training=_TINY_GENERATOR_TRAINING,
-    sampling=GivtSamplingConfig(guidance_weight=0.4, temperature=0.95),
+    sampling=GivtSamplingConfig(guidance_weight=0.4, temperature=0.3),
 )
 _TINY_LLAMAGEN = Recipe(
     name="llamagen",
