@@ -44,7 +44,7 @@ def make_finding(id_: str, verdict: Verdict, **changes: Any) -> Finding:
     """Return a finding; `changes` are fields of the finding, or of its claim."""
     claim: dict[str, Any] = {
         "id": id_,
-        "text": id_.split("/", 1)[1].replace("/", ", "),
+        "text": id_.split("/", 1)[1].replace("/", ": "),
         "source": "arXiv 2503.16430 v1, table 3",
         "scale": "paper",
         "recipe": "tokenbridge reproduce-table3 tokenbridge-l",
@@ -272,6 +272,20 @@ def test_paper_tables_have_the_papers_shape() -> None:
     assert table3.cells["tokenbridge-l", "is"].measured == 295.1
     assert ("maskgit", "is") not in table3.cells
     assert table2e.title.startswith("Table 2e")
+
+
+def test_table_4_is_a_list() -> None:
+    (table,) = paper_tables([make_finding("table4/training/beta-1", "reproduced", text="AdamW's beta 1", value=0.9)])
+    assert table.rows == {"training/beta-1": "AdamW's beta 1"}
+    assert list(table.columns) == ["value"]
+
+
+def test_failures_of_the_gate_are_shown(tmp_path: Path) -> None:
+    red = make_audit().model_copy(update={"failures": (f"table3/x is worse: {NASTY}",)})
+    write_page(red, tmp_path / "index.html", reference=REFERENCE)
+    text = "".join(Page((tmp_path / "index.html").read_text(encoding="utf-8")).text)
+    assert "The gate is red" in text
+    assert f"table3/x is worse: {NASTY}" in text
 
 
 def test_tables_of_small_scale_are_those_of_the_recipes() -> None:

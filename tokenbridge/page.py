@@ -254,22 +254,21 @@ class PaperTable:
 
 
 def paper_tables(findings: Iterable[Finding]) -> list[PaperTable]:
-    """Set the claims whose ids are table/row/column out as tables."""
-    grouped: dict[str, dict[tuple[str, str], Finding]] = {}
+    """Set the claims whose ids are table/row/column out as tables; table 4 is a list, as in the paper."""
+    tables: dict[str, PaperTable] = {}
     for finding in findings:
         if match := re.fullmatch(r"(table\d\w*)/([^/]+)/([^/]+)", finding.claim.id):
-            grouped.setdefault(match[1], {})[match[2], match[3]] = finding
-    tables = []
-    for key, cells in sorted(grouped.items()):
-        labels: tuple[dict[str, str], dict[str, str]] = ({}, {})
-        for axis in (0, 1):  # rows, columns
-            for name in dict.fromkeys(place[axis] for place in cells):
-                texts = [finding.claim.text for place, finding in cells.items() if place[axis] == name]
-                # "TokenBridge-L, FID-50K": the row's name, then the column's
-                shared = {text.rpartition(", ")[2 * axis] for text in texts}
-                labels[axis][name] = shared.pop() if len(shared) == 1 and "" not in shared else name
-        tables.append(PaperTable(key, _title(key), *labels, cells))
-    return tables
+            key, row, column = match.groups()
+            table = tables.setdefault(key, PaperTable(key, _title(key), {}, {}, {}))
+            # "TokenBridge-L: FID" names the row, then the column; the shortest text says least beside that
+            row_text, _, column_text = finding.claim.text.partition(": ")
+            if key == "table4":
+                row, column, row_text, column_text = f"{row}/{column}", "value", finding.claim.text, "value"
+            table.rows[row] = min(table.rows.get(row, row_text), row_text, key=len)
+            column_text = column_text or column
+            table.columns[column] = min(table.columns.get(column, column_text), column_text, key=len)
+            table.cells[row, column] = finding
+    return [tables[key] for key in sorted(tables)]
 
 
 def small_tables(evidence: Sequence[Evidence]) -> list[tuple[int, Evidence, dict[str, list[Row]]]]:
