@@ -24,7 +24,9 @@ from tokenbridge.claims import Claim, Discrepancy, Tolerance
 from tokenbridge.page import (
     VERDICTS,
     bar,
+    claimed,
     data_uri,
+    measured,
     paper_tables,
     pictures,
     small_tables,
@@ -294,6 +296,17 @@ def test_tables_of_small_scale_are_those_of_the_recipes() -> None:
     (shown,) = small_tables((stand_in, tiny, tiny.model_copy(update={"scale": "paper"})))
     assert shown[:2] == (1, tiny)
     assert [row.label for row in shown[2]["table2a"]] == ["parallel", "autoregressive"]
+
+
+def test_values_are_formatted_as_published() -> None:
+    words = make_finding("table4/training/precision", "not reproduced", scale="counted", check="x", measured=0.0)
+    assert (claimed(words), measured(words)) == ("in words", "false")
+    size = make_finding("table3/l/params", "not run", text="L: parameters", unit="parameters", value=486e6)
+    assert (claimed(size), measured(size)) == ("486,000,000", "–")
+    time = make_finding("table5/l/ms", "reproduced", text="L", unit="ms", value=52.42, measured=51.0)
+    assert (claimed(time), measured(time)) == ("52.42\N{NO-BREAK SPACE}ms", "51\N{NO-BREAK SPACE}ms")
+    precision = make_finding("table3/l/precision", "reproduced", metric="precision-50K", value=0.8, measured=0.801)
+    assert (claimed(precision), measured(precision)) == ("0.80", "0.801")
 
 
 def test_bars_and_strips() -> None:

@@ -57,6 +57,10 @@ TITLES = results.TITLES | {
     "table2d": "Table 2d. Channels grouped for one softmax",
     "table2e": "Table 2e. Size of the autoregressive head",
     "table4": "Table 4. Hyper-parameters",
+    "article": "A magazine article about the paper",
+    "counted": "Sizes of the official models",
+    "readme": "READMEs of the official code",
+    "trend": "Trends, at tiny scale",
 }
 LOSSLESS_BYTES = 150_000  # a picture that compresses to less keeps every pixel; the page stays below 3 MB
 LOSSY_QUALITY = 82  # of WebP, for the others
@@ -125,15 +129,20 @@ def claimed(finding: Finding) -> str:
     decimals = _decimals(name)
     if decimals is not None and abs(value - round(value, decimals)) > 1e-9 * abs(value):
         decimals = None
-    return _with_unit(number(value, decimals), finding.claim.unit)
+    return _with_unit(number(value, decimals), finding)
 
 
 def measured(finding: Finding) -> str:
     """Format the measured value, one decimal more than published ones have; a dash where there is none."""
+    claim = finding.claim
     if finding.measured is None:
         return "–"
-    decimals = _decimals(finding.claim.metric)
-    return _with_unit(number(finding.measured, None if decimals is None else decimals + 1), finding.claim.unit)
+    if claim.value is None and claim.check is not None:
+        return "true" if finding.measured == 1 else "false"  # a check of words gives 1 or 0
+    decimals = _decimals(claim.metric)
+    if decimals is not None and results.metric(claim.metric or "").reason != "counted":
+        decimals += 1
+    return _with_unit(number(finding.measured, decimals), finding)
 
 
 def interval(finding: Finding) -> str:
@@ -200,8 +209,9 @@ def _decimals(name: str | None) -> int | None:
         return None
 
 
-def _with_unit(value: str, unit: str) -> str:
-    return f"{value}\N{NO-BREAK SPACE}{unit}" if unit else value
+def _with_unit(value: str, finding: Finding) -> str:
+    unit = finding.claim.unit
+    return value if not unit or unit in finding.claim.text else f"{value}\N{NO-BREAK SPACE}{unit}"
 
 
 # Claims in groups, and tables
