@@ -276,6 +276,13 @@ def test_paper_tables_have_the_papers_shape() -> None:
     assert table2e.title.startswith("Table 2e")
 
 
+def test_columns_are_named_by_what_most_claims_say() -> None:
+    texts = ("16 levels: ms (± 1.85)", "32 levels: ms (± 0.57)", "64 levels: time")
+    (table,) = paper_tables([make_finding(f"table5/{i}/ms", "not run", text=text) for i, text in enumerate(texts)])
+    assert table.columns == {"ms": "ms"}
+    assert list(table.rows.values()) == ["16 levels", "32 levels", "64 levels"]
+
+
 def test_table_4_is_a_list() -> None:
     (table,) = paper_tables([make_finding("table4/training/beta-1", "reproduced", text="AdamW's beta 1", value=0.9)])
     assert table.rows == {"training/beta-1": "AdamW's beta 1"}

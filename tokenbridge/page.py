@@ -265,20 +265,25 @@ class PaperTable:
 
 def paper_tables(findings: Iterable[Finding]) -> list[PaperTable]:
     """Set the claims whose ids are table/row/column out as tables; table 4 is a list, as in the paper."""
-    tables: dict[str, PaperTable] = {}
+    cells: dict[str, dict[tuple[str, str], Finding]] = {}
+    texts: dict[tuple[str, str, str], Counter[str]] = {}  # of a table's rows and columns
     for finding in findings:
         if match := re.fullmatch(r"(table\d\w*)/([^/]+)/([^/]+)", finding.claim.id):
             key, row, column = match.groups()
-            table = tables.setdefault(key, PaperTable(key, _title(key), {}, {}, {}))
-            # "TokenBridge-L: FID" names the row, then the column; the shortest text says least beside that
+            # "TokenBridge-L: FID (remark)" names the row, then the column; remarks are for the claim alone
             row_text, _, column_text = finding.claim.text.partition(": ")
             if key == "table4":
                 row, column, row_text, column_text = f"{row}/{column}", "value", finding.claim.text, "value"
-            table.rows[row] = min(table.rows.get(row, row_text), row_text, key=len)
-            column_text = column_text or column
-            table.columns[column] = min(table.columns.get(column, column_text), column_text, key=len)
-            table.cells[row, column] = finding
-    return [tables[key] for key in sorted(tables)]
+            cells.setdefault(key, {})[row, column] = finding
+            texts.setdefault((key, "row", row), Counter())[row_text] += 1
+            texts.setdefault((key, "column", column), Counter())[re.split(r"\. | \(", column_text)[0] or column] += 1
+
+    def labels(table: str, axis: str) -> dict[str, str]:
+        return {k[2]: said.most_common(1)[0][0] for k, said in texts.items() if k[:2] == (table, axis)}
+
+    return [
+        PaperTable(key, _title(key), labels(key, "row"), labels(key, "column"), cells[key]) for key in sorted(cells)
+    ]
 
 
 def small_tables(evidence: Sequence[Evidence]) -> list[tuple[int, Evidence, dict[str, list[Row]]]]:
