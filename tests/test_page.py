@@ -24,7 +24,9 @@ from tokenbridge.claims import Claim, Discrepancy, Tolerance
 from tokenbridge.page import (
     VERDICTS,
     bar,
+    claimed,
     data_uri,
+    measured,
     paper_tables,
     pictures,
     small_tables,
@@ -44,7 +46,7 @@ def make_finding(id_: str, verdict: Verdict, **changes: Any) -> Finding:
     """Return a finding; `changes` are fields of the finding, or of its claim."""
     claim: dict[str, Any] = {
         "id": id_,
-        "text": id_.split("/", 1)[1].replace("/", ", "),
+        "text": id_.split("/", 1)[1].replace("/", ": "),
         "source": "arXiv 2503.16430 v1, table 3",
         "scale": "paper",
         "recipe": "tokenbridge reproduce-table3 tokenbridge-l",
@@ -274,12 +276,44 @@ def test_paper_tables_have_the_papers_shape() -> None:
     assert table2e.title.startswith("Table 2e")
 
 
+def test_columns_are_named_by_what_most_claims_say() -> None:
+    texts = ("16 levels: ms (± 1.85)", "32 levels: ms (± 0.57)", "64 levels: time")
+    (table,) = paper_tables([make_finding(f"table5/{i}/ms", "not run", text=text) for i, text in enumerate(texts)])
+    assert table.columns == {"ms": "ms"}
+    assert list(table.rows.values()) == ["16 levels", "32 levels", "64 levels"]
+
+
+def test_table_4_is_a_list() -> None:
+    (table,) = paper_tables([make_finding("table4/training/beta-1", "reproduced", text="AdamW's beta 1", value=0.9)])
+    assert table.rows == {"training/beta-1": "AdamW's beta 1"}
+    assert list(table.columns) == ["value"]
+
+
+def test_failures_of_the_gate_are_shown(tmp_path: Path) -> None:
+    red = make_audit().model_copy(update={"failures": (f"table3/x is worse: {NASTY}",)})
+    write_page(red, tmp_path / "index.html", reference=REFERENCE)
+    text = "".join(Page((tmp_path / "index.html").read_text(encoding="utf-8")).text)
+    assert "The gate is red" in text
+    assert f"table3/x is worse: {NASTY}" in text
+
+
 def test_tables_of_small_scale_are_those_of_the_recipes() -> None:
     tiny = make_audit().evidence[0]
     stand_in = tiny.model_copy(update={"scale": "stand-in: no result"})
     (shown,) = small_tables((stand_in, tiny, tiny.model_copy(update={"scale": "paper"})))
     assert shown[:2] == (1, tiny)
     assert [row.label for row in shown[2]["table2a"]] == ["parallel", "autoregressive"]
+
+
+def test_values_are_formatted_as_published() -> None:
+    words = make_finding("table4/training/precision", "not reproduced", scale="counted", check="x", measured=0.0)
+    assert (claimed(words), measured(words)) == ("in words", "false")
+    size = make_finding("table3/l/params", "not run", text="L: parameters", unit="parameters", value=486e6)
+    assert (claimed(size), measured(size)) == ("486,000,000", "–")
+    time = make_finding("table5/l/ms", "reproduced", text="L", unit="ms", value=52.42, measured=51.0)
+    assert (claimed(time), measured(time)) == ("52.42\N{NO-BREAK SPACE}ms", "51\N{NO-BREAK SPACE}ms")
+    precision = make_finding("table3/l/precision", "reproduced", metric="precision-50K", value=0.8, measured=0.801)
+    assert (claimed(precision), measured(precision)) == ("0.80", "0.801")
 
 
 def test_bars_and_strips() -> None:

@@ -57,6 +57,10 @@ TITLES = results.TITLES | {
     "table2d": "Table 2d. Channels grouped for one softmax",
     "table2e": "Table 2e. Size of the autoregressive head",
     "table4": "Table 4. Hyper-parameters",
+    "article": "A magazine article about the paper",
+    "counted": "Sizes of the official models",
+    "readme": "READMEs of the official code",
+    "trend": "Trends, at tiny scale",
 }
 LOSSLESS_BYTES = 150_000  # a picture that compresses to less keeps every pixel; the page stays below 3 MB
 LOSSY_QUALITY = 82  # of WebP, for the others
@@ -125,15 +129,20 @@ def claimed(finding: Finding) -> str:
     decimals = _decimals(name)
     if decimals is not None and abs(value - round(value, decimals)) > 1e-9 * abs(value):
         decimals = None
-    return _with_unit(number(value, decimals), finding.claim.unit)
+    return _with_unit(number(value, decimals), finding)
 
 
 def measured(finding: Finding) -> str:
     """Format the measured value, one decimal more than published ones have; a dash where there is none."""
+    claim = finding.claim
     if finding.measured is None:
         return "–"
-    decimals = _decimals(finding.claim.metric)
-    return _with_unit(number(finding.measured, None if decimals is None else decimals + 1), finding.claim.unit)
+    if claim.value is None and claim.check is not None:
+        return "true" if finding.measured == 1 else "false"  # a check of words gives 1 or 0
+    decimals = _decimals(claim.metric)
+    if decimals is not None and results.metric(claim.metric or "").reason != "counted":
+        decimals += 1
+    return _with_unit(number(finding.measured, decimals), finding)
 
 
 def interval(finding: Finding) -> str:
@@ -200,8 +209,9 @@ def _decimals(name: str | None) -> int | None:
         return None
 
 
-def _with_unit(value: str, unit: str) -> str:
-    return f"{value}\N{NO-BREAK SPACE}{unit}" if unit else value
+def _with_unit(value: str, finding: Finding) -> str:
+    unit = finding.claim.unit
+    return value if not unit or unit in finding.claim.text else f"{value}\N{NO-BREAK SPACE}{unit}"
 
 
 # Claims in groups, and tables
@@ -254,22 +264,26 @@ class PaperTable:
 
 
 def paper_tables(findings: Iterable[Finding]) -> list[PaperTable]:
-    """Set the claims whose ids are table/row/column out as tables."""
-    grouped: dict[str, dict[tuple[str, str], Finding]] = {}
+    """Set the claims whose ids are table/row/column out as tables; table 4 is a list, as in the paper."""
+    cells: dict[str, dict[tuple[str, str], Finding]] = {}
+    texts: dict[tuple[str, str, str], Counter[str]] = {}  # of a table's rows and columns
     for finding in findings:
         if match := re.fullmatch(r"(table\d\w*)/([^/]+)/([^/]+)", finding.claim.id):
-            grouped.setdefault(match[1], {})[match[2], match[3]] = finding
-    tables = []
-    for key, cells in sorted(grouped.items()):
-        labels: tuple[dict[str, str], dict[str, str]] = ({}, {})
-        for axis in (0, 1):  # rows, columns
-            for name in dict.fromkeys(place[axis] for place in cells):
-                texts = [finding.claim.text for place, finding in cells.items() if place[axis] == name]
-                # "TokenBridge-L, FID-50K": the row's name, then the column's
-                shared = {text.rpartition(", ")[2 * axis] for text in texts}
-                labels[axis][name] = shared.pop() if len(shared) == 1 and "" not in shared else name
-        tables.append(PaperTable(key, _title(key), *labels, cells))
-    return tables
+            key, row, column = match.groups()
+            # "TokenBridge-L: FID (remark)" names the row, then the column; remarks are for the claim alone
+            row_text, _, column_text = finding.claim.text.partition(": ")
+            if key == "table4":
+                row, column, row_text, column_text = f"{row}/{column}", "value", finding.claim.text, "value"
+            cells.setdefault(key, {})[row, column] = finding
+            texts.setdefault((key, "row", row), Counter())[row_text] += 1
+            texts.setdefault((key, "column", column), Counter())[re.split(r"\. | \(", column_text)[0] or column] += 1
+
+    def labels(table: str, axis: str) -> dict[str, str]:
+        return {k[2]: said.most_common(1)[0][0] for k, said in texts.items() if k[:2] == (table, axis)}
+
+    return [
+        PaperTable(key, _title(key), labels(key, "row"), labels(key, "column"), cells[key]) for key in sorted(cells)
+    ]
 
 
 def small_tables(evidence: Sequence[Evidence]) -> list[tuple[int, Evidence, dict[str, list[Row]]]]:
