@@ -19,6 +19,7 @@ import datetime
 import functools
 import itertools
 import json
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +27,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenbridge import artifacts, discrepancies, evaluation, provenance, table3
+from tokenbridge import CalledByName, artifacts, discrepancies, evaluation, provenance, table3
 from tokenbridge import results as result_files
-from tokenbridge.artifacts import ARTIFACTS, INCEPTION, KL16_VAE, REFERENCE_BATCH, STATISTICS, Status
+from tokenbridge.artifacts import ARTIFACTS, INCEPTION, REFERENCE_BATCH, STATISTICS, Status
 from tokenbridge.claims import Claim, Discrepancy, Ledger, Tolerance, read_ledger
 from tokenbridge.data import load_images
 from tokenbridge.files import reference_folder, sha256_of, write_json
@@ -36,12 +37,12 @@ from tokenbridge.image_sets import open_images
 from tokenbridge.recipes import SCALES
 from tokenbridge.reproduce import trends as trends_of
 from tokenbridge.results import Provenance, Results, Row, Trend, incomparable, verdicts
-from tokenbridge.systems import all_presets
+from tokenbridge.systems import all_presets, find_preset
 
 SCHEMA = "tokenbridge-audit/1"
 EXPECTED_SCHEMA = "tokenbridge-expected/1"
 WORSE = "worse"  # than the stored verdict
-RUNS = ("tiny", "small", "table1", *all_presets(), "discrepancies")  # folders that the commands write to by default
+RUNS = ("tiny", "small", "discrepancies", "table1", *all_presets())  # folders that the commands write to by default
 
 Verdict = Literal["reproduced", "not reproduced", "within doubt", "not run", "not applicable at this scale"]
 """`within doubt`: the measured value is in or out of the tolerance, but its interval is not wholly. `not applicable at
@@ -339,7 +340,7 @@ def gather(
     if results:
         paths += [(Path(path), "given") for path in results]
     else:
-        found = (runs / name / "results.json" for name in RUNS)
+        found = (folder / name / "results.json" for folder in (runs, runs / "tables") for name in RUNS)
         paths += [(path, "found") for path in found if path.is_file()]
     sources = []
     for path, origin in paths:
@@ -694,10 +695,17 @@ def _hash_of_images(data: str, split: str) -> str:
 def _artifacts_of(results: Results) -> dict[str, str]:
     """Return which published file each name in a paper-scale result's hashes is of, where that is known."""
     p = results.provenance
-    system = next((row.id.removeprefix("table3/") for row in results.rows if row.table == "table3"), "")
-    keys = {name: {"generator": system, "vae": KL16_VAE}.get(name, name) for name in p.weights_sha256}
+    parts: dict[str, str] = {}
+    for system in (row.id.removeprefix("table3/") for row in results.rows):
+        if system in all_presets():
+            kind, preset = find_preset(system)
+            parts = {"generator": preset.name, kind.recipe: kind.tokenizer.key}
+    keys = {name: parts.get(name, name) for name in p.weights_sha256}
     if not p.settings.get("published Inception weights"):
         keys.pop(INCEPTION, None)
     statistics = Path(ARTIFACTS[STATISTICS].file).name
     keys |= {name: STATISTICS for name in p.data_sha256 if Path(name).name == statistics}
     return {name: key for name, key in keys.items() if key in ARTIFACTS}
+
+
+sys.modules[__name__].__class__ = CalledByName
