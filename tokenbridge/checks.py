@@ -98,6 +98,17 @@ def distortion(num_levels: int, value_range: float) -> float:
     return measure_distortion(gaussian_quantizer(num_levels, value_range=value_range), values.float()).relative_mse
 
 
+def _size(name: str) -> float:
+    kind, preset = all_presets()[name]
+    return count(build_preset(kind.model_class, preset))
+
+
+def _range_order() -> bool:
+    errors = [distortion(64, float(value_range)) for value_range in (2, 3, 4, 5)]
+    return errors == sorted(errors, reverse=True)
+
+
+_PUBLISHED = ("tokenbridge-l", "tokenbridge-h")
 CHECKS: dict[str, Check] = {
     **{
         f"parameters/{name}": Check(f"parameters of {name}", partial(lambda k, p: count(build_preset(k, p)), *entry))
@@ -147,12 +158,28 @@ CHECKS: dict[str, Check] = {
             ("label-dropout", 0.1, "main_tokenbridge.py, --label_drop_prob"),
         )
     },
+    # 1 is true. engine_tokenbridge.py trains under torch.cuda.amp.autocast(), whose default is float16.
+    "official/is-adamw": Check("AdamW, main_tokenbridge.py", lambda: 1.0),
+    "official/is-cosine": Check("cosine, default of main_tokenbridge.py", lambda: 1.0),
+    "official/is-bfloat16": Check("bfloat16, engine_tokenbridge.py: float16", lambda: 0.0),
+    "official/final-learning-rate": Check("--min_lr, main_tokenbridge.py", lambda: 0.0),
+    "fewer-than-mar-h": Check(
+        "TokenBridge-H has fewer parameters than MAR-H", lambda: float(_size("tokenbridge-h") < _size("mar-h"))
+    ),
+    **{f"width/{n}": Check(f"width of {n}", lambda n=n: float(PRESETS[n].model["width"])) for n in _PUBLISHED},
+    **{
+        f"blocks/{n}": Check(
+            f"blocks of {n}", lambda n=n: float(PRESETS[n].model["encoder_depth"] + PRESETS[n].model["decoder_depth"])
+        )
+        for n in _PUBLISHED
+    },
+    "distortion/order-of-ranges": Check("MSE falls from range 2 to 5", lambda: float(_range_order())),
     **{
         f"sampling/{name}/{key}": Check(
             f"{key.replace('_', ' ')} of the official command for {name}",
             partial(lambda preset, key: float(getattr(preset.sampling_config(), key)), PRESETS[name], key),
         )
-        for name in ("tokenbridge-l", "tokenbridge-h")
+        for name in _PUBLISHED
         for key in ("temperature", "guidance_scale")
     },
     **{

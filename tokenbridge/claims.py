@@ -6,11 +6,14 @@ What was measured, and the verdicts, are `audit.py`'s.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokenbridge.results import metric
 
 Scale = Literal["paper", "tiny", "counted"]
 """Where a claim is decided: with published weights on ImageNet; by the tiny models (a trend, never a number of the
@@ -49,7 +52,7 @@ class Claim(_Strict):
     trend: str | None = None  # scale "tiny": id of a trend of the results
     supported_by: tuple[str, ...] = ()  # trends at tiny scale that point the same way; they decide nothing here
     needs: tuple[str, ...] = ()  # keys in `artifacts.ARTIFACTS`
-    tolerance: Tolerance | None = None
+    tolerance: Tolerance | None = None  # at scale "paper" that of `results.METRICS`, if none is stated
     not_applicable: str | None = None  # why no recipe of this project measures it (other people's systems, ...)
 
 
@@ -88,10 +91,20 @@ def read_ledger(folder: Path | str) -> Ledger:
             read = Ledger.model_validate({"claims": (), "discrepancies": (), **content})
         except (yaml.YAMLError, ValidationError, TypeError) as error:
             raise ValueError(f"{file} is no file of claims: {error}") from error
-        claims += read.claims
+        claims += map(_with_tolerance, read.claims)
         discrepancies += read.discrepancies
     for entries in (claims, discrepancies):
         ids = [entry.id for entry in entries]  # type: ignore[attr-defined]
         if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
             raise ValueError(f"These ids occur twice in {folder}: {', '.join(twice)}.")
     return Ledger(claims=tuple(claims), discrepancies=tuple(discrepancies))
+
+
+def _with_tolerance(claim: Claim) -> Claim:
+    if claim.scale != "paper" or claim.tolerance is not None or claim.metric is None:
+        return claim
+    m = metric(claim.metric)
+    if math.isinf(m.relative):
+        return claim  # a time, which is not compared
+    granted = Tolerance(relative=m.relative, absolute=m.absolute, reason=m.reason)
+    return claim.model_copy(update={"tolerance": granted})
