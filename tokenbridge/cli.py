@@ -914,6 +914,14 @@ def audit(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Models behind RESULTS, if not the shipped ones.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option("--inception", "--inception-weights", help="With --samples: torch-fidelity's Inception weights."),
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="With --samples: adm_in256_stats.npz, for FID.")] = None,
+    reference_batch: Annotated[
+        Path | None, typer.Option(help="With --samples: VIRTUAL_imagenet256_labeled.npz, for precision and recall.")
+    ] = None,
     other_inception: Annotated[
         Path | None, typer.Option(help="With --samples: other Inception weights; scores are labelled, decide nothing.")
     ] = None,
@@ -939,6 +947,7 @@ def audit(
             out=out,
             shipped=shipped,
             folder=folder,
+            given={"inception": inception, "adm-statistics": reference, "adm-reference": reference_batch},
             other_inception=other_inception,
             num_bootstrap=num_bootstrap,
             fail_on=failing,
