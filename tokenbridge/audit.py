@@ -19,6 +19,7 @@ import datetime
 import functools
 import itertools
 import json
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,22 +27,23 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenbridge import artifacts, discrepancies, evaluation, provenance, table3
+from tokenbridge import CalledByName, artifacts, discrepancies, evaluation, provenance, table3
 from tokenbridge import results as result_files
-from tokenbridge.artifacts import ARTIFACTS, INCEPTION, KL16_VAE, REFERENCE_BATCH, STATISTICS, Status
+from tokenbridge.artifacts import ARTIFACTS, INCEPTION, REFERENCE_BATCH, STATISTICS, Status
 from tokenbridge.claims import Claim, Discrepancy, Ledger, Tolerance, read_ledger
 from tokenbridge.data import load_images
 from tokenbridge.files import reference_folder, sha256_of, write_json
 from tokenbridge.image_sets import open_images
 from tokenbridge.recipes import SCALES
+from tokenbridge.reproduce import trend_rows
 from tokenbridge.reproduce import trends as trends_of
 from tokenbridge.results import Provenance, Results, Row, Trend, incomparable, verdicts
-from tokenbridge.systems import all_presets
+from tokenbridge.systems import all_presets, find_preset
 
 SCHEMA = "tokenbridge-audit/1"
 EXPECTED_SCHEMA = "tokenbridge-expected/1"
 WORSE = "worse"  # than the stored verdict
-RUNS = ("tiny", "small", "table1", *all_presets(), "discrepancies")  # folders that the commands write to by default
+RUNS = ("tiny", "small", "discrepancies", "table1", *all_presets())  # folders that the commands write to by default
 
 Verdict = Literal["reproduced", "not reproduced", "within doubt", "not run", "not applicable at this scale"]
 """`within doubt`: the measured value is in or out of the tolerance, but its interval is not wholly. `not applicable at
@@ -237,9 +239,11 @@ def audit_samples(
     claims = {claim.id: claim for claim in read_ledger(shipped / "paper").claims}
     if claim_id not in claims:
         raise ValueError(f"There is no claim {claim_id!r}; `tokenbridge audit` lists them.")
+    claim = claims[claim_id]
     measured = score_samples(
         samples,
-        claims[claim_id],
+        claim,
+        siblings=[other for other in claims.values() if other.row == claim.row],
         cache=Path(out) / "features",
         folder=folder,
         given=given,
@@ -249,13 +253,14 @@ def audit_samples(
     )
     path = Path(out) / "results.json"
     result_files.write(path, measured)
-    return audit([path], shipped=shipped, folder=folder, fail_on=fail_on, row=claims[claim_id].row, checks=checks)
+    return audit([path], shipped=shipped, folder=folder, fail_on=fail_on, row=claim.row, checks=checks)
 
 
 def score_samples(
     samples: Path | str,
     claim: Claim,
     *,
+    siblings: Sequence[Claim] = (),
     cache: Path | str,
     folder: Path | str | None = None,
     given: Mapping[str, Path | str | None] | None = None,
@@ -263,16 +268,31 @@ def score_samples(
     num_bootstrap: int = 100,
     batch_size: int = 64,
 ) -> Results:
-    """Return the scores of someone's images as the row that a claim is about; arguments as `audit_samples`."""
+    """Return the scores of someone's images as the row that a claim is about.
+
+    Args:
+        samples: of `audit_samples`, as are the others.
+        claim: the references that it needs must be here.
+        siblings: claims about the same row; what they need is used if it is here.
+        cache: folder for features.
+        folder: holds the published files.
+        given: files named by the user.
+        other_inception: other Inception weights.
+        num_bootstrap: resamples.
+        batch_size: images per forward pass.
+
+    Raises:
+        MissingArtifactsError: files cannot be had.
+        ValueError: a claim that samples do not decide, or images or files that cannot be used.
+    """
     started = datetime.datetime.now(datetime.UTC)
-    known = [key for key in (STATISTICS, REFERENCE_BATCH) if key in claim.needs]
+    wanted = {key for other in (claim, *siblings) for key in other.needs}
+    known = [key for key in (STATISTICS, REFERENCE_BATCH) if key in wanted]
     scores = {f"{name}-50K": name for name in table3.SCORES}
     if claim.scale != "paper" or claim.row is None or claim.metric not in scores or not known:
-        raise ValueError(f"{claim.id} is no claim that samples decide: those are about {', '.join(scores)} of table 3.")
-    # FID and IS need the first; precision and recall the images too. What is here beyond need is measured as well.
-    needed = known[:1] if scores[claim.metric] in ("FID", "IS") else known
+        raise ValueError(f"{claim.id} is no claim that samples decide: those are about {', '.join(scores)}.")
     there = {s.artifact.key for s in artifacts.status(known, folder=folder, given=given) if s.state != "missing"}
-    keys = [key for key in known if key in needed or key in there]
+    keys = [key for key in known if key in claim.needs or key in there]
     inception_keys = [INCEPTION] if other_inception is None else []
     files = artifacts.resolve([*inception_keys, *keys], folder=folder, given=given)
     inception = files[INCEPTION] if other_inception is None else Path(other_inception)
@@ -339,7 +359,7 @@ def gather(
     if results:
         paths += [(Path(path), "given") for path in results]
     else:
-        found = (runs / name / "results.json" for name in RUNS)
+        found = (folder / name / "results.json" for folder in (runs, runs / "tables") for name in RUNS)
         paths += [(path, "found") for path in found if path.is_file()]
     sources = []
     for path, origin in paths:
@@ -370,6 +390,8 @@ def check_hashes(name: str, results: Results, folders: Sequence[Path], folder: P
         known = {n: {sha256_of(f / n) for f in folders if (f / n).is_file()} for n in p.weights_sha256}
         if not known:
             raise ValueError(f"{name} does not say what weights it was measured with.")
+        if any(f.is_dir() for f in folders) and not any(known.values()):
+            raise ValueError(f"{name} was measured with weights of which none is here: {', '.join(known)}.")
         where = ", ".join(str(f) for f in folders)
         hint = f"has another SHA-256 in {where}; if results are of other weights, name their folder with --weights"
         named = dict(p.weights_sha256)
@@ -509,7 +531,7 @@ def _judge(
                 verdict = "reproduced" if trend.holds else "not reproduced"
                 why = f"at {source.results.scale} scale: {_words(trend)}"
                 return Finding(claim=claim, verdict=verdict, why=why, measured=trend.measured, evidence=i)
-        return _not_run(claim, [f"no result file has the rows behind the trend {id_}"], files, support)
+        return _not_run(claim, _why_undecided(id_, claim.scale, sources), files, support)
     reasons = []
     for i, source in enumerate(sources):
         row = next((row for row in source.results.rows if row.id == claim.row), None)
@@ -540,6 +562,17 @@ def _judge(
     return _not_run(claim, reasons or [f"no result file has {claim.metric} of {claim.row}"], files, support)
 
 
+def _why_undecided(trend: str, scale: str, sources: Sequence[Source]) -> list[str]:
+    """Return the rows that a trend lacks, with the reasons that result files give."""
+    rows = [row for source in sources if source.results.scale == scale for row in source.results.rows]
+    measured = {row.id for row in rows if row.not_run is None}
+    reasons = {row.id: row.not_run for row in rows if row.not_run is not None}
+    lacking = [id_ for id_ in trend_rows().get(trend, ()) if id_ not in measured]
+    if not lacking:
+        raise ValueError(f"A claim names the trend {trend!r}, which there is not.")
+    return [f"the trend {trend} rests on {id_}: {reasons.get(id_, 'in no result file')}" for id_ in lacking]
+
+
 def _not_run(claim: Claim, reasons: list[str], files: Mapping[str, Status], support: tuple[str, ...]) -> Finding:
     absent = [files[key].artifact for key in claim.needs if files[key].state == "missing"]
     why = "; ".join(reasons)
@@ -551,11 +584,11 @@ def _not_run(claim: Claim, reasons: list[str], files: Mapping[str, Status], supp
 def _comparison(claim: Claim, measured: float, interval: tuple[float, float] | None = None) -> str:
     """Return the two numbers and what lies between them, in words."""
     if claim.value is None:
-        return f"the check gives {measured:.10g}; 1 is true"
+        return f"the check gives {measured:g}; 1 is true"
     between = "" if interval is None else f" (95 % interval {interval[0]:.4g} to {interval[1]:.4g})"
     granted = 0.0 if claim.tolerance is None else claim.tolerance.of(claim.value)
-    allowed = "exactly" if claim.tolerance is None else f"within {granted:.3g}: {claim.tolerance.reason}"
-    return f"{measured:.10g}{between} against {claim.value:.10g}, asked {allowed}"
+    allowed = "exactly" if claim.tolerance is None else f"within {granted:,.6g}: {claim.tolerance.reason}"
+    return f"{measured:,.12g}{between} against {claim.value:,.12g}, asked {allowed}"
 
 
 def _support(claim: Claim, sources: Sequence[Source]) -> Iterable[str]:
@@ -694,10 +727,17 @@ def _hash_of_images(data: str, split: str) -> str:
 def _artifacts_of(results: Results) -> dict[str, str]:
     """Return which published file each name in a paper-scale result's hashes is of, where that is known."""
     p = results.provenance
-    system = next((row.id.removeprefix("table3/") for row in results.rows if row.table == "table3"), "")
-    keys = {name: {"generator": system, "vae": KL16_VAE}.get(name, name) for name in p.weights_sha256}
+    parts: dict[str, str] = {}
+    for system in (row.id.removeprefix("table3/") for row in results.rows):
+        if system in all_presets():
+            kind, preset = find_preset(system)
+            parts = {"generator": preset.name, kind.recipe: kind.tokenizer.key}
+    keys = {name: parts.get(name, name) for name in p.weights_sha256}
     if not p.settings.get("published Inception weights"):
         keys.pop(INCEPTION, None)
     statistics = Path(ARTIFACTS[STATISTICS].file).name
     keys |= {name: STATISTICS for name in p.data_sha256 if Path(name).name == statistics}
     return {name: key for name, key in keys.items() if key in ARTIFACTS}
+
+
+sys.modules[__name__].__class__ = CalledByName

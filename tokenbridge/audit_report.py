@@ -73,7 +73,7 @@ def to_markdown(audit: Audit) -> str:
             body = [[_cell(row.label), *(cell(row, column) for column in columns)] for row in run]
             lines += [*markdown_table(["", *columns], body), ""]
         notes = [f"{row.label}: not run: {row.not_run}" for row in effect.rows if row.not_run is not None]
-        notes += [f"{name}: {value:.10g}" for name, value in effect.checks.items()]
+        notes += [f"{name}: {_number(value)}" for name, value in effect.checks.items()]
         if not run and not effect.checks:
             notes += [f"not measured: {discrepancy.not_measured or 'no result file has its rows'}"]
         lines += [f"- {_line(note)}" for note in notes] + [""] * bool(notes)
@@ -122,11 +122,15 @@ def _count(suite: ET.Element) -> None:
 
 def _cells(finding: Finding) -> list[str]:
     claim = finding.claim
-    claimed = "–" if claim.value is None else f"{claim.value:.10g}{claim.unit and ' ' + claim.unit}"
-    measured = "–" if finding.measured is None else f"{finding.measured:.6g}"
+    claimed = "–" if claim.value is None else f"{_number(claim.value)}{claim.unit and ' ' + claim.unit}"
+    measured = "–" if finding.measured is None else _number(finding.measured)
     if finding.interval is not None:
         measured += f" ({finding.interval[0]:.4g} to {finding.interval[1]:.4g})"
     return [_cell(claim.text), claimed, measured, finding.verdict]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.6g}"
 
 
 def _line(text: str) -> str:

@@ -235,7 +235,7 @@ def sample(
     """Generate images, in one process or under torchrun; a run that was killed goes on where it was."""
     from tokenbridge.plan import plan_run
     from tokenbridge.run import RunConfig, process_state, sampling_run, save_overview
-    from tokenbridge.systems import STAND_IN_IMAGES, find_system
+    from tokenbridge.systems import STAND_IN_IMAGES, find_system, with_artifacts
 
     system = find_system(model, shipped=reference_folder(), preset=preset, variant=variant, weights=weights, vae=vae)
     if stand_in:
@@ -286,7 +286,7 @@ def sample(
             _print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
         return
     if system.is_published and not stand_in:
-        system = _with_artifacts(system)
+        system = with_artifacts(system)
     make = system.stand_in if stand_in else system.load
     sampler = make(state.device, dtype=chosen_dtype, compiled=compiled)
     report = sampling_run(sampler, config, out)
@@ -297,17 +297,6 @@ def sample(
         print(json.dumps({"folder": str(out), "model": sampler.name, **report.as_json()}, indent=2))
     else:
         print(f"{report.num_images} images ({sampler.name}) are in {report.samples}, an overview in {out}/grid.png.")
-
-
-def _with_artifacts(system: Any) -> Any:
-    """Fill in the files of a published system that nobody named: from the usual places, or by download."""
-    from tokenbridge.artifacts import resolve
-
-    if system.missing() and (system.weights is None or system.vae is None):
-        tokenizer = system.kind.tokenizer.key
-        files = resolve([system.name, tokenizer], given={system.name: system.weights, tokenizer: system.vae})
-        return replace(system, weights=files[system.name], vae=files[tokenizer])
-    return system
 
 
 def _labels(
@@ -925,6 +914,14 @@ def audit(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Models behind RESULTS, if not the shipped ones.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option("--inception", "--inception-weights", help="With --samples: torch-fidelity's Inception weights."),
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="With --samples: adm_in256_stats.npz, for FID.")] = None,
+    reference_batch: Annotated[
+        Path | None, typer.Option(help="With --samples: VIRTUAL_imagenet256_labeled.npz, for precision and recall.")
+    ] = None,
     other_inception: Annotated[
         Path | None, typer.Option(help="With --samples: other Inception weights; scores are labelled, decide nothing.")
     ] = None,
@@ -950,6 +947,7 @@ def audit(
             out=out,
             shipped=shipped,
             folder=folder,
+            given={"inception": inception, "adm-statistics": reference, "adm-reference": reference_batch},
             other_inception=other_inception,
             num_bootstrap=num_bootstrap,
             fail_on=failing,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenbridge import givt, llamagen, mar, provenance, results, sampling
+from tokenbridge import CalledByName, givt, llamagen, mar, provenance, results, sampling
 from tokenbridge.data import images_to_pixels, labels_of, load_images, pixels_of, pixels_to_images
 from tokenbridge.diffusion import diffusion_process
 from tokenbridge.experiment import load
@@ -403,16 +403,27 @@ def _milliseconds(function: Callable[[], object], runs: int) -> list[float]:
 
 def trends(rows: list[Row]) -> list[Trend]:
     """Decide the paper's claims at this scale, as far as their rows were measured."""
+    return _decide(rows)[0]
+
+
+def trend_rows() -> dict[str, tuple[str, ...]]:
+    """Return the rows that each trend rests on."""
+    return _decide([])[1]
+
+
+def _decide(rows: list[Row]) -> tuple[list[Trend], dict[str, tuple[str, ...]]]:
     by_id = {row.id: row.metrics for row in rows if row.not_run is None}
 
     def value(id_: str, name: str) -> float:
         return next(v for key, v in by_id[id_].items() if key == name or key.startswith(f"{name}-"))
 
     found: list[Trend] = []
+    rests_on: dict[str, tuple[str, ...]] = {}
 
     def claim(
         id_: str, text: str, needs: tuple[str, ...], measure: Callable[[], float], relation: Any, bound: float
     ) -> None:
+        rests_on[id_] = needs
         if all(need in by_id for need in needs):
             found.append(Trend(id=id_, claim=text, measured=round(measure(), 4), relation=relation, bound=bound))
 
@@ -480,7 +491,7 @@ def trends(rows: list[Row]) -> list[Trend]:
         ">=",
         2.0,
     )
-    return found
+    return found, rests_on
 
 
 def _first_of_each_class(labels: Tensor, num_classes: int) -> list[int]:
@@ -497,3 +508,6 @@ def _sample_grid(bench: Bench, path: Path, pixels: Tensor, name: str, config: Sa
     if settings.get("position_order", "random") != "random":
         words.append(f"{settings['position_order']} order")
     save_grid(path, rows, classes, f"{name}: {', '.join(words).replace('num ', '')}")
+
+
+sys.modules[__name__].__class__ = CalledByName

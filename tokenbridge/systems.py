@@ -19,8 +19,8 @@ from diffusers import AutoencoderKL, VQModel
 from torch import nn
 
 from tokenbridge import givt_official, llamagen, mar, official, presets, recipes
-from tokenbridge.artifacts import ARTIFACTS, KL16_VAE
-from tokenbridge.files import replacing_folder
+from tokenbridge.artifacts import ARTIFACTS, KL16_VAE, resolve
+from tokenbridge.files import reference_folder, replacing_folder
 from tokenbridge.generator import TokenBridge
 from tokenbridge.givt import GIVT
 from tokenbridge.givt_vae import GivtVAE
@@ -32,7 +32,7 @@ from tokenbridge.official import check_replaceable, create_kl16, load_kl16, load
 from tokenbridge.orders import masked_counts
 from tokenbridge.plan import FLOP, tokenbridge_flop
 from tokenbridge.presets import Preset
-from tokenbridge.run import DTYPES, Dtype, RunConfig, run_labels
+from tokenbridge.run import DTYPES, Dtype, RunConfig, RunReport, process_state, run_labels, sampling_run
 from tokenbridge.samplers import (
     STAND_IN_SALT,
     GivtSampler,
@@ -605,3 +605,57 @@ def _listing(kind: Kind, preset: Preset) -> Listing:
     return Listing(
         preset.name, kind.name, preset.num_parameters, num_tokens, token, source, licence, preset.published, settings
     )
+
+
+def with_artifacts(system: System) -> System:
+    """Fill in the files of a published system that nobody named: from the usual places, or by download.
+
+    Raises:
+        MissingArtifactsError: files cannot be had; the message lists all of them.
+    """
+    if system.missing() and (system.weights is None or system.vae is None):
+        tokenizer = system.kind.tokenizer.key
+        files = resolve([system.name, tokenizer], given={system.name: system.weights, tokenizer: system.vae})
+        return replace(system, weights=files[system.name], vae=files[tokenizer])
+    return system
+
+
+def sample(
+    model: str = "tokenbridge-tiny",
+    *,
+    out: Path | str,
+    num_images: int = 100,
+    labels: tuple[int, ...] | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    weights: Path | None = None,
+    vae: Path | None = None,
+    show_progress: bool = True,
+    **settings: Any,
+) -> RunReport:
+    """Generate images with a model by name, as the command `sample` does; a run that was killed goes on where it was.
+
+    Args:
+        model: a preset (`tokenbridge-l`) or a recipe of a scale (`tiny/parallel-64`).
+        out: folder of the run; images go to `out/samples/images`.
+        num_images: how many.
+        labels: a class for each image; None: as the system's own evaluation.
+        seed: an image is a function of seed, number and label.
+        batch_size: images at a time.
+        weights: the generator's file; the usual places by default.
+        vae: the tokenizer's file.
+        show_progress: on stderr.
+        settings: of sampling, as `guidance_scale`; the model's own by default.
+
+    Raises:
+        MissingArtifactsError: files cannot be had; the message lists all of them.
+        ValueError: an unknown model or setting, or one out of range.
+    """
+    system = find_system(model, shipped=reference_folder(), weights=weights, vae=vae).sampled(**settings)
+    config = RunConfig(num_images, system.labels if labels is None else labels, seed, batch_size=batch_size)
+    system.check(config)
+    if system.is_published:
+        system = with_artifacts(system)
+    device = process_state().device
+    sampler = system.load(device, dtype=system.dtype(None, device))
+    return sampling_run(sampler, config, out, show_progress=show_progress)

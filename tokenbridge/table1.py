@@ -43,8 +43,8 @@ from tokenbridge.inception import InceptionWeights, find_inception, load_incepti
 from tokenbridge.metrics import ISC_SPLITS
 from tokenbridge.official import create_kl16, load_kl16
 from tokenbridge.quantizer import gaussian_quantizer
+from tokenbridge.results import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results import (
-    NUM_IMAGES,
     STAND_IN,
     TITLES,
     Provenance,

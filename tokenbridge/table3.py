@@ -25,8 +25,8 @@ from tokenbridge.files import replacing_folder, sha256_of, write_text
 from tokenbridge.inception import write_random_inception
 from tokenbridge.plan import Plan, plan_run
 from tokenbridge.presets import Preset
+from tokenbridge.results import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results import (
-    NUM_IMAGES,
     STAND_IN,
     Provenance,
     Results,
