@@ -632,7 +632,6 @@ def test_the_shipped_ledger_and_its_stored_verdicts() -> None:
     known = {id_: entry.reason for id_, entry in expected.items() if entry.verdict == "not reproduced"}
     assert all(len(reason.split()) >= 5 for reason in known.values()), known
     for found in done.findings:
-        assert found.claim.scale == "counted" or found.verdict != "not reproduced"
         if found.claim.scale == "paper":
             assert found.verdict in ("not run", "not applicable at this scale")  # no published weights are here
             assert found.measured is None
