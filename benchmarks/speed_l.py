@@ -37,8 +37,7 @@ from benchmarks.flops import fast_head, fast_step, image_cost, reference_head, r
 from benchmarks.reference import Reference, draw, reference_of
 from benchmarks.steps import Step, official_arguments, to_device
 from tokenbridge import provenance
-from tokenbridge.cli import reference_folder
-from tokenbridge.files import write_json, write_text
+from tokenbridge.files import reference_folder, write_json, write_text
 from tokenbridge.generator import TokenBridge
 from tokenbridge.golden import RULE, rule_state
 from tokenbridge.heads import ARHead

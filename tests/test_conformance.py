@@ -19,7 +19,7 @@ from torch import Tensor
 from tokenbridge import conformance as c
 from tokenbridge import golden as g
 from tokenbridge import golden_tokenbridge as gt
-from tokenbridge.cli import reference_folder
+from tokenbridge.files import reference_folder
 from tokenbridge.heads import ARHead, FirstElement
 from tokenbridge.official import layout
 

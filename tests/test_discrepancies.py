@@ -20,10 +20,9 @@ from torch import Tensor
 
 from tokenbridge import discrepancies as d
 from tokenbridge import givt, sampling
-from tokenbridge.cli import reference_folder
 from tokenbridge.data import images_to_pixels, load_images
 from tokenbridge.experiment import build
-from tokenbridge.files import sha256_of
+from tokenbridge.files import reference_folder, sha256_of
 from tokenbridge.heads import ARHead
 from tokenbridge.official import official_buffers
 from tokenbridge.quantizer import gaussian_quantizer

@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenbridge import conformance as c
 from tokenbridge import givt as g
 from tokenbridge import golden_givt as gg
-from tokenbridge.cli import reference_folder
+from tokenbridge.files import reference_folder
 from tokenbridge.givt import (
     GIVT,
     Draw,

@@ -27,7 +27,6 @@ from tokenbridge.generator import TokenBridge
 from tokenbridge.golden import rule_state
 from tokenbridge.official import (
     BUFFERS,
-    convert,
     create_kl16,
     from_official,
     layout,
@@ -39,6 +38,7 @@ from tokenbridge.official import (
     to_official,
 )
 from tokenbridge.presets import PRESETS, create_model, find_preset
+from tokenbridge.systems import convert
 
 RULE = {"rule": "fan-in-normal-v1", "salt": "official"}
 PUBLISHED = [name for name, preset in PRESETS.items() if preset.official_name]

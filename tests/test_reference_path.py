@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks import make_golden as m
 from benchmarks.reference import Reference, make_reference
-from tokenbridge.cli import reference_folder
 from tokenbridge.conformance import run_file
+from tokenbridge.files import reference_folder
 from tokenbridge.golden import Golden, read_golden
 from tokenbridge.golden_tokenbridge import tokenbridge_config
 

@@ -32,7 +32,7 @@ from tokenbridge.inception import InceptionWeights, find_inception, load_incepti
 from tokenbridge.metrics import ImageDataset
 from tokenbridge.official import create_kl16
 from tokenbridge.quantizer import gaussian_quantizer
-from tokenbridge.results import METRICS, Provenance, Results, read
+from tokenbridge.results import METRICS, STAND_IN, Provenance, Results, read
 from tokenbridge.table1 import RECIPES, choose_images, judge, read_statistics, sample_latents
 from tokenbridge.tokenizers import LatentTokenizer
 
@@ -317,7 +317,7 @@ def test_the_papers_numbers_are_reproduced_and_others_are_not() -> None:
     [
         ({"num_images": 49_999}, "paper", "of 50,000 images"),
         ({"published Inception weights": False}, "paper", "published Inception weights"),
-        ({}, table1.STAND_IN, "mean nothing"),
+        ({}, STAND_IN, "mean nothing"),
     ],
 )
 def test_only_the_papers_own_conditions_are_compared(changes: dict[str, Any], scale: str, reason: str) -> None:
@@ -458,7 +458,7 @@ def test_stand_in_is_marked_as_no_result(command: Any, tmp_path: Path) -> None:
     assert out.startswith("# Table 1: stand-in: no result")
     assert "a stand-in's numbers mean nothing" in out
     results = read(tmp_path / "out" / "results.json")
-    assert results.scale == table1.STAND_IN
+    assert results.scale == STAND_IN
     assert all("rFID-other" in row.metrics for row in results.rows)
     assert list((tmp_path / "cwd").iterdir()) == []  # a stand-in's hashes are not recorded
 

@@ -20,7 +20,7 @@ from tokenbridge.artifacts import ARTIFACTS, MissingArtifactsError
 from tokenbridge.files import sha256_of
 from tokenbridge.official import create_kl16
 from tokenbridge.presets import PRESETS
-from tokenbridge.results import Results, Row, read
+from tokenbridge.results import STAND_IN, Results, Row, read
 from tokenbridge.table3 import Options, judge, published_row, reproduce_table3
 
 SHIPPED = cli.reference_folder()
@@ -155,7 +155,7 @@ def test_other_numbers_of_images_and_stand_ins_are_not_compared(
     done = table3.stand_in(preset, options(), out="stand-in", shipped=SHIPPED, show_progress=False)
     assert done is not None
     results, judged = done
-    assert results.scale == table3.STAND_IN
+    assert results.scale == STAND_IN
     assert next(iter(judged.values()))[0] == "not compared"
     assert "no result" in Path("stand-in/tables.md").read_text()
     assert not list(Path("stand-in/samples").glob("images/*"))

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tokenbridge.cli import reference_folder
-from tokenbridge.files import sha256_of
+from tokenbridge.files import reference_folder, sha256_of
 from tokenbridge.recipes import TINY, Recipe
 from tokenbridge.reproduce import golden_tokens, open_bench
 from tokenbridge.results import read

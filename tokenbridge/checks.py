@@ -103,6 +103,14 @@ def _size(name: str) -> float:
     return count(build_preset(kind.model_class, preset))
 
 
+def _width(name: str) -> float:
+    return float(PRESETS[name].model["width"])
+
+
+def _blocks(name: str) -> float:
+    return float(PRESETS[name].model["encoder_depth"] + PRESETS[name].model["decoder_depth"])
+
+
 def _range_order() -> bool:
     errors = [distortion(64, float(value_range)) for value_range in (2, 3, 4, 5)]
     return errors == sorted(errors, reverse=True)
@@ -166,13 +174,8 @@ CHECKS: dict[str, Check] = {
     "fewer-than-mar-h": Check(
         "TokenBridge-H has fewer parameters than MAR-H", lambda: float(_size("tokenbridge-h") < _size("mar-h"))
     ),
-    **{f"width/{n}": Check(f"width of {n}", lambda n=n: float(PRESETS[n].model["width"])) for n in _PUBLISHED},
-    **{
-        f"blocks/{n}": Check(
-            f"blocks of {n}", lambda n=n: float(PRESETS[n].model["encoder_depth"] + PRESETS[n].model["decoder_depth"])
-        )
-        for n in _PUBLISHED
-    },
+    **{f"width/{n}": Check(f"width of {n}", partial(_width, n)) for n in _PUBLISHED},
+    **{f"blocks/{n}": Check(f"blocks of {n}", partial(_blocks, n)) for n in _PUBLISHED},
     "distortion/order-of-ranges": Check("MSE falls from range 2 to 5", lambda: float(_range_order())),
     **{
         f"sampling/{name}/{key}": Check(
