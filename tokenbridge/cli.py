@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokenbridge.files import reference_folder
+from tokenbridge.files import reference_folder as reference_folder
 from tokenbridge.provenance import EnvironmentProblemError, check_environment
 
 if TYPE_CHECKING:

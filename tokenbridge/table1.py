@@ -44,8 +44,8 @@ from tokenbridge.metrics import ISC_SPLITS
 from tokenbridge.official import create_kl16, load_kl16
 from tokenbridge.quantizer import gaussian_quantizer
 from tokenbridge.results import NUM_IMAGES as NUM_IMAGES
+from tokenbridge.results import STAND_IN as STAND_IN
 from tokenbridge.results import (
-    STAND_IN,
     TITLES,
     Provenance,
     Results,

@@ -26,8 +26,8 @@ from tokenbridge.inception import write_random_inception
 from tokenbridge.plan import Plan, plan_run
 from tokenbridge.presets import Preset
 from tokenbridge.results import NUM_IMAGES as NUM_IMAGES
+from tokenbridge.results import STAND_IN as STAND_IN
 from tokenbridge.results import (
-    STAND_IN,
     Provenance,
     Results,
     Row,
