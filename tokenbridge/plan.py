@@ -1,30 +1,21 @@
 """What a sampling run will take, before it runs: operations, hours, disk.
 
-Operations are counted from the configuration: a multiply-add of a matrix product or convolution is two, and nothing
-else counts. `tests/test_plan.py` holds the count against torch's own on a small model.
-
-Shape letters: L positions, C channels, V levels, D width, S elements of a sequence, K of them that are asked for.
+Operations are counted by `flop.py`.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL
-from torch.utils.flop_counter import FlopCounterMode
 
-from tokenbridge.heads import HeadConfig
-from tokenbridge.orders import masked_counts
+from tokenbridge.flop import FLOP
 from tokenbridge.run import DTYPES, RunConfig
-from tokenbridge.sampling import SamplingConfig
-
-FLOP = dict[str, float]
 
 
 class Plannable(Protocol):
@@ -179,81 +170,3 @@ def _name_of(device: torch.device) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def tokenbridge_flop(
-    model: Mapping[str, Any],
-    sampling: SamplingConfig,
-    vae: AutoencoderKL,
-    *,
-    skips_last_block: bool = True,
-    caches_head: bool = True,
-) -> FLOP:
-    """Count the operations of one image, by part.
-
-    Args:
-        model: keyword arguments of `TokenBridge`, with all the sizes of a preset.
-        sampling: guidance other than 1 doubles encoder and decoder; the head runs once all the same.
-        vae: on the meta device.
-        skips_last_block: the last decoder block runs for predicted positions only, as `sampling` does; False counts it
-            for all, as the official code runs it.
-        caches_head: keys and values of earlier channels are kept, as `sampling` does; False counts the official
-            head, which runs the whole prefix again for every channel.
-    """
-    length, buffer, channels = model["latent_size"] ** 2, model["num_buffer"], model["num_channels"]
-    ratio = model.get("mlp_ratio", HeadConfig.mlp_ratio)
-    width = model["width"]
-    decoder_width = model.get("decoder_width") or width
-    tries_all = sampling.position_order == "confidence"
-    encoder = decoder = num_predicted = 0.0
-    num_masked = length
-    for still_masked in masked_counts(length, sampling.num_iterations):
-        seen, asked = buffer + length - num_masked, num_masked - (0 if tries_all else still_masked)
-        encoder += 2 * channels * width * (length - num_masked)
-        encoder += model["encoder_depth"] * _block(width, ratio, seen, seen)
-        full = buffer + length
-        decoder += 2 * width * decoder_width * seen
-        decoder += (model["decoder_depth"] - 1) * _block(decoder_width, ratio, full, full)
-        decoder += _block(decoder_width, ratio, full, asked if skips_last_block else full)
-        num_predicted += asked
-        num_masked = still_masked
-    halves = 1 if sampling.guidance_scale == 1 else 2
-    head = _head(model, decoder_width, ratio, caches=caches_head)
-    return {
-        "encoder": halves * encoder,
-        "decoder": halves * decoder,
-        "head": num_predicted * head,
-        "VAE decoder": vae_decoder_flop(vae, model["latent_size"]),
-    }
-
-
-def vae_decoder_flop(vae: AutoencoderKL, latent_size: int) -> float:
-    """Return torch's count for decoding one image by a VAE on the meta device, where nothing is computed."""
-    latents = torch.empty(1, vae.config.latent_channels, latent_size, latent_size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae.decode(latents)
-    return float(counter.get_total_flops())
-
-
-def _block(width: int, mlp_ratio: float, seen: int, asked: int) -> float:
-    """Count a transformer block: `asked` elements attend to `seen`."""
-    keys_values = 4 * width**2 * seen
-    query_output = 4 * width**2 * asked
-    mlp = 4 * width * int(width * mlp_ratio) * asked
-    return keys_values + query_output + mlp + 4 * asked * seen * width
-
-
-def _head(model: Mapping[str, Any], context_width: int, mlp_ratio: float, *, caches: bool) -> float:
-    """Count the head for one position."""
-    channels, width, depth = model["num_channels"], model["head_width"], model["head_depth"]
-    conditions = 2 * width * (6 * depth + 2) * width  # modulation of all blocks and of the final layer, one channel
-    logits = 2 * width * model["num_levels"] * channels
-    project = 2 * context_width * width
-    if model.get("head_type", "ar") == "parallel":
-        return project + channels * conditions + depth * _block(width, mlp_ratio, channels, channels) + logits
-    if caches:
-        elements = sum(_block(width, mlp_ratio, 1, 1) + 4 * i * width for i in range(channels))
-        return project + channels * conditions + depth * elements + logits
-    prefixes = range(1, channels + 1)
-    blocks = sum(_block(width, mlp_ratio, n, n) for n in prefixes)
-    return project + sum(prefixes) * conditions + depth * blocks + logits

@@ -21,6 +21,7 @@ from torch import nn
 from tokenbridge import givt_official, llamagen, mar, official, presets, recipes
 from tokenbridge.artifacts import ARTIFACTS, KL16_VAE, resolve
 from tokenbridge.files import reference_folder, replacing_folder
+from tokenbridge.flop import FLOP, givt_flop, llamagen_flop, mar_flop, tokenbridge_flop
 from tokenbridge.generator import TokenBridge
 from tokenbridge.givt import GIVT
 from tokenbridge.givt_vae import GivtVAE
@@ -30,7 +31,6 @@ from tokenbridge.llamagen_vq import LlamaGenVQ, create_vq, load_vq
 from tokenbridge.mar import MAR
 from tokenbridge.official import check_replaceable, create_kl16, load_kl16, load_official
 from tokenbridge.orders import masked_counts
-from tokenbridge.plan import FLOP, tokenbridge_flop
 from tokenbridge.presets import Preset
 from tokenbridge.run import DTYPES, Dtype, RunConfig, RunReport, process_state, run_labels, sampling_run
 from tokenbridge.samplers import (
@@ -113,10 +113,6 @@ TOKENIZERS = {tokenizer.key: tokenizer for tokenizer in (KL16, VQ16, VQ8, GIVT_V
 _PRECISION_RECALL = "Precision and recall as published: TokenBridge's table 3 (arXiv 2503.16430 v1)."
 
 
-def _not_counted(*_: Any) -> FLOP:
-    raise ValueError("The operations of this system are not counted yet.")
-
-
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -145,7 +141,7 @@ KINDS: dict[str, Kind] = {
             presets=mar.PRESETS,
             load=mar.load_mar,
             has_average=True,
-            flop=_not_counted,
+            flop=mar_flop,
             tokenizer=KL16,
             recipe="vae",
             dtype="fp16",  # autocast around generator and VAE (engine_mar.py)
@@ -165,7 +161,7 @@ KINDS: dict[str, Kind] = {
             presets=llamagen.PRESETS,
             load=llamagen.load_llamagen,
             has_average=False,
-            flop=_not_counted,
+            flop=llamagen_flop,
             tokenizer=VQ16,
             recipe="vq",
             dtype="bf16",  # of the weights; the tokenizer is in float32 (sample_c2i_ddp.py)
@@ -189,7 +185,7 @@ KINDS: dict[str, Kind] = {
             presets=givt_official.PRESETS,
             load=givt_official.load_givt,
             has_average=False,
-            flop=_not_counted,
+            flop=givt_flop,
             tokenizer=GIVT_VAE,
             recipe="vae",
             dtype="fp32",
