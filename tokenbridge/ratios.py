@@ -88,9 +88,11 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmarks.json"
         arguments = ["-m", "pytest", *tests, "--benchmark-enable", "--quiet", "--color=no", "-p", "no:cacheprovider"]
-        done = subprocess.run(  # noqa: S603
-            [sys.executable, *arguments, f"--benchmark-json={file}"], cwd=root, stdout=subprocess.PIPE, text=True
-        )
+        # pytest-benchmark measures nothing where it takes itself for a worker of pytest-xdist, whose variables a
+        # gate that is itself run by a test would pass on.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        command = [sys.executable, *arguments, f"--benchmark-json={file}"]
+        done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603
         print(done.stdout, end="", file=sys.stderr, flush=True)
         if done.returncode not in (0, 1) or not file.is_file() or not file.stat().st_size:
             last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
