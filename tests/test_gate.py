@@ -21,13 +21,14 @@ import yaml
 from conftest import ROOT, error_of
 
 from tokenbridge import cli, gate, ratios, recipes, references, results, sampling
+from tokenbridge.audit import write_expected
 from tokenbridge.data import load_images
 from tokenbridge.gate import Check, Part
 from tokenbridge.quantizer import ScalarQuantizer
 from tokenbridge.ratios import Ratio, Ratios
 from tokenbridge.recipes import TINY, Scale
-from tokenbridge.reproduce import prediction_time_rows, reproduce
-from tokenbridge.results import Results, read
+from tokenbridge.reproduce import prediction_time_rows, reproduce, trends
+from tokenbridge.results import Results, Row, read
 from tokenbridge.sampling import ImageNoise
 from tokenbridge.weights import WEIGHTS_FILE
 
@@ -39,6 +40,25 @@ if TYPE_CHECKING:
 SHIPPED = cli.reference_folder()
 GOLDENS = ("tokenbridge-quantizer-64", "tokenbridge-head-sampling-logits", "kl16-vae")
 MODELS = ("vae", "vq", "classifier", "tokenbridge-64")
+CLAIMS = [
+    {
+        "id": "counted/tokenbridge-l",
+        "text": "parameters of TokenBridge-L",
+        "source": "counted with the official code",
+        "scale": "counted",
+        "recipe": "tokenbridge audit",
+        "value": 486_889_472,
+        "check": "parameters/tokenbridge-l",
+    },
+    {
+        "id": "trend/ptq-beats-vq",
+        "text": "post-training quantisation reconstructs better than a trained VQ",
+        "source": "table 1a",
+        "scale": "tiny",
+        "recipe": "nox -s reproduce_tiny",
+        "trend": "ptq-beats-vq",
+    },
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +76,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scale]:
             digits.select([c * step + i for c in range(10) for i in range(per_class)]).to_parquet(
                 data / f"{split}.parquet"
             )
-        scale = replace(TINY, name="mini", data=str(data))
+        scale = replace(TINY, name="tiny", data=str(data))
         for name in GOLDENS:
             (folder / "goldens").mkdir(parents=True, exist_ok=True)
             shutil.copy(SHIPPED / "goldens" / f"{name}.npz", folder / "goldens")
         for name in MODELS:
-            shutil.copytree(SHIPPED / "tiny" / "weights" / name, folder / "mini" / "weights" / name)
+            shutil.copytree(SHIPPED / "tiny" / "weights" / name, folder / "tiny" / "weights" / name)
         reproduce(
-            scale, weights=folder / "mini" / "weights", out=folder / "mini", reference=None, num_images=20, say=silent
+            scale, weights=folder / "tiny" / "weights", out=folder / "tiny", reference=None, num_images=20, say=silent
         )
+        (folder / "paper").mkdir()
+        (folder / "paper" / "claims.yaml").write_text(yaml.safe_dump({"claims": CLAIMS}))
+        patch.setitem(recipes.SCALES, "tiny", scale)
+        write_expected(folder / "paper" / "expected.json", gate.audit_of(folder, None, fail_on=()), "of few digits")
     return folder, scale
 
 
@@ -73,6 +97,7 @@ def stored(made: tuple[Path, Scale], tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A copy of the references, to break."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("tokenbridge.reproduce.prediction_time_rows", quiet_times)
+    monkeypatch.setitem(recipes.SCALES, "tiny", made[1])
     return shutil.copytree(made[0], tmp_path / "reference_results")
 
 
@@ -128,11 +153,16 @@ def test_nothing_broken_is_green(stored: Path, scale: Scale, tmp_path: Path, mon
     assert [part.name for part in parts] == list(gate.PARTS)
     for part in parts:
         assert part.verdict == "pass", part
-    rows = read(stored / "mini" / "results.json").rows
+    rows = read(stored / "tiny" / "results.json").rows
     assert {row.id for row in rows} <= {check.name for check in parts[1].checks}
     assert {check.name for check in parts[1].checks if check.verdict == "skipped"} == {r.id for r in rows if r.not_run}
     assert [check.name for check in parts[2].checks] == ["tokenbridge-64"]
+    assert {check.name: check.why.split(",")[0] for check in parts[3].checks} == {
+        "counted/tokenbridge-l": "reproduced",
+        "trend/ptq-beats-vq": "reproduced",
+    }
     assert gate.exit_code(parts) == 0
+    assert "trend/ptq-beats-vq" in (tmp_path / "out" / "audit" / "index.html").read_text()
 
 
 def test_a_changed_codebook_value_is_red(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +206,9 @@ def test_a_changed_seed_is_red(stored: Path, scale: Scale, tmp_path: Path, monke
         return original(seed + 1, *arguments)
 
     monkeypatch.setattr("tokenbridge.reproduce.image_noise", other)
-    assert bad(gate.tokens(scale, stored / "mini")) == {"tokenbridge-64"}
+    assert bad(gate.tokens(scale, stored / "tiny")) == {"tokenbridge-64"}
     monkeypatch.setattr(sampling, "image_noise", other)
-    failed = bad(gate.tiny(scale, stored / "mini", tmp_path / "out"))
+    failed = bad(gate.tiny(scale, stored / "tiny", tmp_path / "out"))
     assert {"table2a/autoregressive", "table3/tokenbridge"} <= failed
     assert not any(name.startswith("table1") for name in failed)  # nothing is drawn there
 
@@ -211,11 +241,11 @@ def test_a_tampered_result_is_red(
     failed: str,
 ) -> None:
     """By measuring again, whatever a file says of its own integrity."""
-    value = read(stored / "mini" / "results.json").model_dump()
+    value = read(stored / "tiny" / "results.json").model_dump()
     change(value)
     forged = Results.model_validate(value)
     monkeypatch.setattr(results, "read", lambda path: forged)
-    found = bad(gate.tiny(scale, stored / "mini", tmp_path / "out", quick=True))
+    found = bad(gate.tiny(scale, stored / "tiny", tmp_path / "out", quick=True))
     assert any(name.startswith(failed) for name in found)
     assert all(name.startswith((failed, "stored trends")) for name in found)  # a trend may rest on the number
 
@@ -227,7 +257,7 @@ def test_a_tampered_result_is_red(
 def test_a_damaged_result_is_red(
     stored: Path, scale: Scale, tmp_path: Path, change: Callable[[str], str], why: str
 ) -> None:
-    file = stored / "mini" / "results.json"
+    file = stored / "tiny" / "results.json"
     text = file.read_text()
     assert change(text) != text
     file.write_text(change(text))
@@ -237,12 +267,56 @@ def test_a_damaged_result_is_red(
     assert gate.exit_code([part]) == 2
 
 
+def test_a_verdict_that_turns_is_red(stored: Path, tmp_path: Path) -> None:
+    """The parameters of a model are counted from the code; a trend follows from rows."""
+    assert bad(gate.audit(stored, tmp_path / "out")) == set()
+    ledger = stored / "paper" / "claims.yaml"
+    ledger.write_text(ledger.read_text().replace("486889472", "486889473"))
+    (check,) = (check for check in gate.audit(stored, tmp_path / "out") if check.verdict == "fail")
+    assert check.name == "counted/tokenbridge-l"
+    assert check.why.startswith("not reproduced, stored is reproduced: ")
+
+
+def test_the_audit_judges_what_was_measured_now(
+    stored: Path, scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate that measures audits those results, with `--quick` the stored ones; a tampered file is refused."""
+
+    def worse(reference: Results) -> list[Row]:
+        """Swap what the two tokenizers lose."""
+        rows = {row.id: row for row in reference.rows}
+        vq, ptq = rows["table1a/vq"], rows["table1a/ptq-64"]
+        rows |= {
+            vq.id: vq.model_copy(update={"metrics": ptq.metrics}),
+            ptq.id: ptq.model_copy(update={"metrics": vq.metrics}),
+        }
+        return list(rows.values())
+
+    def measured(*arguments: Any, out: Path, **options: Any) -> tuple[Results, None]:
+        stored_results = read(stored / "tiny" / "results.json")
+        rows = worse(stored_results)
+        done = stored_results.model_copy(update={"rows": rows, "trends": trends(rows)})
+        results.write(out / "results.json", done)
+        return done, None
+
+    monkeypatch.setattr(gate, "reproduce", measured)
+    parts = gate.run_gate(scale, stored, tmp_path / "out", parts=["tiny", "audit"])
+    assert "trend/ptq-beats-vq" in bad(list(parts[1].checks))
+    quick = gate.run_gate(scale, stored, tmp_path / "quick", parts=["audit"], quick=True)
+    assert gate.exit_code(quick) == 0
+    file = stored / "tiny" / "results.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    (part,) = gate.run_gate(scale, stored, tmp_path / "quick", parts=["audit"], quick=True)
+    assert part.verdict == "not run"
+    assert "was changed after" in part.why
+
+
 def test_tampered_tokens_are_red(stored: Path, scale: Scale) -> None:
-    tokens = stored / "mini" / "tokens.json"
+    tokens = stored / "tiny" / "tokens.json"
     edit(tokens, lambda file: file["tokenbridge-64"].__setitem__(slice(3), file["tokenbridge-64"][3:6]))
-    assert bad(gate.tokens(scale, stored / "mini")) == {"tokenbridge-64"}
+    assert bad(gate.tokens(scale, stored / "tiny")) == {"tokenbridge-64"}
     edit(tokens, lambda file: file.update(givt=[[0.5]]))
-    assert bad(gate.tokens(scale, stored / "mini")) == {"tokenbridge-64", "givt"}
+    assert bad(gate.tokens(scale, stored / "tiny")) == {"tokenbridge-64", "givt"}
 
 
 def test_share_of_equal_tokens_and_latents() -> None:
@@ -334,7 +408,7 @@ def test_what_cannot_be_run_is_told_from_what_fails(
     stored: Path, scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Run
 ) -> None:
     monkeypatch.setitem(recipes.SCALES, "tiny", scale)
-    (stored / "mini" / "tokens.json").unlink()
+    (stored / "tiny" / "tokens.json").unlink()
     arguments = ["--references", stored, "--out", tmp_path / "out"]
     code, out, _ = run_command("gate", "tokens", *arguments)
     assert code == 2
@@ -413,13 +487,14 @@ def test_update_shows_what_differs_and_writes_nothing(stored: Path, scale: Scale
 def test_update_replaces_and_records(
     stored: Path, scale: Scale, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = read(stored / "mini" / "results.json")
+    before = read(stored / "tiny" / "results.json")
     old = before.rows[0].metrics["PSNR"]
     better = before.rows[0].model_copy(update={"metrics": {**before.rows[0].metrics, "PSNR": 30.0}})
-    measured = before.model_copy(update={"rows": [better, *before.rows[1:]]})
+    rows = [better, *before.rows[1:]]
+    measured = before.model_copy(update={"rows": rows, "trends": trends(rows)})
 
     def changed(*arguments: Any, out: Path, **options: Any) -> tuple[Results, None]:
-        shutil.copytree(stored / "mini", out, ignore=shutil.ignore_patterns("weights"))
+        shutil.copytree(stored / "tiny", out, ignore=shutil.ignore_patterns("weights"))
         results.write(out / "results.json", measured)
         edit(out / "tokens.json", lambda file: file["tokenbridge-64"].__setitem__(0, file["tokenbridge-64"][1]))
         return measured, None
@@ -428,10 +503,11 @@ def test_update_replaces_and_records(
     files = contents(stored)
     references.update(scale, stored, tmp_path / "out", why="a better autoencoder", source=source)
     after = contents(stored)
-    names = {"mini/results.json", "mini/tokens.json", "mini/tables.md", "benchmarks/ratios.json", "CHANGES.md"}
+    names = {"tiny/results.json", "tiny/tokens.json", "tiny/tables.md", "benchmarks/ratios.json", "CHANGES.md"}
+    assert after["paper/expected.json"] == files["paper/expected.json"]  # the verdicts are the same
     assert {name for name in after if after[name] != files.get(name)} == names
     assert files.keys() <= after.keys()
-    assert json.loads(after["mini/results.json"])["rows"][0]["metrics"]["PSNR"] == 30.0
+    assert json.loads(after["tiny/results.json"])["rows"][0]["metrics"]["PSNR"] == 30.0
     record = after["CHANGES.md"].decode()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True).stdout.strip()
     assert f"Ada <ada@example.org>, measured at commit {commit}: a better autoencoder" in record
@@ -526,4 +602,4 @@ def test_the_workflow_runs_what_there_is() -> None:
     assert launcher.removesuffix("/bin/nox") in (ROOT / first).read_text()  # made by the first
     assert "def gate(session: nox.Session)" in (ROOT / "noxfile.py").read_text()
     (upload,) = [step["with"]["path"].split() for step in steps if "upload" in step.get("uses", "")]
-    assert "runs/gate/junit.xml" in upload
+    assert upload == ["runs/gate/junit.xml", "runs/gate/audit/"]

@@ -670,12 +670,23 @@ def write_expected(path: Path | str, audit: Audit, reason: str) -> None:
     write_json(path, {"schema_version": EXPECTED_SCHEMA, "verdicts": entries})
 
 
+def expected_verdict(id_: str, expected: Mapping[str, Expected]) -> Verdict:
+    """Return the stored verdict of a claim.
+
+    A claim without one is expected not to have run, so that a new one fails only if it is contradicted.
+    """
+    return expected[id_].verdict if id_ in expected else "not run"
+
+
+def is_worse(verdict: Verdict, stored: Verdict) -> bool:
+    """Whether a verdict is worse than the stored one."""
+    return RANK[verdict] > RANK[stored]
+
+
 def gate_failures(
     findings: Iterable[Finding], expected: Mapping[str, Expected], fail_on: Collection[str], *, whole: bool = True
 ) -> list[str]:
     """Return what fails the gate, a sentence each.
-
-    A claim without a stored verdict is expected not to have run, so that a new one fails only if it is contradicted.
 
     Args:
         findings: of an audit.
@@ -686,8 +697,8 @@ def gate_failures(
     failures: dict[str, str] = {}
     for finding in findings:
         id_, verdict = finding.claim.id, finding.verdict
-        stored: Verdict = expected[id_].verdict if id_ in expected else "not run"
-        if WORSE in fail_on and RANK[verdict] > RANK[stored]:
+        stored = expected_verdict(id_, expected)
+        if WORSE in fail_on and is_worse(verdict, stored):
             failures[id_] = f"{id_} is {verdict}, stored is {stored}: {finding.why}"
         elif verdict in fail_on:
             failures[id_] = f"{id_} is {verdict}: {finding.why}"

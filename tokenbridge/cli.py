@@ -853,7 +853,7 @@ def _run_self(arguments: Sequence[str]) -> int:
 def gate(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="goldens, tiny, tokens, benchmarks; all by default.", show_default=False),
+        typer.Argument(help="goldens, tiny, tokens, audit, benchmarks; all by default.", show_default=False),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out sampling in `tiny`, and the benchmarks.")] = False,
     references: Annotated[Path | None, typer.Option(help="What is compared with; the shipped ones by default.")] = None,
@@ -872,7 +872,7 @@ def gate(
 @app.command()
 def update_references(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="tiny, benchmarks; all by default.", show_default=False)
+        list[str] | None, typer.Argument(help="tiny, verdicts, benchmarks; all by default.", show_default=False)
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Replace the stored references by the measured ones.")] = False,
     why: Annotated[str, typer.Option(help="Why they change; asked for by --write.")] = "",

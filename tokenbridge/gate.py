@@ -1,4 +1,4 @@
-"""The regression gate: does this code still give the golden cases, the stored results, tokens and speed ratios?
+"""The regression gate: does this code still give the golden cases, the stored results, tokens, verdicts, speed ratios?
 
 Every part is a list of checks. A check that fails says what changed; one that could not be run says what is missing.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenbridge import conformance, ratios, results
+from tokenbridge.audit import WORSE, expected_verdict, gate_failures, is_worse, read_expected
+from tokenbridge.audit import audit as run_audit
+from tokenbridge.audit_report import write_report
 from tokenbridge.data import load_images
 from tokenbridge.files import sha256_of, write_text
 from tokenbridge.provenance import hash_of_dataset
@@ -27,6 +31,7 @@ from tokenbridge.reproduce import golden_tokens, open_bench, reconstruction_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from tokenbridge.audit import Audit, Expected
     from tokenbridge.recipes import Scale
     from tokenbridge.results import Results, Row
 
@@ -202,6 +207,45 @@ def share_equal(first: list[Any], second: list[Any]) -> float:
     return same.double().mean().item()
 
 
+def audit(folder: Path | str, out: Path | str, own: Path | None = None) -> list[Check]:
+    """Judge every published claim, and compare its verdict with the stored one; one check a claim.
+
+    Writes the audit's page, Markdown, JSON and JUnit XML.
+
+    Args:
+        folder: the references, with the claims and stored verdicts in `paper/`.
+        out: folder for the audit's files.
+        own: folder of tiny results that stand in for the stored ones.
+
+    Raises:
+        ValueError: a result file is refused, or there are no stored verdicts.
+    """
+    folder = Path(folder)
+    expected = read_expected(folder / "paper" / "expected.json")
+    done = audit_of(folder, own)
+    write_report(done, out, reference=folder, runs=own)
+    return verdict_checks(done, expected)
+
+
+def audit_of(folder: Path, own: Path | None, fail_on: Sequence[str] = (WORSE,)) -> Audit:
+    """Audit the references, `own` tiny results in the place of theirs, and no other run that lies about."""
+    with tempfile.TemporaryDirectory() as no_runs:
+        given = [] if own is None else [own / "results.json"]
+        return run_audit(given, shipped=folder, runs=no_runs, fail_on=fail_on)
+
+
+def verdict_checks(done: Audit, expected: Mapping[str, Expected]) -> list[Check]:
+    """Compare an audit's verdicts with the stored ones, and pass on what else fails it."""
+    checks = []
+    for finding in done.findings:
+        stored = expected_verdict(finding.claim.id, expected)
+        why = f"{finding.verdict}, stored is {stored}: {finding.why}"
+        checks.append(Check(finding.claim.id, "fail" if is_worse(finding.verdict, stored) else "pass", why))
+    of_claims = gate_failures(done.findings, expected, (WORSE,), whole=False)
+    others = [failure for failure in done.failures if failure not in of_claims]
+    return checks + [Check(f"other {number}", "fail", why) for number, why in enumerate(others, start=1)]
+
+
 def benchmarks(path: Path | str, root: Path = ratios.ROOT) -> list[Check]:
     """Measure the benchmarks' ratios, those that fall behind the stored ones again.
 
@@ -229,7 +273,7 @@ def benchmarks(path: Path | str, root: Path = ratios.ROOT) -> list[Check]:
 
 # ----------------------------------------------------------------------------------------------------- gate
 
-PARTS = ("goldens", "tiny", "tokens", "benchmarks")
+PARTS = ("goldens", "tiny", "tokens", "audit", "benchmarks")
 SLOW = ("benchmarks",)  # skipped by --quick, which also keeps `tiny` to reconstruction
 
 
@@ -256,13 +300,20 @@ def run_gate(
     references, out = Path(references), Path(out)
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f"The gate has no part {', '.join(unknown)}; it has {', '.join(PARTS)}.")
+    done: list[Part] = []
+
+    def own() -> Path | None:
+        """Return the folder of what the part `tiny` measured just now; an older one tells nothing of this code."""
+        ran = any(part.name == "tiny" and part.verdict != "not run" for part in done)
+        return out / scale.name if ran and not quick else None
+
     functions: dict[str, Callable[[], list[Check]]] = {
         "goldens": lambda: goldens([references / "goldens"]),
         "tiny": lambda: tiny(scale, references / scale.name, out / scale.name, quick=quick),
         "tokens": lambda: tokens(scale, references / scale.name),
+        "audit": lambda: audit(references, out / "audit", own()),
         "benchmarks": lambda: benchmarks(references / "benchmarks" / "ratios.json"),
     }
-    done = []
     for name in PARTS:
         if name not in parts:
             continue

@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenbridge import gate, ratios, results
+from tokenbridge.audit import is_worse, read_expected, write_expected
 from tokenbridge.files import replacing_folder, write_text
 from tokenbridge.reproduce import reproduce
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from tokenbridge.audit import Audit, Expected
     from tokenbridge.ratios import Ratios
     from tokenbridge.recipes import Scale
     from tokenbridge.results import Results
 
-PARTS = ("tiny", "benchmarks")
+PARTS = ("tiny", "verdicts", "benchmarks")
+EXPECTED = "paper/expected.json"
 RECORD = "CHANGES.md"
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("what", "stored", "measured", "")
@@ -51,7 +54,7 @@ def update(
         folder: the references, `reference_results/`.
         out: folder for what is measured.
         parts: which of `PARTS`.
-        why: the reason, for the record; None writes nothing.
+        why: the reason, for the record, and of claims that are newly not reproduced; None writes nothing.
         source: checkout of the code that measures.
 
     Raises:
@@ -69,6 +72,11 @@ def update(
         made, changed = _measure_tiny(scale, folder / scale.name, out / scale.name)
         fresh |= {f"{scale.name}/{path.name}": path for path in made}
         changes += changed
+    audit = None
+    if "verdicts" in parts:
+        audit = gate.audit_of(folder, out / scale.name if "tiny" in parts else None, fail_on=())
+        expected = read_expected(folder / EXPECTED) if (folder / EXPECTED).is_file() else {}
+        changes += verdict_changes(audit, expected)
     if "benchmarks" in parts:
         name = "benchmarks/ratios.json"
         measured = functools.reduce(ratios.merge, (ratios.measure() for _ in range(ratios.NUM_RUNS)))
@@ -87,6 +95,8 @@ def update(
             for name, path in fresh.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, new / name)
+            if audit is not None:
+                write_expected(new / EXPECTED, audit, why.strip())
             before = (new / RECORD).read_text(encoding="utf-8") if (new / RECORD).is_file() else _TITLE
             write_text(new / RECORD, before + record)
     return changes
@@ -178,6 +188,18 @@ def ratio_changes(measured: Ratios, stored: Ratios | None) -> list[Change]:
         kept = ratios.compare(after, before)[0] and ratios.compare(before, after)[0]  # neither lost nor won much
         changes.append((name, words[0], words[1], _word(kept)))
     return changes
+
+
+def verdict_changes(audit: Audit, expected: Mapping[str, Expected]) -> Iterator[Change]:
+    """Yield every claim whose verdict is not the stored one."""
+    for finding in audit.findings:
+        id_, verdict = finding.claim.id, finding.verdict
+        if id_ not in expected:
+            yield id_, "–", verdict, "changed"
+        elif (stored := expected[id_].verdict) != verdict:
+            yield id_, stored, verdict, "worse" if is_worse(verdict, stored) else "changed"
+    for id_ in sorted(expected.keys() - {finding.claim.id for finding in audit.findings}):
+        yield id_, expected[id_].verdict, "–", "changed"
 
 
 def _presence(before: bool, after: bool) -> tuple[str, str]:
