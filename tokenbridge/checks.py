@@ -16,6 +16,7 @@ from torch import nn
 
 from tokenbridge.givt_official import create_givt_vae
 from tokenbridge.heads import ARHead, HeadConfig
+from tokenbridge.llamagen import SIZES, LlamaGen
 from tokenbridge.llamagen_vq import create_vq
 from tokenbridge.official import create_kl16
 from tokenbridge.presets import PRESETS, build_preset
@@ -87,8 +88,7 @@ def count_grouped_head(per_group: int, *, depth: int) -> float:
 
 def count_backbone() -> float:
     """Return the parameters of TokenBridge-B without its head, which table 2d calls the 172M backbone."""
-    model = build_preset(all_presets()["tokenbridge-b"][0].model_class, PRESETS["tokenbridge-b"])
-    return count(model) - count(model.get_submodule("head"))
+    return _size("tokenbridge-b") - _size("tokenbridge-b", "head")
 
 
 def distortion(num_levels: int, value_range: float) -> float:
@@ -98,9 +98,20 @@ def distortion(num_levels: int, value_range: float) -> float:
     return measure_distortion(gaussian_quantizer(num_levels, value_range=value_range), values.float()).relative_mse
 
 
-def _size(name: str) -> float:
+def _size(name: str, part: str | None = None) -> float:
     kind, preset = all_presets()[name]
-    return count(build_preset(kind.model_class, preset))
+    model = build_preset(kind.model_class, preset)
+    return count(model if part is None else model.get_submodule(part))
+
+
+def _size_of_part(create: Callable[[], nn.Module], part: str) -> float:
+    with torch.device("meta"):
+        return count(create().get_submodule(part))
+
+
+def _size_of_xxxl() -> float:
+    with torch.device("meta"):
+        return count(LlamaGen(**SIZES["GPT-XXXL"]))
 
 
 def _width(name: str) -> float:
@@ -118,18 +129,20 @@ def _range_order() -> bool:
 
 _PUBLISHED = ("tokenbridge-l", "tokenbridge-h")
 CHECKS: dict[str, Check] = {
+    **{f"parameters/{name}": Check(f"parameters of {name}", partial(_size, name)) for name in all_presets()},
     **{
-        f"parameters/{name}": Check(f"parameters of {name}", partial(lambda k, p: count(build_preset(k, p)), *entry))
-        for name, (kind, preset) in all_presets().items()
-        for entry in [(kind.model_class, preset)]
+        f"parameters/{name}-head": Check(f"head of {name}", partial(_size, name, "head"))
+        for name in ("tokenbridge-b", "tokenbridge-l", "tokenbridge-h", "mar-b", "mar-l", "mar-h")
     },
+    **{
+        f"parameters/{name}-{part}": Check(f"{part} of {name}", partial(_size_of_part, create, part))
+        for name, create in (("kl16", create_kl16), ("givt-vae", create_givt_vae))
+        for part in ("encoder", "decoder")
+    },
+    "parameters/llamagen-xxxl": Check("LlamaGen's GPT-XXXL, of which no weights were published", _size_of_xxxl),
     "parameters/kl16": Check("parameters of the KL-16 VAE", lambda: count(create_kl16())),
     "parameters/llamagen-vq16": Check("parameters of VQ-16", lambda: count(create_vq("llamagen-vq16"))),
     "parameters/givt-vae": Check("parameters of GIVT's VAE", lambda: count(create_givt_vae())),
-    "parameters/tokenbridge-l-head": Check("head of TokenBridge-L", lambda: count_head(1024, 4, "all")),
-    "parameters/tokenbridge-h-head": Check(
-        "head of TokenBridge-H", lambda: count_head(1024, 6, "all", context_width=1280)
-    ),
     "parameters/tokenbridge-b-backbone": Check("TokenBridge-B without its head", count_backbone),
     **{
         f"head/{width}x{depth}/{rule}": Check(
