@@ -204,11 +204,5 @@ CHECKS: dict[str, Check] = {
         )
         for levels in (8, 16, 32, 64)
     },
-    **{
-        f"distortion/range-{value_range}": Check(
-            f"MSE on N(0, 1), 64 levels, range {value_range}", partial(distortion, 64, float(value_range))
-        )
-        for value_range in (2, 3, 4, 5)
-    },
 }
 """All checks by name."""
