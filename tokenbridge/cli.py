@@ -131,10 +131,14 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
     console.print(f"{summary}. Tables and pictures are in {out}/.", highlight=False, markup=False)
 
 
+_NUMERIC = "–-+.0123456789"  # what the cells of a column of numbers start with
+
+
 def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        numbers = i > 0 and all(line[i][:1] in _NUMERIC for line in body)  # "" is in every text
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for line in body:
         table.add_row(*line)
     # Not cut to 80 columns where the output goes to a file or a log.
@@ -757,7 +761,7 @@ def _print_table_plans(planned: Sequence[Mapping[str, Any]]) -> None:
     body = []
     for entry in planned:
         plan = entry.get("plan", {})
-        hours = f"{plan['estimated_hours_at_least']:,}" if "estimated_hours_at_least" in plan else "–"
+        hours = f"{plan['estimated_hours_at_least']:,.0f}" if "estimated_hours_at_least" in plan else "–"
         total = plan.get("tflop_per_image", {}).get("total")
         body.append([entry["id"], "–" if total is None else f"{total:.4g}", hours, escape(entry["not_run"] or "ready")])
     _print_table("Plan: tables 1 and 3", ["", "TFLOP an image", "hours at least", ""], body)

@@ -5,6 +5,7 @@ Operations are counted by `flop.py`.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Sequence
@@ -147,6 +148,7 @@ def plan_run(
     )
 
 
+@functools.cache  # the plans of one command are compared with each other
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations per second of a large square matrix product: the best of a few, after a warm-up."""
     size = 8192 if device.type == "cuda" else 1024
