@@ -214,11 +214,18 @@ def signed(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return edit(sign)
 
 
+def into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cut off"),
     "empty": (lambda path: path.write_bytes(b""), "cut off"),
     "binary": (lambda path: path.write_bytes(b"\xff\xfe\x00"), "cut off"),
-    "list": (lambda path: path.write_text("[]"), SCHEMA),
+    "endless brackets": (lambda path: path.write_text("[" * 100_000), "cut off"),
+    "folder": (into_folder, "is a folder"),
+    "list": (lambda path: path.write_text("[]"), "file: all of it: "),
     "missing file": (lambda path: path.unlink(), "no result file"),
     "NaN": (edit(lambda v: v["rows"][0]["metrics"].update(PSNR=math.nan)), "rows.0.metrics.PSNR"),
     "infinity": (edit(lambda v: v["rows"][0]["metrics"].update(PSNR=math.inf)), "rows.0.metrics.PSNR"),

@@ -135,7 +135,7 @@ _NUMERIC = "–-+.0123456789"  # what the cells of a column of numbers start wit
 
 
 def _print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(header))
     for i, name in enumerate(header):
         numbers = i > 0 and all(line[i][:1] in _NUMERIC for line in body)  # "" is in every text
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")

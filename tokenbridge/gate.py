@@ -193,7 +193,7 @@ def read_tokens(path: Path | str) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"There are no stored tokens {path}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON (cut off?): {error}.") from error
     return found
 

@@ -246,8 +246,8 @@ def read(path: Path | str) -> Results:
     """Read a result file.
 
     Raises:
-        ValueError: it is not there, truncated, of another schema, changed after it was written, holds NaN or infinite
-            metrics or unknown ones, or has a row twice.
+        ValueError: it is not there, a folder, truncated, of another schema, changed after it was written, holds NaN or
+            infinite metrics or unknown ones, or has a row twice.
     """
     path = Path(path)
     try:
@@ -257,11 +257,13 @@ def read(path: Path | str) -> Results:
         found = digest_of(value)
     except FileNotFoundError as error:
         raise ValueError(f"There is no result file {path}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; name a result file (results.json) in it.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON (cut off?): {error}.") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "all of it"
         raise ValueError(f"{path} is no {SCHEMA} file: {where}: {first['msg']}.") from error
     except ValueError as error:
         raise ValueError(f"{path} holds a number that is NaN or infinite.") from error
