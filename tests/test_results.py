@@ -245,6 +245,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no digest": (edit(lambda v: v.pop("sha256")), "no digest"),
     "NaN in the settings": (edit(lambda v: v["provenance"]["settings"].update(x=math.nan)), "NaN or infinite"),
     "unknown metric": (signed(lambda v: v["rows"][0]["metrics"].update(beauty=1.0)), "unknown metric 'beauty'"),
+    "negative PSNR": (signed(lambda v: v["rows"][0]["metrics"].update(PSNR=-3.0)), "PSNR -3, which no measurement"),
+    "precision above 1": (
+        signed(lambda v: v["rows"][0]["metrics"].update(precision=1.01)),
+        "precision 1.01, which no measurement",
+    ),
+    "IS below 1": (signed(lambda v: v["rows"][0]["metrics"].update(IS=0.5)), "IS 0.5, which no measurement"),
     "row twice": (signed(lambda v: v["rows"].append(v["rows"][0])), "rows twice: table1a/vae"),
     "other relation": (edit(lambda v: v["trends"][0].update(relation="=")), "trends.0.relation"),
 }
