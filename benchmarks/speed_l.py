@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -33,11 +33,11 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.flops import fast_head, fast_step, image_cost, reference_head, reference_step
 from benchmarks.reference import Reference, draw, reference_of
 from benchmarks.steps import Step, official_arguments, to_device
 from tokenbridge import provenance
 from tokenbridge.files import reference_folder, write_json, write_text
+from tokenbridge.flop import backbone_flop, head_flop
 from tokenbridge.generator import TokenBridge
 from tokenbridge.golden import RULE, rule_state
 from tokenbridge.heads import ARHead
@@ -256,13 +256,25 @@ class Row:
         }
 
 
+def flop_of_iterations(model: Mapping[str, Any], num_iterations: int, *, guided: bool) -> dict[str, list[float]]:
+    """Count every iteration of an image, both ways; decoding of its latents is not timed and not counted."""
+
+    def count(num_masked: int, num_asked: int, *, official: bool) -> float:
+        backbone = backbone_flop(model, num_masked, num_asked, guided=guided, official=official)
+        return sum(backbone.values()) + num_asked * head_flop(model, official=official)
+
+    length = model["latent_size"] ** 2
+    pairs = list(itertools.pairwise([length, *masked_counts(length, num_iterations)]))
+    ways = {"fast": False, "reference": True}
+    return {name: [count(a, a - b, official=official) for a, b in pairs] for name, official in ways.items()}
+
+
+def _flop(setting: Setting, num_iterations: int) -> dict[str, list[float]]:
+    return flop_of_iterations(setting.fast.config, num_iterations, guided=setting.config.guidance_scale != 1)
+
+
 def _tflop(setting: Setting, num_iterations: int) -> dict[str, float]:
-    guided = setting.config.guidance_scale != 1
-    costs = {
-        name: image_cost(setting.fast, num_iterations, guided=guided, fast=name == "fast").total * len(setting.labels)
-        for name in ("fast", "reference")
-    }
-    return {name: cost / 1e12 for name, cost in costs.items()}
+    return {k: sum(v) * len(setting.labels) / 1e12 for k, v in _flop(setting, num_iterations).items()}
 
 
 def time_whole(setting: Setting, num_iterations: int, rounds: int, *, warm_up: bool) -> Row:
@@ -282,12 +294,7 @@ def time_whole(setting: Setting, num_iterations: int, rounds: int, *, warm_up: b
 
 def time_extrapolated(setting: Setting, num_iterations: int, num_points: int, rounds: int) -> Row:
     """Time some iterations of a run, and extrapolate to all; the first pass over them warms up."""
-    guided = setting.config.guidance_scale != 1
-    counts = [setting.fast.num_positions, *masked_counts(setting.fast.num_positions, num_iterations)]
-    flop = {
-        name: [cost(setting.fast, a, b, guided=guided).total for a, b in itertools.pairwise(counts)]
-        for name, cost in (("fast", fast_step), ("reference", reference_step))
-    }
+    flop = _flop(setting, num_iterations)
     numbers = sorted({round(x) for x in np.linspace(0, num_iterations - 1, num_points)})
     steps = [setting.step(num_iterations, number) for number in numbers]
     variants = [setting.variants(step.fast, step.plain) for step in steps]
@@ -330,8 +337,8 @@ def time_head(setting: Setting, num_positions: int, rounds: int) -> Row:
     in_turns(variants(max(1, num_positions // 16)), setting.device)
     seconds = [in_turns(variants(num_positions), setting.device) for _ in range(rounds)]
     tflop = {
-        "fast": fast_head(setting.fast, num_positions) / 1e12,
-        "reference": reference_head(setting.fast, num_positions) / 1e12,
+        name: num_positions * head_flop(setting.fast.config, official=name == "reference") / 1e12
+        for name in ("fast", "reference")
     }
     return Row("head", None, num_positions, seconds, tflop)
 

@@ -65,7 +65,7 @@ def test_tokenbridge(guidance_scale: float, position_order: Any, changes: dict[s
         generate_tokens(model, LABEL, sampling, noise)
     ours = tokenbridge_flop({**TINY, **changes}, sampling, SMALL_VAE)
     assert without_decoder(ours) == counter.get_total_flops()
-    other = tokenbridge_flop({**TINY, **changes}, sampling, SMALL_VAE, skips_last_block=False)
+    other = tokenbridge_flop({**TINY, **changes}, sampling, SMALL_VAE, official_backbone=True)
     assert other["decoder"] > ours["decoder"]  # mutation: what the loop skips would be seen
 
 
@@ -123,7 +123,9 @@ TABLE = [
 def test_tokenbridge_of_published_size(num_iterations: int, caches_head: bool, expected: tuple[float, ...]) -> None:
     preset = PRESETS["tokenbridge-l"]
     sampling = replace(preset.sampling_config(), num_iterations=num_iterations)
-    counted = tokenbridge_flop(preset.model, sampling, create_kl16(), skips_last_block=False, caches_head=caches_head)
+    counted = tokenbridge_flop(
+        preset.model, sampling, create_kl16(), official_backbone=True, official_head=not caches_head
+    )
     tera = [count / 1e12 for count in counted.values()]
     places = (1, 1, 2, 2, 1)  # as many as the table gives
     assert [round(n, p) for n, p in zip([*tera, sum(tera)], places, strict=True)] == list(expected)

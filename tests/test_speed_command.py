@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from benchmarks import speed_l as s
-from benchmarks.flops import fast_head, fast_step, image_cost, reference_head, reference_step
-from tokenbridge.presets import create_model
+from tokenbridge.presets import PRESETS
 from tokenbridge.sampling import SamplingConfig
 
 TINY = "tokenbridge-tiny"
@@ -42,25 +41,18 @@ def counted(function: Callable[[], object]) -> float:
 def test_counted_flop_of_a_step(setting: s.Setting, number: int, guidance_scale: float) -> None:
     config = SamplingConfig(guidance_scale=guidance_scale, guidance_schedule="constant")
     step = replace(setting, config=config).step(5, number)
-    counts = step.num_masked, step.num_masked_after
-    guided = guidance_scale != 1
-    assert counted(step.fast) == fast_step(setting.fast, *counts, guided=guided).total
-    assert counted(step.plain) == reference_step(setting.fast, *counts, guided=guided).total
-    assert counted(step.fast) != fast_step(setting.fast, *counts, guided=not guided).total
+    flop, other = (
+        s.flop_of_iterations(setting.fast.config, 5, guided=guided)
+        for guided in (guidance_scale != 1, guidance_scale == 1)
+    )
+    assert counted(step.fast) == flop["fast"][number] != other["fast"][number]
+    assert counted(step.plain) == flop["reference"][number] != other["reference"][number]
 
 
-def test_counted_flop_of_l() -> None:
-    """The issue's ceilings, and the costs of the notes in TFLOP (which round, and count a little differently)."""
-    model = create_model("tokenbridge-l")
-    plain = {n: image_cost(model, n, guided=True, fast=False) for n in (4, 64, 256)}
-    fast = {n: image_cost(model, n, guided=True, fast=True) for n in (4, 64, 256)}
-    assert plain[256].encoder / 1e12 == pytest.approx(40.9, rel=0.01)
-    assert plain[256].decoder / 1e12 == pytest.approx(69.6, rel=0.01)
-    assert plain[64].encoder / 1e12 == pytest.approx(8.3, rel=0.01)
-    assert plain[64].decoder / 1e12 == pytest.approx(17.4, rel=0.01)
-    assert reference_head(model, 256) / 1e12 == pytest.approx(5.41, rel=0.001)
-    assert fast_head(model, 256) / 1e12 == pytest.approx(0.64, rel=0.01)
-    ratios = {n: plain[n].total / fast[n].total for n in (4, 64)}
+def test_ceilings_of_l() -> None:
+    """The issue's: how many times as fast the package would be if both paths did as many operations a second."""
+    flop = {n: s.flop_of_iterations(PRESETS["tokenbridge-l"].model, n, guided=True) for n in (4, 64)}
+    ratios = {n: sum(both["reference"]) / sum(both["fast"]) for n, both in flop.items()}
     assert ratios == {4: pytest.approx(3.30, abs=0.01), 64: pytest.approx(1.22, abs=0.01)}
 
 

@@ -35,8 +35,8 @@ def tokenbridge_flop(
     sampling: SamplingConfig,
     vae: nn.Module,
     *,
-    skips_last_block: bool = True,
-    caches_head: bool = True,
+    official_backbone: bool = False,
+    official_head: bool = False,
 ) -> FLOP:
     """Count the operations of one image, by part.
 
@@ -44,14 +44,11 @@ def tokenbridge_flop(
         model: keyword arguments of `TokenBridge`, with all the sizes of a preset.
         sampling: guidance other than 1 doubles encoder and decoder; the head runs once all the same.
         vae: on the meta device.
-        skips_last_block: the last decoder block runs for predicted positions only, as `sampling` does; False counts it
-            for all, as the official code runs it.
-        caches_head: keys and values of earlier channels are kept, as `sampling` does; False counts the official
-            head, which runs the whole prefix again for every channel.
+        official_backbone: count what the official code runs; see `backbone_flop`.
+        official_head: likewise; see `head_flop`.
     """
-    ratio = model.get("mlp_ratio", HeadConfig.mlp_ratio)
-    backbone, num_predicted = _backbone(model, sampling, ratio, skips_last_block=skips_last_block)
-    head = _head(model, model.get("decoder_width") or model["width"], ratio, caches=caches_head)
+    backbone, num_predicted = _all_iterations(model, sampling, official=official_backbone)
+    head = head_flop(model, official=official_head)
     return {**backbone, "head": num_predicted * head, "VAE decoder": decoder_flop(vae, model["latent_size"])}
 
 
@@ -61,7 +58,7 @@ def mar_flop(model: Mapping[str, Any], sampling: MarSamplingConfig, vae: nn.Modu
     Under guidance the diffusion head runs for both halves, once for every diffusion step. The timesteps are embedded
     once a pass for all positions (the official code embeds them for every position).
     """
-    backbone, num_predicted = _backbone(model, sampling, model.get("mlp_ratio", 4.0), skips_last_block=True)
+    backbone, num_predicted = _all_iterations(model, sampling)
     width, channels = model["head_width"], model["num_channels"] * model.get("patch_size", 1) ** 2
     num_steps = len(spaced_timesteps(sampling.num_diffusion_steps))
     step = 2 * width * (channels + 5 * width * model["head_depth"] + 2 * width + 2 * channels)
@@ -124,29 +121,68 @@ def decoder_flop(decoder: Any, latent_size: int) -> float:
     return float(counter.get_total_flops())
 
 
-def _backbone(
-    model: Mapping[str, Any], sampling: MaskedSamplingConfig, ratio: float, *, skips_last_block: bool
-) -> tuple[FLOP, float]:
-    """Count encoder and decoder of an image, and the positions that are predicted on the way."""
-    patch_size = model.get("patch_size", 1)
+def backbone_flop(
+    model: Mapping[str, Any], num_masked: int, num_asked: int, *, guided: bool, official: bool = False
+) -> FLOP:
+    """Count encoder and decoder of one iteration of masked sampling, for one image.
+
+    Args:
+        model: keyword arguments of `TokenBridge` or `MAR`.
+        num_masked: positions that are masked before the iteration.
+        num_asked: positions whose context vectors are asked for.
+        guided: with a second pass, without class.
+        official: the official code embeds masked positions too, and runs the last decoder block for all positions.
+    """
+    patch_size, ratio = model.get("patch_size", 1), model.get("mlp_ratio", HeadConfig.mlp_ratio)
     length, channels = (model["latent_size"] // patch_size) ** 2, model["num_channels"] * patch_size**2
     buffer, width = model["num_buffer"], model["width"]
     decoder_width = model.get("decoder_width") or width
+    seen, full = buffer + length - num_masked, buffer + length
+    encoder = 2 * channels * width * (length if official else length - num_masked)
+    encoder += model["encoder_depth"] * _block(width, ratio, seen, seen)
+    decoder = 2 * width * decoder_width * seen
+    decoder += (model["decoder_depth"] - 1) * _block(decoder_width, ratio, full, full)
+    decoder += _block(decoder_width, ratio, full, full if official else num_asked)
+    halves = 2 if guided else 1
+    return {"encoder": halves * encoder, "decoder": halves * decoder}
+
+
+def head_flop(model: Mapping[str, Any], *, official: bool = False) -> float:
+    """Count TokenBridge's head for one position.
+
+    Args:
+        model: keyword arguments of `TokenBridge`.
+        official: the official autoregressive head runs the whole prefix again for every channel.
+    """
+    channels, width, depth = model["num_channels"], model["head_width"], model["head_depth"]
+    ratio = model.get("mlp_ratio", HeadConfig.mlp_ratio)
+    conditions = 2 * width * (6 * depth + 2) * width  # modulation of all blocks and of the final layer, one channel
+    logits = 2 * width * model["num_levels"] * channels
+    project = 2 * (model.get("decoder_width") or model["width"]) * width
+    if model.get("head_type", "ar") == "parallel":
+        return project + channels * conditions + depth * _block(width, ratio, channels, channels) + logits
+    if official:
+        prefixes = range(1, channels + 1)
+        blocks = sum(_block(width, ratio, n, n) for n in prefixes)
+        return project + sum(prefixes) * conditions + depth * blocks + logits
+    elements = sum(_block(width, ratio, 1, 1) + 4 * i * width for i in range(channels))
+    return project + channels * conditions + depth * elements + logits
+
+
+def _all_iterations(
+    model: Mapping[str, Any], sampling: MaskedSamplingConfig, *, official: bool = False
+) -> tuple[FLOP, int]:
+    """Count encoder and decoder of an image, and the positions that are predicted on the way."""
     tries_all = isinstance(sampling, SamplingConfig) and sampling.position_order == "confidence"
-    encoder = decoder = num_predicted = 0.0
-    num_masked = length
-    for still_masked in masked_counts(length, sampling.num_iterations):
-        seen, asked = buffer + length - num_masked, num_masked - (0 if tries_all else still_masked)
-        encoder += 2 * channels * width * (length - num_masked)
-        encoder += model["encoder_depth"] * _block(width, ratio, seen, seen)
-        full = buffer + length
-        decoder += 2 * width * decoder_width * seen
-        decoder += (model["decoder_depth"] - 1) * _block(decoder_width, ratio, full, full)
-        decoder += _block(decoder_width, ratio, full, asked if skips_last_block else full)
-        num_predicted += asked
+    num_masked = (model["latent_size"] // model.get("patch_size", 1)) ** 2
+    total, num_predicted = {"encoder": 0.0, "decoder": 0.0}, 0
+    for still_masked in masked_counts(num_masked, sampling.num_iterations):
+        num_asked = num_masked if tries_all else num_masked - still_masked
+        one = backbone_flop(model, num_masked, num_asked, guided=sampling.guidance_scale != 1, official=official)
+        total = {part: total[part] + one[part] for part in total}
+        num_predicted += num_asked
         num_masked = still_masked
-    halves = 1 if sampling.guidance_scale == 1 else 2
-    return {"encoder": halves * encoder, "decoder": halves * decoder}, num_predicted
+    return total, num_predicted
 
 
 def _block(width: int, mlp_ratio: float, seen: int, asked: int) -> float:
@@ -155,19 +191,3 @@ def _block(width: int, mlp_ratio: float, seen: int, asked: int) -> float:
     query_output = 4 * width**2 * asked
     mlp = 4 * width * int(width * mlp_ratio) * asked
     return keys_values + query_output + mlp + 4 * asked * seen * width
-
-
-def _head(model: Mapping[str, Any], context_width: int, mlp_ratio: float, *, caches: bool) -> float:
-    """Count the head for one position."""
-    channels, width, depth = model["num_channels"], model["head_width"], model["head_depth"]
-    conditions = 2 * width * (6 * depth + 2) * width  # modulation of all blocks and of the final layer, one channel
-    logits = 2 * width * model["num_levels"] * channels
-    project = 2 * context_width * width
-    if model.get("head_type", "ar") == "parallel":
-        return project + channels * conditions + depth * _block(width, mlp_ratio, channels, channels) + logits
-    if caches:
-        elements = sum(_block(width, mlp_ratio, 1, 1) + 4 * i * width for i in range(channels))
-        return project + channels * conditions + depth * elements + logits
-    prefixes = range(1, channels + 1)
-    blocks = sum(_block(width, mlp_ratio, n, n) for n in prefixes)
-    return project + sum(prefixes) * conditions + depth * blocks + logits
