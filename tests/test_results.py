@@ -167,7 +167,8 @@ def test_metric_finds_labelled_names() -> None:
         assert metric(name) is METRICS[name]
         assert metric(f"{name}-digits") is METRICS[name]
     assert metric("FID-cleanfid-digits") is METRICS["FID-cleanfid"]
-    assert metric("FID-low-other-inception (1,000 images)") is METRICS["FID"]
+    assert metric("FID-low-other-inception (1,000 images)") is METRICS["FID-low"]
+    assert metric("FID-low").low < 0 == metric("FID-digits").low == metric("IS-std-digits").low
 
 
 @pytest.mark.parametrize("name", ["XYZ", "XYZ-digits", "", "fid", "XYZ (5 images)", "-FID"])

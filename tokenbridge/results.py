@@ -167,7 +167,7 @@ METRICS: dict[str, Metric] = {
     "speed-up": Metric(2, 0.5, 0.0, _RATIO),
     "against diffusion": Metric(2, 0.5, 0.0, _RATIO),
 }
-"""Metrics by name; `FID-digits`, `FID-low` or `FID (50 images)` are found by what they begin with. `-50K`: of 50,000
+"""Metrics by name; `FID-digits` or `FID (50 images)` are found by what they begin with. `-50K`: of 50,000
 images by the published Inception weights, against the paper."""
 
 
