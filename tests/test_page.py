@@ -260,7 +260,8 @@ def test_summary_says_what_was_not_measured() -> None:
     sentences = summary(make_audit().findings)
     assert sentences == [
         "Of 6 published numbers, 4 were measured for this audit: 2 at the paper's own scale (published weights, "
-        "ImageNet) and 2 by counting or arithmetic, which needs no trained weights.",
+        "ImageNet) and 2 by counting, arithmetic or comparison with the official code's settings, which needs no "
+        "trained weights.",
         "About the others nothing is said: 1 not run, 1 not applicable at this scale.",
         "1 claim in words was looked at with tiny models of digits: such a result supports a trend, never a number of "
         "the paper.",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 MEANINGS: dict[Verdict, str] = {
-    "reproduced": "measured here, and within the stated tolerance of the published value",
+    "reproduced": "measured, counted or compared with the official code here, and within the stated tolerance",
     "not reproduced": "measured here, and outside the tolerance",
     "within doubt": "measured here, but the interval of the measurement reaches across the edge of the tolerance",
     "not run": "something it needs is missing; the claim says what",
@@ -183,7 +183,7 @@ def summary(findings: Sequence[Finding]) -> list[str]:
     sentences = [
         f"Of {len(numbers)} published numbers, {len(done)} {_were(len(done))} measured for this audit: "
         f"{by_scale['paper']} at the paper's own scale (published weights, ImageNet) and {by_scale['counted']} by "
-        f"counting or arithmetic, which needs no trained weights."
+        f"counting, arithmetic or comparison with the official code's settings, which needs no trained weights."
     ]
     if left:
         kinds = [f"{left[verdict]} {verdict}" for verdict in VERDICTS if left[verdict]]
