@@ -80,6 +80,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scale]:
         for name in GOLDENS:
             (folder / "goldens").mkdir(parents=True, exist_ok=True)
             shutil.copy(SHIPPED / "goldens" / f"{name}.npz", folder / "goldens")
+        sums = (SHIPPED / "goldens" / "SHA256SUMS").read_text().splitlines(keepends=True)
+        (folder / "goldens" / "SHA256SUMS").write_text("".join(x for x in sums if Path(x.split()[1]).stem in GOLDENS))
         for name in MODELS:
             shutil.copytree(SHIPPED / "tiny" / "weights" / name, folder / "tiny" / "weights" / name)
         reproduce(
@@ -173,9 +175,17 @@ def test_a_changed_codebook_value_is_red(stored: Path, monkeypatch: pytest.Monke
         codebook[20] += 0.01 * (codebook[21] - codebook[20])
         original(self, codebook, **options)
 
-    assert bad(gate.goldens([stored / "goldens"])) == set()
+    assert bad(gate.goldens(stored / "goldens")) == set()
     monkeypatch.setattr(ScalarQuantizer, "__init__", changed)
-    assert bad(gate.goldens([stored / "goldens"])) == {"tokenbridge-quantizer-64"}
+    assert bad(gate.goldens(stored / "goldens")) == {"tokenbridge-quantizer-64"}
+
+
+def test_a_lost_or_exchanged_golden_is_red(stored: Path) -> None:
+    lost = stored / "goldens" / f"{GOLDENS[0]}.npz"
+    lost.unlink()
+    assert bad(gate.goldens(stored / "goldens")) == {GOLDENS[0]}
+    shutil.copy(stored / "goldens" / f"{GOLDENS[1]}.npz", lost)  # a case that passes, under another's name
+    assert bad(gate.goldens(stored / "goldens")) == {GOLDENS[0]}
 
 
 def test_a_swapped_modulation_is_red_end_to_end(stored: Path, tmp_path: Path) -> None:

@@ -80,12 +80,22 @@ class Part:
 # ---------------------------------------------------------------------------------------------------- parts
 
 
-def goldens(paths: Iterable[Path | str]) -> list[Check]:
-    """Run the official code's numeric cases; one check a file."""
-    checks = []
-    for report in conformance.run_files(paths):
+def goldens(folder: Path | str) -> list[Check]:
+    """Run the official code's numeric cases; one check a file, those of `SHA256SUMS` that are gone among them.
+
+    Raises:
+        FileNotFoundError: `SHA256SUMS`, which lists the cases, is missing.
+    """
+    lines = (Path(folder) / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    listed = {name: sha256 for sha256, name in (line.split() for line in lines)}
+    absent = [name for name in listed if not (Path(folder) / name).is_file()]
+    checks = [Check(Path(name).stem, "fail", "the file is gone; SHA256SUMS lists it") for name in absent]
+    for report in conformance.run_files([folder]):
         bad = [f"{outcome.name}: {outcome.reason}" for outcome in report.outcomes if outcome.verdict == "fail"]
-        checks.append(Check(Path(report.path).stem, "fail" if bad else "pass", "; ".join(bad)))
+        path = Path(report.path)
+        if path.is_file() and sha256_of(path) != listed.get(path.name):
+            bad.append("the file is not the one that SHA256SUMS lists")
+        checks.append(Check(path.stem, "fail" if bad else "pass", "; ".join(bad)))
     return checks
 
 
@@ -308,7 +318,7 @@ def run_gate(
         return out / scale.name if ran and not quick else None
 
     functions: dict[str, Callable[[], list[Check]]] = {
-        "goldens": lambda: goldens([references / "goldens"]),
+        "goldens": lambda: goldens(references / "goldens"),
         "tiny": lambda: tiny(scale, references / scale.name, out / scale.name, quick=quick),
         "tokens": lambda: tokens(scale, references / scale.name),
         "audit": lambda: audit(references, out / "audit", own()),
