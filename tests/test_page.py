@@ -240,7 +240,7 @@ def test_headings_without_evidence_or_claims(tmp_path: Path) -> None:
     empty = make_audit().model_copy(update={"findings": (), "effects": (), "evidence": ()})
     write_page(empty, tmp_path / "index.html", reference=tmp_path)
     text = " ".join("".join(Page((tmp_path / "index.html").read_text(encoding="utf-8")).text).split())
-    assert "Of 0 published numbers, 0 were measured" in text
+    assert "Of 0 numbers, published or counted from official code, 0 were measured" in text
     assert "no grids of samples" in text
     assert "no training logs" in text
 
@@ -259,9 +259,9 @@ def test_verdicts_are_named_and_counted(page: Page) -> None:
 def test_summary_says_what_was_not_measured() -> None:
     sentences = summary(make_audit().findings)
     assert sentences == [
-        "Of 6 published numbers, 4 were measured for this audit: 2 at the paper's own scale (published weights, "
-        "ImageNet) and 2 by counting, arithmetic or comparison with the official code's settings, which needs no "
-        "trained weights.",
+        "Of 6 numbers, published or counted from official code, 4 were measured here: 2 at the paper's own scale "
+        "(published weights, ImageNet) and 2 by counting, arithmetic or comparison with the official code's settings, "
+        "which needs no trained weights.",
         "About the others nothing is said: 1 not run, 1 not applicable at this scale.",
         "1 claim in words was looked at with tiny models of digits: such a result supports a trend, never a number of "
         "the paper.",

@@ -181,9 +181,9 @@ def summary(findings: Sequence[Finding]) -> list[str]:
     by_scale = Counter(finding.claim.scale for finding in done)
     left = Counter(finding.verdict for finding in numbers if finding.measured is None)
     sentences = [
-        f"Of {len(numbers)} published numbers, {len(done)} {_were(len(done))} measured for this audit: "
-        f"{by_scale['paper']} at the paper's own scale (published weights, ImageNet) and {by_scale['counted']} by "
-        f"counting, arithmetic or comparison with the official code's settings, which needs no trained weights."
+        f"Of {len(numbers)} numbers, published or counted from official code, {len(done)} {_were(len(done))} measured "
+        f"here: {by_scale['paper']} at the paper's own scale (published weights, ImageNet) and {by_scale['counted']} "
+        "by counting, arithmetic or comparison with the official code's settings, which needs no trained weights."
     ]
     if left:
         kinds = [f"{left[verdict]} {verdict}" for verdict in VERDICTS if left[verdict]]
