@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.reference import Pick, Reference, SampleArguments, make_reference
-from tokenbridge import provenance
-from tokenbridge.files import replacing
-from tokenbridge.golden import FORMAT, RULE, rule_state
-from tokenbridge.golden_tokenbridge import SAMPLE_DEFAULTS, make_model, tokenbridge_config
+from tokenbridge.conformance.golden import FORMAT
+from tokenbridge.conformance.tokenbridge import SAMPLE_DEFAULTS, make_model, tokenbridge_config
+from tokenbridge.models.tokenbridge.checkpoint import tokenbridge_layout
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import replacing
+from tokenbridge.weights.rule import RULE, rule_state
 
 SALT = "own"
 LARGE = {"preset": "tokenbridge_large", "quant_levels": 64}
@@ -46,7 +48,7 @@ Tensors = Mapping[str, Tensor]
 def rule_reference(config: Mapping[str, Any], weights: Mapping[str, Any]) -> Reference:
     """Return the reference path of a golden's configuration and rule."""
     complete = tokenbridge_config(config)
-    return make_reference(rule_state(make_model(complete), weights), complete)
+    return make_reference(rule_state(tokenbridge_layout(make_model(complete)), weights), complete)
 
 
 def features(reference: Reference, inputs: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tokenbridge.generator import TokenBridge
-from tokenbridge.recipes import TINY
+from tokenbridge.configs.tiny import TINY
+from tokenbridge.models.tokenbridge.model import TokenBridge
 
 TINY_MODEL: dict[str, Any] = TINY.recipe("tokenbridge-64").model
 MEDIUM_MODEL: dict[str, Any] = {

@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
-from tokenbridge.backbone import MaskedBackbone
-from tokenbridge.generator import TokenBridge
-from tokenbridge.official import layout
-from tokenbridge.orders import OFFICIAL_CHANNEL_ORDER, random_orders, training_mask_count
+from tokenbridge.models.masked import MaskedBackbone
+from tokenbridge.models.masked_sampling import random_orders, training_mask_count
+from tokenbridge.models.tokenbridge.checkpoint import tokenbridge_layout
+from tokenbridge.models.tokenbridge.model import TokenBridge
+from tokenbridge.models.tokenbridge.orders import OFFICIAL_CHANNEL_ORDER
 
 Pick = Callable[[Tensor, int], Tensor]
 """Choose tokens [N] from logits [N, V] of the i-th generated channel."""
@@ -337,7 +338,7 @@ def reference_of(model: TokenBridge) -> Reference:
         "std_range": c.num_sigmas,
     }
     return make_reference(
-        weights={name: parameters[place.name] for name, place in layout(model).items()},
+        weights={name: parameters[place.name] for name, place in tokenbridge_layout(model).places.items()},
         config=config,
         channel_order=model.channel_order,
     )

@@ -35,16 +35,19 @@ from torch import Tensor
 
 from benchmarks.reference import Reference, draw, reference_of
 from benchmarks.steps import Step, official_arguments, to_device
-from tokenbridge import provenance
-from tokenbridge.files import reference_folder, write_json, write_text
-from tokenbridge.flop import backbone_flop, head_flop
-from tokenbridge.generator import TokenBridge
-from tokenbridge.golden import RULE, rule_state
-from tokenbridge.heads import ARHead
-from tokenbridge.official import load_official
-from tokenbridge.orders import masked_counts
-from tokenbridge.presets import create_model, find_preset
-from tokenbridge.sampling import ImageNoise, SamplingConfig, generate_tokens, image_noise
+from tokenbridge.models.flop import backbone_flop, head_flop
+from tokenbridge.models.masked_sampling import masked_counts
+from tokenbridge.models.noise import ImageNoise, image_noise
+from tokenbridge.models.tokenbridge.checkpoint import tokenbridge_layout
+from tokenbridge.models.tokenbridge.heads import ARHead
+from tokenbridge.models.tokenbridge.model import TokenBridge
+from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
+from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import reference_folder, write_json, write_text
+from tokenbridge.weights.official import load_official
+from tokenbridge.weights.published import find_preset
+from tokenbridge.weights.rule import RULE, rule_state
 
 WEIGHTS = {"rule": RULE, "salt": "speed"}
 TARGETS = {("image", 4): 2.5, ("image", 64): 1.2, ("head", None): 4.0}  # of issue 3, for L on two cores
@@ -141,7 +144,8 @@ def compiled_methods(model: TokenBridge, backend: str) -> dict[tuple[str, str], 
 def make_setting(preset: str, device: str, plan: Plan) -> Setting:
     """Build both paths on `device`, for one image."""
     model = create_model(preset)
-    load_official(model, rule_state(model, WEIGHTS))
+    layout = tokenbridge_layout(model)
+    load_official(model, rule_state(layout, WEIGHTS), layout)
     model.to(device)
     fast, autocast = model, None
     if plan.bfloat16:
@@ -150,7 +154,8 @@ def make_setting(preset: str, device: str, plan: Plan) -> Setting:
     plain = reference_of(model)
     labels = torch.zeros(0, dtype=torch.int64)
     noise = ImageNoise(labels, labels)
-    config = replace(find_preset(preset).sampling_config(), first_element="official")  # tiny has the other one
+    # The tiny preset has the other first element.
+    config = replace(find_preset(preset, PRESETS).sampling_config(), first_element="official")
     setting = Setting(fast, plain, config, labels, noise, autocast, compiled)
     return with_batch(setting, 1)
 

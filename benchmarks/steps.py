@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference import Reference, SampleArguments
-from tokenbridge.generator import TokenBridge
-from tokenbridge.orders import guidance_at, masked_counts
-from tokenbridge.sampling import ImageNoise, SamplingConfig, _guided_context, _picker
-from tokenbridge.transformer import take
+from tokenbridge.models.draw import _picker
+from tokenbridge.models.layers import take
+from tokenbridge.models.masked_sampling import guidance_at, masked_counts
+from tokenbridge.models.noise import ImageNoise
+from tokenbridge.models.tokenbridge.model import TokenBridge
+from tokenbridge.models.tokenbridge.sampling import SamplingConfig, _guided_context
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import SideBySide
-from tokenbridge.givt import (
-    GIVT,
-    Gaussian,
-    GivtSamplingConfig,
-    GuidedDensity,
-    Mixture,
-    StreamNoise,
-    draw_guided,
-    generate_latents,
-)
+from tokenbridge.models.givt.density import Gaussian, GuidedDensity, Mixture
+from tokenbridge.models.givt.model import GIVT
+from tokenbridge.models.givt.sampling import GivtSamplingConfig, StreamNoise, draw_guided, generate_latents
 
 TINY: dict[str, Any] = {
     "num_positions": 16,

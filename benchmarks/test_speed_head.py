@@ -8,7 +8,7 @@ import torch
 from benchmarks.conftest import SideBySide
 from benchmarks.models import make_model
 from benchmarks.reference import draw, reference_of
-from tokenbridge.heads import ARHead
+from tokenbridge.models.tokenbridge.heads import ARHead
 
 
 @pytest.mark.parametrize(("size", "num_positions"), [("tiny", 128), ("medium", 32)])

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import SideBySide
-from tokenbridge.llamagen import LlamaGen, LlamaGenSampling, filter_logits, generate_tokens
-from tokenbridge.sampling import image_noise
+from tokenbridge.models.llamagen.model import LlamaGen
+from tokenbridge.models.llamagen.sampling import LlamaGenSampling, filter_logits, generate_tokens
+from tokenbridge.models.noise import image_noise
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"latent_size": 4, "num_codes": 512, "num_classes": 10, "width": 112, "depth": 5, "num_heads": 4},

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks import reference
 from benchmarks.conftest import SideBySide
-from tokenbridge.diffusion import Diffusion, diffusion_process
-from tokenbridge.mar import MAR, MarSamplingConfig, generate_latents, latent_noise
-from tokenbridge.orders import guidance_at, masked_counts
-from tokenbridge.sampling import contexts
+from tokenbridge.models.mar.diffusion import Diffusion, diffusion_process
+from tokenbridge.models.mar.model import MAR
+from tokenbridge.models.mar.sampling import MarSamplingConfig, generate_latents, latent_noise
+from tokenbridge.models.masked_sampling import contexts, guidance_at, masked_counts
 
 GUIDANCE = 3.0
 TINY: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks import reference
 from benchmarks.conftest import Report, SideBySide
 from benchmarks.memory import nbytes, peak_memory
-from tokenbridge.quantizer import GAUSSIAN_RANGE, gaussian_quantizer
+from tokenbridge.tokenizers.quantizer import GAUSSIAN_RANGE, gaussian_quantizer
 
 SHAPE = (64, 16, 16, 16)
 TIME_TARGET = 10.0  # times faster, at 64 levels

@@ -9,7 +9,8 @@ from benchmarks.conftest import SideBySide
 from benchmarks.models import make_model
 from benchmarks.reference import reference_of
 from benchmarks.steps import Step, official_arguments
-from tokenbridge.sampling import SamplingConfig, generate_tokens, image_noise
+from tokenbridge.models.noise import image_noise
+from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
 
 GUIDANCE = 3.0
 

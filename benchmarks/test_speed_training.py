@@ -16,9 +16,9 @@ from torch import Tensor
 from benchmarks import reference
 from benchmarks.conftest import SideBySide
 from benchmarks.models import make_model
-from tokenbridge.generator import TokenBridge, generator_loss
-from tokenbridge.recipes import TINY
-from tokenbridge.transformer import take
+from tokenbridge.configs.tiny import TINY
+from tokenbridge.models.layers import take
+from tokenbridge.models.tokenbridge.model import TokenBridge, generator_loss
 
 RECIPE = TINY.recipe("tokenbridge-64")
 SEED = 1  # the same draws, and so the same number of masked positions, in every round

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from official_names import with_rule_weights
 from torch import Tensor
 
-from tokenbridge import cli
-from tokenbridge.generator import TokenBridge
-from tokenbridge.golden import RULE, read_golden, rule_state
-from tokenbridge.golden_tokenbridge import make_model, tokenbridge_config
-from tokenbridge.official import load_official
+from tokenbridge.cli import main as cli
+from tokenbridge.conformance.golden import read_golden
+from tokenbridge.conformance.tokenbridge import make_model, tokenbridge_config
+from tokenbridge.models.tokenbridge.model import TokenBridge
+from tokenbridge.weights.rule import RULE
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "reference_results" / "goldens"  # computed with the official code; README.md there
@@ -46,12 +47,6 @@ TINY: dict[str, Any] = {
     "head_depth": 2,
     "head_num_heads": 2,
 }
-
-
-def with_rule_weights(model: TokenBridge, weights: dict[str, Any]) -> TokenBridge:
-    """Give `model` weights by the goldens' rule, in evaluation mode."""
-    load_official(model, rule_state(model, weights))
-    return model.eval()
 
 
 def tiny_model(**changes: Any) -> TokenBridge:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import pytest
 import torch
 from conftest import TINY, tiny_model
 from diffusers import AutoencoderKL
+from official_names import load_official, rule_state, to_official
 from torch import Tensor, nn
 
-from tokenbridge.generator import TokenBridge
-from tokenbridge.golden import RULE, rule_state
-from tokenbridge.official import create_kl16, load_official, official_buffers, to_official
-from tokenbridge.presets import PRESETS, Preset, SamplingRecipe
-from tokenbridge.sampling import SamplingConfig
+from tokenbridge.evaluation.inception import write_random_inception
+from tokenbridge.models.registry import KL16, TOKENIZERS
+from tokenbridge.models.tokenbridge.checkpoint import official_buffers
+from tokenbridge.models.tokenbridge.model import TokenBridge
+from tokenbridge.models.tokenbridge.presets import PRESETS
+from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.tokenizers.kl16 import create_kl16
+from tokenbridge.weights.published import Preset, SamplingRecipe
+from tokenbridge.weights.rule import RULE
 
 SMALL_VAE: dict[str, Any] = {
     "embed_dim": 4,
@@ -47,7 +54,9 @@ def declare_small_models(monkeypatch: pytest.MonkeyPatch) -> str:
     few, fewer = (SamplingConfig(num_iterations=n, guidance_scale=2.0) for n in (4, 3))
     sampling = {"official": SamplingRecipe(few, "tests"), "paper": SamplingRecipe(fewer, "tests")}
     monkeypatch.setitem(PRESETS, name, Preset(name, TINY, count, sampling=sampling))
-    monkeypatch.setattr("tokenbridge.official.create_kl16", lambda: create_kl16(**SMALL_VAE))
+    small = functools.partial(create_kl16, **SMALL_VAE)
+    monkeypatch.setattr("tokenbridge.tokenizers.kl16.create_kl16", small)
+    monkeypatch.setitem(TOKENIZERS, KL16.key, replace(KL16, create=small))
     return name
 
 
@@ -91,3 +100,12 @@ class Malicious:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.folder),)
+
+
+def write_quick_inception(file: Path, seed: int = 0) -> None:
+    """Write random weights most of whose features stay 0, so that eigenvalues take a second instead of ten."""
+    write_random_inception(file, seed)
+    weights = torch.load(file, weights_only=True)
+    for branch in ("branch3x3_2a", "branch3x3_2b", "branch3x3dbl_3a", "branch3x3dbl_3b"):
+        torch.nn.init.zeros_(weights[f"Mixed_7c.{branch}.bn.weight"])
+    torch.save(weights, file)

@@ -1,6 +1,6 @@
 """`python -m tokenbridge` is the command `tokenbridge`."""
 
-from tokenbridge.cli import main
+from tokenbridge.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,67 @@
+"""Estimates of a run: time, disk, what is missing; the operations are those of test_flop.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from tokenbridge.cli import main as cli
+from tokenbridge.sampling.config import RunConfig
+from tokenbridge.sampling.load import find_system
+from tokenbridge.sampling.plan import measure_matmul, plan_run
+
+SHIPPED = ROOT / "reference_results"
+
+
+def test_plan_adds_up(tmp_path: Path) -> None:
+    system = find_system("tokenbridge-tiny", shipped=SHIPPED)
+    config = RunConfig(3000)
+    options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": "fp32", "missing": ["this"]}
+    one = plan_run(system, config, tmp_path / "not" / "there", num_processes=1, **options)
+    assert not (tmp_path / "not").exists()
+    assert one.disk_bytes == 3000 * 32 * 32
+    assert 0 < one.free_bytes
+    assert one.hours == pytest.approx(
+        sum(one.flop_per_image.values()) * 3000 / one.matmul_flop_per_second / 3600, rel=1e-12
+    )
+    assert replace(one, num_processes=4).hours == pytest.approx(one.hours / 4)
+    two = plan_run(system, replace(config, format="npz"), tmp_path, num_processes=1, **options)
+    assert two.disk_bytes == 2 * 3 * one.disk_bytes  # parts and file, three channels each
+    assert ("missing", "this") in one.rows()
+    assert "NOT ENOUGH" in dict(replace(one, free_bytes=10).rows())["disk"]
+
+
+def test_matmul_is_timed() -> None:
+    assert 1e8 < measure_matmul(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_command_plans_without_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["sample", "tokenbridge-l", "--num-images", "50000", "--plan", "--out", str(out)]
+    for options in (["--json"], [], ["--stand-in"]):
+        monkeypatch.setattr(sys, "argv", ["tokenbridge", *arguments, *options])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        text, _ = capfd.readouterr()
+        if options == ["--json"]:
+            plan = json.loads(text)
+            assert (plan["num_images"], plan["num_iterations"]) == (50_000, 256)
+            assert plan["tflop_per_image"]["total"] == pytest.approx(107.76, abs=0.01)
+            assert [line.split(":")[0] for line in plan["missing"]] == [
+                "generator of tokenbridge-l",
+                "VAE of tokenbridge-l",
+            ]
+        else:
+            assert "TFLOP per image" in text
+            assert ("--weights" in text) == (options == [])
+    assert not out.exists()

@@ -1,0 +1,132 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tokenbridge.utils.files import replacing, replacing_folder, sha256_of, write_json, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_replacing_makes_folders_and_keeps_the_suffix(tmp_path: Path) -> None:
+    with replacing(tmp_path / "new" / "picture.png") as temporary:
+        assert temporary.suffix == ".png"
+        assert temporary.parent == tmp_path / "new"  # the same file system, so that the rename is atomic
+        temporary.write_text("fresh")
+        assert not (tmp_path / "new" / "picture.png").exists()
+    assert names(tmp_path / "new") == ["picture.png"]
+    assert (tmp_path / "new" / "picture.png").read_text() == "fresh"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_replacing_keeps_old_content_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the ne")
+            raise error
+
+    with pytest.raises(error):
+        half()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["results.json"]
+
+
+def test_replacing_leaves_nothing_when_the_first_writing_fails(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no"), replacing(tmp_path / "a.txt"):
+        raise ValueError("no")
+    assert names(tmp_path) == []
+
+
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    write_text(tmp_path / "a.txt", "text")
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o666 & ~umask
+    with replacing_folder(tmp_path / "folder") as temporary:
+        (temporary / "b.txt").write_text("text")
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~umask
+    assert os.umask(umask) == umask  # left as it was
+
+
+def test_write_text_ends_with_one_newline(tmp_path: Path) -> None:
+    for text in ("Fréchet ± 3", "Fréchet ± 3\n"):
+        write_text(tmp_path / "a.txt", text)
+        assert (tmp_path / "a.txt").read_bytes() == "Fréchet ± 3\n".encode()
+
+
+def test_write_json(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None], "a": "ü"}
+    write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text()) == value
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_write_json_refuses_what_json_has_not(tmp_path: Path, number: float) -> None:
+    write_json(tmp_path / "a.json", [1])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": [1.0, number]})
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_replacing_folder_swaps_whole_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "vae"
+    with replacing_folder(folder) as temporary:
+        (temporary / "config.json").write_text("1")
+        (temporary / "only-in-the-first").write_text("1")
+        assert not folder.exists()
+    with replacing_folder(folder) as temporary:
+        (temporary / "config.json").write_text("2")
+        assert (folder / "config.json").read_text() == "1"
+    assert names(folder) == ["config.json"]
+    assert (folder / "config.json").read_text() == "2"
+    assert names(folder.parent) == ["vae"]
+
+
+def test_replacing_folder_keeps_the_old_one_when_the_block_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+
+    def half() -> None:
+        with replacing_folder(folder) as temporary:
+            (temporary / "config.json").write_text("ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        half()
+    assert names(tmp_path) == ["vae"]
+    assert (folder / "config.json").read_text() == "old"
+
+
+def test_sha256_of_known_values(tmp_path: Path) -> None:
+    """The values of FIPS 180-2, and a file larger than a read buffer."""
+    for content, expected in (
+        (b"", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
+        (b"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+        (b"a" * 1_000_000, "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"),
+    ):
+        (tmp_path / "x").write_bytes(content)
+        assert sha256_of(tmp_path / "x") == expected == hashlib.sha256(content).hexdigest()

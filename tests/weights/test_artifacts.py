@@ -1,0 +1,556 @@
+"""Published files: where they are found, what is said when they are not, and hashes that are kept."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenbridge.evaluation.inception import find_inception, load_inception, write_random_inception
+from tokenbridge.weights import artifacts
+from tokenbridge.weights.artifacts import (
+    ARTIFACTS,
+    FOLDER_VARIABLE,
+    LOCK_FILE,
+    Artifact,
+    MissingArtifactsError,
+    accept,
+    fingerprint,
+    resolve,
+    status,
+)
+
+TABLE1 = ("imagenet", "kl16", "inception", "adm-statistics")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in an empty folder, with empty caches and no way out."""
+    for name in ("cwd", "hub", "torch"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder that the environment variable names."""
+    path = tmp_path / "artifacts"
+    path.mkdir()
+    monkeypatch.setenv(FOLDER_VARIABLE, str(path))
+    return path
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Serve a folder on this machine; yield its address and the folder."""
+    root = tmp_path / "served"
+    root.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def copyfile(self, source: Any, outputfile: Any) -> None:
+            """Break off in the middle where the name says so."""
+            outputfile.write(source.read(3) if "half" in self.path else source.read())
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=root)) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=[0.02], daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}", root
+        httpd.shutdown()
+
+
+def declare(monkeypatch: pytest.MonkeyPatch, key: str, **changes: Any) -> Artifact:
+    """Change a declaration for one test."""
+    changed = replace(ARTIFACTS[key], **changes)
+    monkeypatch.setitem(ARTIFACTS, key, changed)
+    return changed
+
+
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+def put(path: Path, content: bytes = b"weights") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def put_in_hub_cache(tmp_path: Path, repository: str, file: str, kind: str = "models", content: bytes = b"w") -> Path:
+    """Lay a file out as huggingface_hub does: a blob, a link from the snapshot, the commit of main."""
+    root = tmp_path / "hub" / f"{kind}--{repository.replace('/', '--')}"
+    blob = put(root / "blobs" / hashlib.sha256(content).hexdigest(), content)
+    put(root / "refs" / "main", COMMIT.encode())
+    link = root / "snapshots" / COMMIT / file
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(blob)
+    return link
+
+
+def lock_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / LOCK_FILE).read_text())
+
+
+# Declarations
+
+
+def test_every_declaration_can_be_acted_upon() -> None:
+    for key, artifact in ARTIFACTS.items():
+        assert key == artifact.key
+        assert artifact.hub or (artifact.url or "").startswith("https://")
+        assert artifact.option.startswith("--")
+        assert not Path(artifact.file).is_absolute()
+        assert all((artifact.what, artifact.format, artifact.licence, artifact.origin))
+    files = [artifact.file for artifact in ARTIFACTS.values()]
+    assert len(set(files)) == len(files)  # two of one name would be taken for each other
+
+
+def test_git_names_contents_as_git_does(tmp_path: Path) -> None:
+    # `echo 'test content' | git hash-object --stdin`, from the book Pro Git, chapter 10.2.
+    file = put(tmp_path / "file", b"test content\n")
+    assert artifacts._git_sha1(file) == "d670460b4b4aece5915caf5c68d12f560a9fe3e4"
+
+
+# Where files are found
+
+
+@pytest.mark.parametrize("place", ["kl16.ckpt", "vae/kl16.ckpt"])
+def test_found_in_the_folder_or_one_below(place: str, folder: Path) -> None:
+    file = put(folder / place)
+    assert resolve(["kl16"]) == {"kl16": file}
+
+
+def test_official_layout_is_found_as_it_is(folder: Path) -> None:
+    files = {
+        "tokenbridge-l": put(folder / "tokenbridge" / "tokenbridge_large" / "checkpoint-last.pth", b"L"),
+        "tokenbridge-h": put(folder / "tokenbridge" / "tokenbridge_huge" / "checkpoint-last.pth", b"H"),
+        "mar-b": put(folder / "mar" / "mar_base" / "checkpoint-last.pth", b"B"),
+    }
+    assert resolve(files) == files
+
+
+def test_what_is_named_comes_first_then_the_folder_then_the_caches(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "_check", lambda *_: None)  # five files of one key, each its own
+    at_address = put(tmp_path / "torch" / "hub" / "checkpoints" / "kl16.ckpt")
+    assert resolve(["kl16"])["kl16"] == at_address
+    on_hub = put_in_hub_cache(tmp_path, "Epiphqny/TokenBridge", "vae/kl16.ckpt")
+    assert resolve(["kl16"])["kl16"] == on_hub
+    by_variable = put(folder / "kl16.ckpt")
+    assert resolve(["kl16"])["kl16"] == by_variable
+    by_argument = put(tmp_path / "elsewhere" / "kl16.ckpt")
+    assert resolve(["kl16"], folder=by_argument.parent)["kl16"] == by_argument
+    named = put(tmp_path / "my-vae.ckpt")
+    assert resolve(["kl16"], given={"kl16": named})["kl16"] == named
+    assert resolve(["kl16"], given={"kl16": by_argument.parent})["kl16"] == by_argument
+    assert resolve(["kl16"], given={"kl16": None})["kl16"] == by_variable
+
+
+def test_a_named_folder_may_be_the_checkpoints_own(tmp_path: Path) -> None:
+    file = put(tmp_path / "tokenbridge_large" / "checkpoint-last.pth")
+    assert resolve(["tokenbridge-l"], given={"tokenbridge-l": file.parent})["tokenbridge-l"] == file
+
+
+def test_wrong_name_is_not_passed_over(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(folder / "kl16.ckpt")
+    with pytest.raises(MissingArtifactsError, match="--vae names /not/there, where it is not"):
+        resolve(["kl16"], given={"kl16": "/not/there"})
+    with pytest.raises(ValueError, match="no file 'kl-16'"):
+        resolve(["kl-16"])
+    monkeypatch.setenv(FOLDER_VARIABLE, "/not/there")
+    with pytest.raises(ValueError, match="TOKENBRIDGE_ARTIFACTS is /not/there, which is no folder"):
+        resolve(["kl16"])
+
+
+def test_hub_cache_of_the_files_wherever_they_lie_in_the_repository(tmp_path: Path) -> None:
+    large = put_in_hub_cache(tmp_path, "Epiphqny/TokenBridge", "pretrained/tokenbridge_large/checkpoint-last.pth")
+    assert resolve(["tokenbridge-l"]) == {"tokenbridge-l": large}
+    with pytest.raises(MissingArtifactsError):
+        resolve(["tokenbridge-h"])
+
+
+def test_imagenet_is_a_folder_or_the_hubs_parquet_files(folder: Path, tmp_path: Path) -> None:
+    put_in_hub_cache(tmp_path, "ILSVRC/imagenet-1k", "README.md", "datasets")
+    with pytest.raises(MissingArtifactsError):
+        resolve(["imagenet"])
+    shard = put_in_hub_cache(tmp_path, "ILSVRC/imagenet-1k", "data/train-00000-of-00294.parquet", "datasets", b"p")
+    assert resolve(["imagenet"]) == {"imagenet": shard.parents[1]}
+    (folder / "imagenet").mkdir()
+    assert resolve(["imagenet"]) == {"imagenet": folder / "imagenet"}
+    assert not (folder / LOCK_FILE).exists()  # nothing to hash
+
+
+# What is missing
+
+
+@settings(max_examples=25)
+@given(keys=st.lists(st.sampled_from(sorted(ARTIFACTS)), min_size=1, unique=True))
+def test_one_error_lists_everything_that_is_missing(keys: list[str]) -> None:
+    with pytest.raises(MissingArtifactsError) as error:
+        resolve(keys)
+    assert [missing.artifact.key for missing in error.value.missing] == keys
+    text = str(error.value)
+    for key in keys:
+        artifact = ARTIFACTS[key]
+        (line,) = (line for line in text.splitlines() if line.startswith(f"- {key}: "))
+        for part in (artifact.origin, f"${FOLDER_VARIABLE}/{artifact.file}", artifact.option, artifact.licence):
+            assert part in line
+
+
+def test_places_are_exact_where_there_is_a_folder(folder: Path) -> None:
+    with pytest.raises(MissingArtifactsError) as error:
+        resolve(TABLE1)
+    for key in TABLE1:
+        assert f"Put it at {folder / ARTIFACTS[key].file}, or" in str(error.value)
+
+
+def test_offline_means_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("no connection may be tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(MissingArtifactsError, match="HF_HUB_OFFLINE is set"):
+        resolve(["tokenbridge-l", "inception"])
+    online(monkeypatch)
+    with pytest.raises(MissingArtifactsError, match="only files on this machine"):
+        resolve(["tokenbridge-l", "inception"], download=False)
+
+
+def test_no_network_fails_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    online(monkeypatch)
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    start = time.perf_counter()
+    with pytest.raises(MissingArtifactsError) as error:
+        resolve(["tokenbridge-l", *TABLE1])
+    assert time.perf_counter() - start < 5
+    assert len(error.value.missing) == 5
+    assert "huggingface.co did not answer" in str(error.value)
+    assert "github.com did not answer" in str(error.value)
+
+
+def test_a_silent_host_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    online(monkeypatch)
+    monkeypatch.setattr(artifacts, "TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, never answers
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        keys = ("inception", "adm-statistics", "adm-reference")
+        for key in keys:
+            declare(monkeypatch, key, url=f"{address}/file")
+        start = time.perf_counter()
+        with pytest.raises(MissingArtifactsError) as error:
+            resolve(keys)
+        assert time.perf_counter() - start < 1.2
+    assert str(error.value).count("did not answer (TimeoutError") == 3
+
+
+def test_nothing_is_downloaded_unless_all_can_be_had(
+    server: tuple[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online(monkeypatch)
+    address, root = server
+    put(root / "batch.npz")
+    declare(monkeypatch, "adm-reference", url=f"{address}/batch.npz")
+    declare(monkeypatch, "adm-statistics", url=f"{address}/not-there.npz")
+    with pytest.raises(MissingArtifactsError) as error:
+        resolve(["adm-reference", "adm-statistics"])
+    first, second = error.value.missing
+    assert "once the others are there" in first.reason
+    assert "404" in second.reason
+    assert list(folder.iterdir()) == []
+
+
+# Downloads
+
+
+def test_download_from_an_address(server: tuple[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    online(monkeypatch)
+    address, root = server
+    content = bytes(range(256)) * 5000
+    put(root / "batch.npz", content)
+    declare(monkeypatch, "adm-reference", url=f"{address}/batch.npz")
+    path = resolve(["adm-reference"])["adm-reference"]
+    assert path == folder / "VIRTUAL_imagenet256_labeled.npz"
+    assert path.read_bytes() == content
+    assert lock_of(folder)["adm-reference"]["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_download_without_a_folder_goes_to_torch_hubs_cache(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online(monkeypatch)
+    address, root = server
+    put(root / "w.pth")
+    artifact = declare(monkeypatch, "mar-b", url=f"{address}/w.pth")
+    expected = tmp_path / "torch" / "hub" / "checkpoints" / artifact.file
+    assert resolve(["mar-b"]) == {"mar-b": expected}
+    assert resolve(["mar-b"], download=False) == {"mar-b": expected}
+
+
+def test_a_web_page_or_half_a_file_is_not_taken(
+    server: tuple[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online(monkeypatch)
+    address, root = server
+    put(root / "page.html", b"<html>Sign in</html>")
+    declare(monkeypatch, "adm-reference", url=f"{address}/page.html")
+    with pytest.raises(MissingArtifactsError, match="a web page, not the file"):
+        resolve(["adm-reference"])
+
+    put(root / "half.npz", b"123456")
+    declare(monkeypatch, "adm-reference", url=f"{address}/half.npz")
+    with pytest.raises(MissingArtifactsError, match="3 of 6 bytes came"):
+        resolve(["adm-reference"])
+    assert list(folder.iterdir()) == []
+
+
+def test_download_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    online(monkeypatch)
+    fetched = put(tmp_path / "fetched.pth")
+
+    class Info:
+        siblings = tuple(
+            huggingface_hub.hf_api.RepoSibling(rfilename=name)
+            for name in (
+                "README.md",
+                "tokenbridge_large/checkpoint-last.pth",
+                "not_tokenbridge_huge/checkpoint-last.pth",
+                "a/tokenbridge_huge/checkpoint-last.pth",
+                "b/kl16.ckpt",
+                "c/kl16.ckpt",
+            )
+        )
+
+    asked: list[tuple[Any, ...]] = []
+
+    def download(*arguments: Any, **_: Any) -> str:
+        asked.append(arguments)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: Info())
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert resolve(["tokenbridge-h"]) == {"tokenbridge-h": fetched}
+    assert asked == [("Epiphqny/TokenBridge", "a/tokenbridge_huge/checkpoint-last.pth")]
+    declare(monkeypatch, "kl16", url=None)
+    with pytest.raises(MissingArtifactsError, match=r"has 2 files …kl16\.ckpt"):
+        resolve(["kl16"])
+
+
+def test_the_address_is_asked_where_the_hub_fails(
+    server: tuple[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online(monkeypatch)
+    address, root = server
+    put(root / "kl16.ckpt", b"vae")
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no way")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    declare(monkeypatch, "kl16", url=f"{address}/kl16.ckpt")
+    assert resolve(["kl16"])["kl16"].read_bytes() == b"vae"
+
+
+# Hashes
+
+
+@settings(max_examples=20)
+@given(content=st.binary(max_size=200), other=st.binary(max_size=200))
+def test_hash_is_recorded_at_first_use_and_checked_from_then_on(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, other: bytes
+) -> None:
+    folder = tmp_path_factory.mktemp("folder")
+    file = put(folder / "kl16.ckpt", content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    resolve(["kl16"], folder=folder)
+    assert lock_of(folder)["kl16"]["sha256"] == sha256 == fingerprint(file, folder=folder)
+    resolve(["kl16"], folder=folder)
+
+    elsewhere = put(folder / "elsewhere.ckpt", other)
+    if other == content:  # the same file in another place is the same file
+        resolve(["kl16"], folder=folder, given={"kl16": elsewhere})
+        return
+    before = (folder / LOCK_FILE).read_text()
+    with pytest.raises(ValueError, match="not the kl16 that was used before") as error:
+        resolve(["kl16"], folder=folder, given={"kl16": elsewhere})
+    for part in (sha256, hashlib.sha256(other).hexdigest(), "tokenbridge artifacts --accept kl16", LOCK_FILE):
+        assert part in str(error.value)
+    assert (folder / LOCK_FILE).read_text() == before
+    accept("kl16", folder=folder, given={"kl16": elsewhere})
+    resolve(["kl16"], folder=folder, given={"kl16": elsewhere})
+    with pytest.raises(ValueError, match="used before"):
+        resolve(["kl16"], folder=folder)
+
+
+def test_unchanged_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = put(folder / "kl16.ckpt")
+    resolve(["kl16"])
+
+    def refuse(_: Any) -> str:
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr(artifacts, "sha256_of", refuse)
+    resolve(["kl16"])
+    assert fingerprint(file) == hashlib.sha256(b"weights").hexdigest()
+    file.write_bytes(b"Weights")  # as many bytes, another time of change
+    with pytest.raises(AssertionError, match="hashed again"):
+        resolve(["kl16"])
+
+
+def test_deleting_the_entry_accepts_too(folder: Path) -> None:
+    put(folder / "kl16.ckpt", b"one")
+    put(folder / "adm-reference.npz")
+    resolve(["kl16"])
+    put(folder / "kl16.ckpt", b"two!")
+    with pytest.raises(ValueError, match="used before"):
+        resolve(["kl16"])
+    (folder / LOCK_FILE).write_text(json.dumps({k: v for k, v in lock_of(folder).items() if k != "kl16"}))
+    resolve(["kl16"])
+
+
+def test_published_hashes_are_checked_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inception = put(folder / ARTIFACTS["inception"].file)
+    with pytest.raises(ValueError, match="has 7 bytes, not 95,628,359"):
+        resolve(["inception"])
+    declare(monkeypatch, "inception", size=7)
+    with pytest.raises(ValueError, match=r"SHA-256 is [0-9a-f]{64}, not 6726825d0af5"):
+        resolve(["inception"])
+    with pytest.raises(ValueError, match="not the published inception"):
+        accept("inception")
+    put(folder / "adm_in256_stats.npz")
+    with pytest.raises(ValueError, match=r"git names its contents [0-9a-f]{40}, not 1da4c176"):
+        resolve(["adm-statistics"])
+    assert not (folder / LOCK_FILE).exists()
+    declare(monkeypatch, "inception", size=7, sha256=hashlib.sha256(inception.read_bytes()).hexdigest())
+    assert resolve(["inception"]) == {"inception": inception}
+
+
+def test_lock_is_in_the_folder_if_it_can_be_written_to_else_here(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(folder / "kl16.ckpt")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    resolve(["kl16"])
+    assert (tmp_path / "cwd" / LOCK_FILE).is_file()
+    assert not (folder / LOCK_FILE).exists()
+    monkeypatch.undo()
+    assert artifacts.lock_file(folder) == folder / LOCK_FILE
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"kl16": {"sha256": "0"}}', '{"kl16": 3}'])
+def test_damaged_lock_is_one_clear_error(text: str, folder: Path) -> None:
+    put(folder / "kl16.ckpt")
+    (folder / LOCK_FILE).write_text(text)
+    with pytest.raises(ValueError, match=rf"{LOCK_FILE} is damaged"):
+        resolve(["kl16"])
+
+
+# Status
+
+
+def test_status_tells_without_hashing(folder: Path) -> None:
+    def state() -> str:
+        (only,) = status(["kl16"])
+        return only.state
+
+    assert state() == "missing"
+    file = put(folder / "kl16.ckpt")
+    assert state() == "present"
+    resolve(["kl16"])
+    assert state() == "verified"
+    file.write_bytes(b"another size")
+    assert state() == "changed"
+    accept("kl16")
+    (now,) = status(["kl16"])
+    assert now.as_dict() == {
+        "key": "kl16",
+        "state": "verified",
+        "path": str(file),
+        "size": 12,
+        "sha256": hashlib.sha256(b"another size").hexdigest(),
+        "published_sha256": None,
+        "what": ARTIFACTS["kl16"].what,
+        "file": "kl16.ckpt",
+        "format": ARTIFACTS["kl16"].format,
+        "licence": "MIT",
+        "origin": ARTIFACTS["kl16"].origin,
+    }
+    assert [s.artifact.key for s in status()] == list(ARTIFACTS)
+
+
+def test_nothing_to_accept(folder: Path) -> None:
+    with pytest.raises(MissingArtifactsError, match="nothing to accept"):
+        accept("kl16")
+    with pytest.raises(ValueError, match="imagenet is a data set"):
+        accept("imagenet")
+
+
+# Inception's weights
+
+
+def test_other_inception_weights_are_marked_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "other.pth"
+    write_random_inception(file)
+    weights = find_inception(other=file)
+    assert not weights.published
+    features, logits = load_inception(weights)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert (features.shape, logits.shape) == ((2, 2048), (2, 1008))
+    assert features.isfinite().all()
+    assert features.std() > 0.01
+    with pytest.raises(ValueError, match="not the published inception"):
+        find_inception(file)
+    with pytest.raises(ValueError, match="not both"):
+        find_inception(file, other=file)
+
+
+def test_random_inception_follows_its_seed(tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for file, seed in zip(files, (0, 0, 1), strict=True):
+        write_random_inception(file, seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = (torch.load(file, weights_only=True)["fc.weight"] for file in files)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+def test_other_inception_weights_never_run_code(tmp_path: Path) -> None:
+    file = tmp_path / "bad.pth"
+    torch.save({"fc.weight": _Code()}, file)
+    with pytest.raises(ValueError, match="holds no weights of Inception"):
+        find_inception(other=file)
+    assert not Path("executed").exists()
+    torch.save({"fc.weight": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="does not hold the weights of torch-fidelity's Inception"):
+        load_inception(find_inception(other=file))

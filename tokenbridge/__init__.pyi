@@ -1,0 +1,33 @@
+"""The public names: what `tokenbridge` offers, and where it lives."""
+
+from .audit.audit import audit_claims as audit_claims
+from .audit.audit import audit_samples as audit_samples
+from .audit.ledger import read_ledger as read_ledger
+from .audit.report import write_report as write_report
+from .data.images import load_images as load_images
+from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.metrics import score as score
+from .evaluation.reconstruct import reconstruct as reconstruct
+from .evaluation.reference import make_reference as make_reference
+from .models.noise import image_noise as image_noise
+from .models.tokenbridge.model import TokenBridge as TokenBridge
+from .models.tokenbridge.sampling import SamplingConfig as SamplingConfig
+from .models.tokenbridge.sampling import generate_tokens as generate_tokens
+from .regression.gate import run_gate as run_gate
+from .reproduction.discrepancies.run import measure_discrepancies as measure_discrepancies
+from .reproduction.small_scale import reproduce as reproduce
+from .reproduction.table1 import reproduce_table1 as reproduce_table1
+from .reproduction.table3 import reproduce_table3 as reproduce_table3
+from .sampling.load import convert as convert
+from .sampling.load import sample as sample
+from .sampling.pipeline import TokenBridgePipeline as TokenBridgePipeline
+from .tokenizers.base import LatentTokenizer as LatentTokenizer
+from .tokenizers.base import VQTokenizer as VQTokenizer
+from .tokenizers.distortion import measure_distortion as measure_distortion
+from .tokenizers.quantizer import gaussian_quantizer as gaussian_quantizer
+from .tokenizers.quantizer import lloyd_max_quantizer as lloyd_max_quantizer
+from .tokenizers.quantizer import uniform_quantizer as uniform_quantizer
+from .training.train import train_recipe as train_recipe
+
+__version__: str
+__all__: list[str]

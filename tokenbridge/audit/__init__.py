@@ -1,0 +1,1 @@
+"""The audit: every published claim beside what was measured, with a verdict and its evidence."""

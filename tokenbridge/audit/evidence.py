@@ -1,0 +1,222 @@
+"""Result files as evidence: found, checked against what is here, and chosen between."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tokenbridge.configs.scales import SCALES
+from tokenbridge.data.images import load_images
+from tokenbridge.models.registry import all_presets, find_preset
+from tokenbridge.reproduction import table3
+from tokenbridge.reproduction.discrepancies import run as discrepancies
+from tokenbridge.reproduction.trends import trends as trends_of
+from tokenbridge.results import schema as result_files
+from tokenbridge.results.compare import incomparable, verdicts
+from tokenbridge.results.schema import Results, Trend
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import sha256_of
+from tokenbridge.weights import artifacts
+from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, STATISTICS
+
+RUNS = ("tiny", "small", "discrepancies", "table1", *all_presets())  # folders that the commands write to by default
+
+
+@dataclass(frozen=True)
+class Source:
+    """A result file that was read and checked."""
+
+    name: str  # as the audit shows it
+    path: Path
+    origin: Literal["shipped", "found", "given"]
+    results: Results
+    trends: tuple[Trend, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> set[str]:
+        """The rows that were run."""
+        return {row.id for row in self.results.rows if row.not_run is None}
+
+    def overlaps(self, other: Source) -> bool:
+        """Whether both measured a row at one scale."""
+        return self.results.scale == other.results.scale and bool(self.measured & other.measured)
+
+    def noted(self, *notes: str) -> Source:
+        """Return the same file with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+
+def gather(
+    results: Sequence[Path | str],
+    *,
+    shipped: Path,
+    runs: Path,
+    weights: Path | str | None = None,
+    folder: Path | str | None = None,
+) -> list[Source]:
+    """Read and check the shipped result files and the user's; arguments as `audit`.
+
+    Raises:
+        ValueError: a file that is refused, with the reason.
+    """
+    paths: list[tuple[Path, Literal["shipped", "found", "given"]]] = []
+    paths += [(path, "shipped") for path in sorted(shipped.glob("*/results.json"))]
+    if results:
+        paths += [(Path(path), "given") for path in results]
+    else:
+        found = (folder / name / "results.json" for folder in (runs, runs / "tables") for name in RUNS)
+        paths += [(path, "found") for path in found if path.is_file()]
+    sources = []
+    for path, origin in paths:
+        name = f"reference_results/{path.relative_to(shipped)}" if origin == "shipped" else str(path)
+        read = result_files.read(path)
+        folders = [Path(weights)] if weights is not None and origin != "shipped" else []
+        notes = check_hashes(name, read, [*folders, shipped / read.scale / "weights"], folder)
+        if read.scale not in SCALES and (reason := incomparable(read, table3.NUM_IMAGES)) is not None:
+            notes.append(f"decides no number of the paper: {reason}")
+        sources.append(Source(name, path, origin, read, tuple(recomputed_trends(name, read)), tuple(notes)))
+    return sources
+
+
+def check_hashes(name: str, results: Results, folders: Sequence[Path], folder: Path | str | None = None) -> list[str]:
+    """Compare the hashes that a result file names with the files that are here; return what was and was not compared.
+
+    Args:
+        name: of the result file.
+        results: its contents.
+        folders: of models of its scale.
+        folder: holds the published files; see `artifacts.resolve`.
+
+    Raises:
+        ValueError: one differs; or the results of a scale of this project are not of its images, or name no weights.
+    """
+    p = results.provenance
+    if results.scale in SCALES:
+        known = {n: {sha256_of(f / n) for f in folders if (f / n).is_file()} for n in p.weights_sha256}
+        if not known:
+            raise ValueError(f"{name} does not say what weights it was measured with.")
+        if any(f.is_dir() for f in folders) and not any(known.values()):
+            raise ValueError(f"{name} was measured with weights of which none is here: {', '.join(known)}.")
+        where = ", ".join(str(f) for f in folders)
+        hint = f"has another SHA-256 in {where}; if results are of other weights, name their folder with --weights"
+        named = dict(p.weights_sha256)
+        data = SCALES[results.scale].data
+        for split in (f"{data}/{part}" for part in ("train", "test")):
+            if split not in p.data_sha256:
+                raise ValueError(f"{name} was not measured on the images of its scale: it names no {split}.")
+            named[split] = p.data_sha256[split]
+            known[split] = {_hash_of_images(data, split.rpartition("/")[2])} if data == "digits" else set()
+    elif results.scale == "paper":
+        if p.settings.get("published Inception weights") and INCEPTION not in p.weights_sha256:
+            raise ValueError(f"{name} does not say what Inception weights it was measured with.")
+        keys = _artifacts_of(results)
+        recorded = {s.artifact.key: s.sha256 for s in artifacts.status(set(keys.values()), folder=folder)}
+        hashes = {**p.weights_sha256, **p.data_sha256}
+        named = {n: hashes[n] for n in keys}
+        known = {n: {h for h in (ARTIFACTS[k].sha256 or recorded[k],) if h is not None} for n, k in keys.items()}
+        hint = "is published, or was recorded here, with another SHA-256"
+    else:
+        return []
+    for part, sha256 in named.items():
+        if known[part] and sha256 not in known[part]:
+            raise ValueError(f"{name} was measured with {part} of SHA-256 {sha256[:16]}…, which {hint}.")
+    compared = sum(bool(known[part]) for part in named)
+    absent = [part for part in named if not known[part]]
+    notes = [f"{compared} hashes of weights and images compared with the files here"]
+    return notes + ([f"not here to compare: {', '.join(absent)}"] if absent else [])
+
+
+def recomputed_trends(name: str, results: Results) -> list[Trend]:
+    """Return the trends that follow from the rows of a result file.
+
+    Raises:
+        ValueError: a stored trend is another, or rows lack what a trend needs.
+    """
+    found: list[Trend] = []
+    if results.scale in SCALES:
+        try:
+            found += trends_of(results.rows)
+            found += discrepancies.trends(results.rows, SCALES[results.scale].extractor)
+        except (KeyError, StopIteration, ZeroDivisionError) as error:
+            raise ValueError(f"{name}: its rows lack metrics that its trends rest on ({error!r}).") from error
+    by_id = {trend.id: trend for trend in found}
+    for stored in results.trends:
+        again = by_id.get(stored.id)
+        if again is None or _numbers(again) != _numbers(stored):
+            follows = "nothing" if again is None else " ".join(map(str, _numbers(again)))
+            stated = " ".join(map(str, _numbers(stored)))
+            raise ValueError(f"{name}: the trend {stored.id} says {stated}, but from the rows follows {follows}.")
+    return found
+
+
+def choose(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
+    """Return the files to judge by, and the rows that are not those of the shipped file they stand in for.
+
+    Raises:
+        ValueError: two files of the user measured the same row at the same scale.
+    """
+    order = {"shipped": 0, "given": 1, "found": 2}
+    found: list[Source] = []
+    for source in sorted(sources, key=lambda s: (order[s.origin], s.results.scale, s.name)):
+        if not any(source.results == other.results for other in found):  # the same file, perhaps copied
+            found.append(source)
+    shipped = [s for s in found if s.origin == "shipped"]
+    kept: list[Source] = []
+    regressions: list[str] = []
+    replaced: set[str] = set()
+    ignored: dict[str, list[str]] = {}
+    for source in (s for s in found if s.origin != "shipped"):
+        stood_for = [s for s in shipped if s.overlaps(source)]
+        older = [s for s in stood_for if source.results.provenance.started < s.results.provenance.started]
+        if source.origin == "found" and older:
+            ignored.setdefault(older[0].name, []).append(f"{source.name} is older and was left out")
+            continue
+        for other in stood_for:
+            replaced.add(other.name)
+            source = source.noted(f"stands in for {other.name}")
+            judged = verdicts(source.results, other.results)
+            regressions += [
+                f"{source.name}: {id_} is not that of {other.name}: {why}"
+                for id_, (verdict, why) in judged.items()
+                if verdict == "not reproduced"
+            ]
+        kept.append(source)
+    for first, second in itertools.combinations(kept, 2):
+        if first.overlaps(second) and first.results.scale in ("paper", *SCALES):
+            both = ", ".join(sorted(first.measured & second.measured)[:3])
+            raise ValueError(
+                f"{first.name} and {second.name} both measured {both} at scale {first.results.scale}: name the one "
+                "that is meant."
+            )
+    remaining = [s.noted(*ignored.get(s.name, ())) for s in shipped if s.name not in replaced]
+    return [*remaining, *kept], regressions
+
+
+def _numbers(trend: Trend) -> tuple[float, str, float]:
+    return trend.measured, trend.relation, trend.bound
+
+
+@functools.cache
+def _hash_of_images(data: str, split: str) -> str:
+    return provenance.hash_of_dataset(load_images(data, split))
+
+
+def _artifacts_of(results: Results) -> dict[str, str]:
+    """Return which published file each name in a paper-scale result's hashes is of, where that is known."""
+    p = results.provenance
+    parts: dict[str, str] = {}
+    for system in (row.id.removeprefix("table3/") for row in results.rows):
+        if system in all_presets():
+            kind, preset = find_preset(system)
+            parts = {"generator": preset.name, kind.recipe: kind.tokenizer.key}
+    keys = {name: parts.get(name, name) for name in p.weights_sha256}
+    if not p.settings.get("published Inception weights"):
+        keys.pop(INCEPTION, None)
+    statistics = Path(ARTIFACTS[STATISTICS].file).name
+    keys |= {name: STATISTICS for name in p.data_sha256 if Path(name).name == statistics}
+    return {name: key for name, key in keys.items() if key in ARTIFACTS}

@@ -1,0 +1,103 @@
+"""The stored verdicts that a new audit is compared with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tokenbridge.audit.verdicts import RANK, Audit, Finding, Verdict, _Strict
+from tokenbridge.utils.files import write_json
+
+EXPECTED_SCHEMA = "tokenbridge-expected/1"
+WORSE = "worse"  # than the stored verdict
+
+
+class Expected(_Strict):
+    """The verdict that a claim had when it was last accepted."""
+
+    verdict: Verdict
+    reason: str = ""  # asked for where it is "not reproduced"
+
+
+def read_expected(path: Path | str) -> dict[str, Expected]:
+    """Read the stored verdicts by claim.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or an expected failure has no reason.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or value.pop("schema_version", None) != EXPECTED_SCHEMA:
+            raise ValueError(f"its schema_version is not {EXPECTED_SCHEMA}")
+        expected = {id_: Expected.model_validate(entry) for id_, entry in value["verdicts"].items()}
+        if bare := [id_ for id_, e in expected.items() if e.verdict == "not reproduced" and not e.reason.strip()]:
+            raise ValueError(f"no reason is given why {bare[0]} is not reproduced")
+    except FileNotFoundError as error:
+        raise ValueError(f"There are no stored verdicts {path}; `tokenbridge audit --accept` writes them.") from error
+    except (ValueError, KeyError, AttributeError, ValidationError) as error:
+        raise ValueError(f"{path} is no file of expected verdicts: {error}.") from error
+    return expected
+
+
+def write_expected(path: Path | str, audit: Audit, reason: str) -> None:
+    """Store the verdicts of an audit as the expected ones.
+
+    Args:
+        path: file to write.
+        audit: of all claims.
+        reason: of the claims that are not reproduced and were not before; the others keep theirs.
+    """
+    path = Path(path)
+    if not reason.strip():
+        raise ValueError("Verdicts are accepted for a reason: give one.")
+    old = read_expected(path) if path.is_file() else {}
+    entries = {}
+    for finding in audit.findings:
+        before = old.get(finding.claim.id)
+        entry: dict[str, str] = {"verdict": finding.verdict}
+        if finding.verdict == "not reproduced":
+            entry["reason"] = before.reason if before is not None and before.verdict == finding.verdict else reason
+        entries[finding.claim.id] = entry
+    write_json(path, {"schema_version": EXPECTED_SCHEMA, "verdicts": entries})
+
+
+def expected_verdict(id_: str, expected: Mapping[str, Expected]) -> Verdict:
+    """Return the stored verdict of a claim.
+
+    A claim without one is expected not to have run, so that a new one fails only if it is contradicted.
+    """
+    return expected[id_].verdict if id_ in expected else "not run"
+
+
+def is_worse(verdict: Verdict, stored: Verdict) -> bool:
+    """Whether a verdict is worse than the stored one."""
+    return RANK[verdict] > RANK[stored]
+
+
+def gate_failures(
+    findings: Iterable[Finding], expected: Mapping[str, Expected], fail_on: Collection[str], *, whole: bool = True
+) -> list[str]:
+    """Return what fails the gate, a sentence each.
+
+    Args:
+        findings: of an audit.
+        expected: stored verdicts by claim.
+        fail_on: "worse", or verdicts.
+        whole: whether the findings are of all claims, so that a stored one that is gone is missed.
+    """
+    failures: dict[str, str] = {}
+    for finding in findings:
+        id_, verdict = finding.claim.id, finding.verdict
+        stored = expected_verdict(id_, expected)
+        if WORSE in fail_on and is_worse(verdict, stored):
+            failures[id_] = f"{id_} is {verdict}, stored is {stored}: {finding.why}"
+        elif verdict in fail_on:
+            failures[id_] = f"{id_} is {verdict}: {finding.why}"
+    if WORSE in fail_on and whole:
+        for id_ in sorted(expected.keys() - {finding.claim.id for finding in findings}):
+            failures[id_] = f"{id_} has a stored verdict, but there is no such claim"
+    return list(failures.values())

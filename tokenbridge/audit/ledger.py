@@ -1,0 +1,110 @@
+"""Published claims and known discrepancies: what was said, by whom, and how it is checked here.
+
+They are facts of others, kept in `reference_results/paper/` as YAML; nothing in them was measured by this project.
+What was measured, and the verdicts, are `audit.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokenbridge.results.tolerances import metric
+
+Scale = Literal["paper", "tiny", "counted"]
+"""Where a claim is decided: with published weights on ImageNet; by the tiny models (a trend, never a number of the
+paper); or without trained weights, by counting and arithmetic."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Tolerance(_Strict):
+    """The difference that a claim is granted, and why this much."""
+
+    relative: float = 0.0  # share of the claimed value
+    absolute: float = 0.0
+    reason: str
+
+    def of(self, value: float) -> float:
+        """Return the granted difference from a claimed value."""
+        return self.absolute + self.relative * abs(value)
+
+
+class Claim(_Strict):
+    """One published number, or one sentence that a trend decides."""
+
+    id: str  # "table3/tokenbridge-l/fid": table, row, column
+    text: str  # what the page shows: "TokenBridge-L, FID-50K"
+    source: str  # "arXiv 2503.16430 v1, table 3"
+    scale: Scale
+    recipe: str  # the command that measures it
+    value: float | None = None  # as published; None for a claim in words
+    unit: str = ""
+    row: str | None = None  # scale "paper": row of a result file ("table3/tokenbridge-l") ...
+    metric: str | None = None  # ... and its metric ("FID-50K")
+    check: str | None = None  # scale "counted": name in `checks.CHECKS`
+    trend: str | None = None  # scale "tiny": id of a trend of the results
+    supported_by: tuple[str, ...] = ()  # trends at tiny scale that point the same way; they decide nothing here
+    needs: tuple[str, ...] = ()  # keys in `artifacts.ARTIFACTS`
+    tolerance: Tolerance | None = None  # at scale "paper" that of `results.METRICS`, if none is stated
+    not_applicable: str | None = None  # why no recipe of this project measures it (other people's systems, ...)
+
+
+class Discrepancy(_Strict):
+    """The paper against the code, or the code against itself."""
+
+    id: str  # "first-element"
+    text: str  # what differs, in a sentence or two
+    source: str  # where both sides stand
+    rows: tuple[str, ...] = ()  # rows of result files that show the effect: "discrepancies/first-element-official"
+    checks: tuple[str, ...] = ()  # or names in `checks.CHECKS`
+    not_measured: str | None = None  # why not, where neither is named
+
+
+class Ledger(_Strict):
+    """Everything in `reference_results/paper/`."""
+
+    claims: tuple[Claim, ...]
+    discrepancies: tuple[Discrepancy, ...]
+
+
+def read_ledger(folder: Path | str) -> Ledger:
+    """Read all claims and discrepancies: every `*.yaml` of a folder has lists `claims`, `discrepancies` or both.
+
+    Raises:
+        ValueError: no such files, one that is damaged, an unknown field, or an id that occurs twice.
+    """
+    files = sorted(Path(folder).glob("*.yaml"))
+    if not files:
+        raise ValueError(f"There are no claims in {folder}: it has no .yaml files.")
+    claims: list[Claim] = []
+    discrepancies: list[Discrepancy] = []
+    for file in files:
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            read = Ledger.model_validate({"claims": (), "discrepancies": (), **content})
+        except (yaml.YAMLError, ValidationError, TypeError) as error:
+            raise ValueError(f"{file} is no file of claims: {error}") from error
+        claims += map(_with_tolerance, read.claims)
+        discrepancies += read.discrepancies
+    for entries in (claims, discrepancies):
+        ids = [entry.id for entry in entries]  # type: ignore[attr-defined]
+        if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
+            raise ValueError(f"These ids occur twice in {folder}: {', '.join(twice)}.")
+    return Ledger(claims=tuple(claims), discrepancies=tuple(discrepancies))
+
+
+def _with_tolerance(claim: Claim) -> Claim:
+    if claim.scale != "paper" or claim.tolerance is not None or claim.metric is None:
+        return claim
+    m = metric(claim.metric)
+    if math.isinf(m.relative):
+        return claim  # a time, which is not compared
+    granted = Tolerance(relative=m.relative, absolute=m.absolute, reason=m.reason)
+    return claim.model_copy(update={"tolerance": granted})

@@ -1,0 +1,340 @@
+"""The audit as one HTML page: everything inside the file, nothing loaded, no script needed to read it.
+
+Python prepares what the page shows; `templates/audit.html.j2` says how it looks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import jinja2
+from markupsafe import Markup, escape
+
+from tokenbridge.audit.figures import loss_curves, picture_pair, pictures
+from tokenbridge.audit.verdicts import Verdict
+from tokenbridge.configs.scales import SCALES
+from tokenbridge.results import markdown, tolerances
+from tokenbridge.utils.files import write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from tokenbridge.audit.ledger import Tolerance
+    from tokenbridge.audit.verdicts import Audit, Evidence, Finding
+    from tokenbridge.results.schema import Row
+
+
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+MEANINGS: dict[Verdict, str] = {
+    "reproduced": "measured, counted or compared with the official code here, and within the stated tolerance",
+    "not reproduced": "measured here, and outside the tolerance",
+    "within doubt": "measured here, but the interval of the measurement reaches across the edge of the tolerance",
+    "not run": "something it needs is missing; the claim says what",
+    "not applicable at this scale": "nothing that could be run here decides it",
+}
+SYMBOLS: dict[Verdict, str] = {
+    "reproduced": "✓",
+    "not reproduced": "✗",
+    "within doubt": "≈",
+    "not run": "○",
+    "not applicable at this scale": "–",
+}
+DECIDED_BY = {
+    "paper": "published weights on ImageNet",
+    "tiny": "tiny models on digits: a trend, never a number of the paper",
+    "counted": "counting and arithmetic, no trained weights",
+}
+TITLES = markdown.TITLES | {
+    "table2d": "Table 2d. Channels grouped for one softmax",
+    "table2e": "Table 2e. Size of the autoregressive head",
+    "table4": "Table 4. Hyper-parameters",
+    "article": "A magazine article about the paper",
+    "counted": "Sizes of the official models",
+    "readme": "READMEs of the official code",
+    "trend": "Trends, at tiny scale",
+}
+
+
+def write_page(audit: Audit, path: Path, *, reference: Path, runs: Path | None = None) -> None:
+    """Write an audit as one self-contained HTML file.
+
+    Args:
+        audit: what to show.
+        path: file to write; it appears whole or not at all.
+        reference: folder `reference_results`: the pictures and training logs of its `tiny/` are shown.
+        runs: folder of a user's own tiny run; its pictures stand beside those of the same name.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tokenbridge.audit"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"source": source, "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False)}
+    page = environment.get_template("audit.html.j2").render(
+        audit=audit,
+        verdicts=VERDICTS,
+        meanings=MEANINGS,
+        symbols=SYMBOLS,
+        decided_by=DECIDED_BY,
+        counts=Counter(finding.verdict for finding in audit.findings),
+        sentences=summary(audit.findings),
+        groups=groups(audit.findings),
+        paper_tables=paper_tables(audit.findings),
+        small_tables=small_tables(audit.evidence),
+        pictures=pictures(Path(reference) / "tiny", None if runs is None else Path(runs)),
+        reconstruction=picture_pair(
+            "reconstruction.png", Path(reference) / "tiny", None if runs is None else Path(runs)
+        ),
+        curves=loss_curves(Path(reference) / "tiny" / "training"),
+        markdown=markdown,
+        bar=bar,
+        strip=strip,
+        claimed=claimed,
+        measured=measured,
+        interval=interval,
+        tolerance=tolerance,
+        number=number,
+    )
+    write_text(path, page)
+
+
+def number(value: float, decimals: int | None = None) -> str:
+    """Format a number: whole ones in full, others with `decimals` or six significant digits."""
+    if decimals is None and (abs(value) >= 1000 or value == int(value)):
+        decimals = 0 if value == int(value) else 2
+    return f"{value:.6g}" if decimals is None else f"{value:,.{decimals}f}"
+
+
+def claimed(finding: Finding) -> str:
+    """Format the published value: with the decimals of its metric, or more if it was published with more."""
+    value, name = finding.claim.value, finding.claim.metric
+    if value is None:
+        return "in words"
+    decimals = _decimals(name)
+    if decimals is not None and abs(value - round(value, decimals)) > 1e-9 * abs(value):
+        decimals = None
+    return _with_unit(number(value, decimals), finding)
+
+
+def measured(finding: Finding) -> str:
+    """Format the measured value, one decimal more than published ones have; a dash where there is none."""
+    claim = finding.claim
+    if finding.measured is None:
+        return "–"
+    if claim.value is None and claim.check is not None:
+        return "true" if finding.measured == 1 else "false"  # a check of words gives 1 or 0
+    decimals = _decimals(claim.metric)
+    if decimals is not None and tolerances.metric(claim.metric or "").reason != "counted":
+        decimals += 1
+    return _with_unit(number(finding.measured, decimals), finding)
+
+
+def interval(finding: Finding) -> str:
+    """Format the interval of a measurement."""
+    assert finding.interval is not None
+    decimals = _decimals(finding.claim.metric)
+    low, high = (number(end, None if decimals is None else decimals + 1) for end in finding.interval)
+    return f"{low} to {high}"
+
+
+def tolerance(granted: Tolerance) -> str:
+    """Format a tolerance."""
+    parts = [f"{100 * granted.relative:.3g} %"] * (granted.relative > 0)
+    parts += [f"{granted.absolute:g}"] * (granted.absolute > 0)
+    return f"± {' + '.join(parts)}" if parts else "none: exact"
+
+
+def source(text: str) -> Markup:
+    """Escape a source, and make links of the addresses and arXiv numbers in it."""
+    pattern = re.compile(r"https?://[^\s<>\"']+[^\s<>\"'.,;:)]|arXiv[ :](\d{4}\.\d{4,5})")
+    pieces, end = [], 0
+    for match in pattern.finditer(text):
+        address = f"https://arxiv.org/abs/{match[1]}" if match[1] else match[0]
+        pieces += [
+            escape(text[end : match.start()]),
+            Markup('<a href="{}" rel="noreferrer">{}</a>').format(address, match[0]),
+        ]
+        end = match.end()
+    return Markup("").join([*pieces, escape(text[end:])])
+
+
+def summary(findings: Sequence[Finding]) -> list[str]:
+    """Return in sentences what was measured, and what was not."""
+    numbers = [finding for finding in findings if finding.claim.value is not None]
+    done = [finding for finding in numbers if finding.measured is not None]
+    by_scale = Counter(finding.claim.scale for finding in done)
+    left = Counter(finding.verdict for finding in numbers if finding.measured is None)
+    sentences = [
+        f"Of {len(numbers)} numbers, published or counted from official code, {len(done)} {_were(len(done))} measured "
+        f"here: {by_scale['paper']} at the paper's own scale (published weights, ImageNet) and {by_scale['counted']} "
+        "by counting, arithmetic or comparison with the official code's settings, which needs no trained weights."
+    ]
+    if left:
+        kinds = [f"{left[verdict]} {verdict}" for verdict in VERDICTS if left[verdict]]
+        sentences.append(f"About the others nothing is said: {', '.join(kinds)}.")
+    if tiny := [finding for finding in findings if finding.claim.scale == "tiny"]:
+        sentences.append(
+            f"{len(tiny)} {'claim' if len(tiny) == 1 else 'claims'} in words {_were(len(tiny))} looked at with tiny "
+            "models of digits: such a result supports a trend, never a number of the paper."
+        )
+    return sentences
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"
+
+
+def _decimals(name: str | None) -> int | None:
+    if name is None:
+        return None
+    try:
+        return tolerances.metric(name).decimals
+    except KeyError:
+        return None
+
+
+def _with_unit(value: str, finding: Finding) -> str:
+    unit = finding.claim.unit
+    return value if not unit or unit in finding.claim.text else f"{value}\N{NO-BREAK SPACE}{unit}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The claims of one table, or of one other source."""
+
+    key: str
+    title: str
+    findings: list[Finding]
+
+    @property
+    def counts(self) -> Counter[Verdict]:
+        """Number of claims by verdict."""
+        return Counter(finding.verdict for finding in self.findings)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the page shows the group unfolded: something in it was looked at."""
+        return any(f.verdict in ("reproduced", "not reproduced", "within doubt") for f in self.findings)
+
+
+def groups(findings: Sequence[Finding]) -> list[Group]:
+    """Group claims by the first part of their ids, in the order they are listed; the paper's tables first."""
+    grouped: dict[str, list[Finding]] = {}
+    for finding in findings:
+        grouped.setdefault(finding.claim.id.split("/")[0], []).append(finding)
+    keys = sorted(grouped, key=lambda key: key if re.match(r"table\d", key) else "~")  # a stable sort
+    return [Group(key, _title(key), grouped[key]) for key in keys]
+
+
+def _title(key: str) -> str:
+    if key in TITLES:
+        return TITLES[key]
+    words = re.sub(r"^table(\d\w*)$", r"Table \1", key).replace("-", " ")
+    return words[:1].upper() + words[1:]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table in the paper's shape: published cells, and what was measured for each."""
+
+    key: str
+    title: str
+    rows: dict[str, str]  # label by id
+    columns: dict[str, str]
+    cells: dict[tuple[str, str], Finding]
+
+
+def paper_tables(findings: Iterable[Finding]) -> list[PaperTable]:
+    """Set the claims whose ids are table/row/column out as tables; table 4 is a list, as in the paper."""
+    cells: dict[str, dict[tuple[str, str], Finding]] = {}
+    texts: dict[tuple[str, str, str], Counter[str]] = {}  # of a table's rows and columns
+    for finding in findings:
+        if match := re.fullmatch(r"(table\d\w*)/([^/]+)/([^/]+)", finding.claim.id):
+            key, row, column = match.groups()
+            # "TokenBridge-L: FID (remark)" names the row, then the column; remarks are for the claim alone
+            row_text, _, column_text = finding.claim.text.partition(": ")
+            if key == "table4":
+                row, column, row_text, column_text = f"{row}/{column}", "value", finding.claim.text, "value"
+            cells.setdefault(key, {})[row, column] = finding
+            texts.setdefault((key, "row", row), Counter())[row_text] += 1
+            texts.setdefault((key, "column", column), Counter())[re.split(r"\. | \(", column_text)[0] or column] += 1
+
+    def labels(table: str, axis: str) -> dict[str, str]:
+        return {k[2]: said.most_common(1)[0][0] for k, said in texts.items() if k[:2] == (table, axis)}
+
+    return [
+        PaperTable(key, _title(key), labels(key, "row"), labels(key, "column"), cells[key]) for key in sorted(cells)
+    ]
+
+
+def small_tables(evidence: Sequence[Evidence]) -> list[tuple[int, Evidence, dict[str, list[Row]]]]:
+    """Return what was measured at the scales of the recipes: (number of evidence, evidence, its tables)."""
+    found = []
+    for i, file in enumerate(evidence):
+        if file.scale not in SCALES:  # the paper's own stands in its tables; a stand-in measures nothing
+            continue
+        tables: dict[str, list[Row]] = {}
+        for row in file.rows:
+            tables.setdefault(row.table, []).append(row)
+        tables.pop("discrepancies", None)  # shown with the ledger
+        if tables or file.trends:
+            found.append((i, file, tables))
+    return found
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Claimed against measured, from zero."""
+
+    zero: float
+    claimed: float
+    measured: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The neighbourhood of a claimed value, which lies at 50."""
+
+    tolerance: tuple[float, float]
+    measured: float
+    interval: tuple[float, float] | None
+
+
+def bar(finding: Finding) -> Bar | None:
+    """Place a claimed and a measured value on one axis that includes zero; None unless there are both."""
+    value, found = finding.claim.value, finding.measured
+    if value is None or found is None:
+        return None
+    ends = (0.0, value, found, *(finding.interval or ()))
+    place = _axis(min(ends), max(ends))
+    return Bar(place(0.0), place(value), place(found), _ends(finding, place))
+
+
+def strip(finding: Finding) -> Strip | None:
+    """Place tolerance, measured value and interval around a claimed value; None if there is nothing to tell apart."""
+    value, found = finding.claim.value, finding.measured
+    if value is None or found is None:
+        return None
+    granted = finding.claim.tolerance.of(value) if finding.claim.tolerance else 0.0
+    reach = 1.2 * max(abs(end - value) for end in (value + granted, found, *(finding.interval or ())))
+    if reach == 0:
+        return None
+    place = _axis(value - reach, value + reach)
+    return Strip((place(value - granted), place(value + granted)), place(found), _ends(finding, place))
+
+
+def _axis(low: float, high: float) -> Callable[[float], float]:
+    span = high - low or 1.0
+    return lambda value: round(100 * (value - low) / span, 3)
+
+
+def _ends(finding: Finding, place: Callable[[float], float]) -> tuple[float, float] | None:
+    return finding.interval and (place(finding.interval[0]), place(finding.interval[1]))

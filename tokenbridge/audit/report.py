@@ -1,0 +1,152 @@
+"""The audit as files: Markdown for people, JSON for programs, JUnit XML for CI, and the page."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenbridge.audit.page import TITLES, write_page
+from tokenbridge.audit.verdicts import VERDICTS, Audit, Finding
+from tokenbridge.results.markdown import cell, columns_of, markdown_table
+from tokenbridge.utils.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+FAILURE = "not reproduced"  # of a test case; all but "reproduced" are skipped
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
+
+
+def write_report(audit: Audit, out: Path | str, *, reference: Path | str, runs: Path | str | None = None) -> None:
+    """Write audit.md, audit.json, junit.xml and index.html into `out`; each appears whole or not at all.
+
+    Args:
+        audit: what to show.
+        out: folder.
+        reference: folder `reference_results`, for the page's pictures.
+        runs: folder of the user's own tiny run, for pictures beside those.
+    """
+    out = Path(out)
+    markdown, junit = to_markdown(audit), to_junit(audit)
+    write_page(audit, out / "index.html", reference=Path(reference), runs=None if runs is None else Path(runs))
+    write_json(out / "audit.json", audit.model_dump(mode="json"))
+    write_text(out / "audit.md", markdown)
+    write_text(out / "junit.xml", junit)
+
+
+def counts(audit: Audit) -> dict[str, int]:
+    """Return how many claims have each verdict, in the order of `VERDICTS`."""
+    found = Counter(finding.verdict for finding in audit.findings)
+    return {verdict: found[verdict] for verdict in VERDICTS}
+
+
+def group_of(finding: Finding) -> str:
+    """Return the table that a claim is about: what its id begins with."""
+    return finding.claim.id.split("/")[0]
+
+
+def to_markdown(audit: Audit) -> str:
+    """Return verdicts, claims, discrepancies and evidence as one Markdown page."""
+    commit = f"commit {audit.commit or 'unknown'}{' with uncommitted changes' if audit.dirty else ''}"
+    lines = ["# Audit", "", f"Made {audit.made}, {commit}.", ""]
+    lines += [*markdown_table(["verdict", "claims"], [[v, str(n)] for v, n in counts(audit).items()]), ""]
+    if audit.failures:
+        lines += ["## The gate fails", "", *(f"- {_line(failure)}" for failure in audit.failures), ""]
+    for group in dict.fromkeys(group_of(finding) for finding in audit.findings):
+        findings = [finding for finding in audit.findings if group_of(finding) == group]
+        lines += [f"## {TITLES.get(group, group)}", ""]
+        lines += [*markdown_table(["claim", "claimed", "measured", "verdict"], [_cells(f) for f in findings]), ""]
+        lines += [f"- `{f.claim.id}`: {_line(f.why)}" for f in findings] + [""]
+        lines += [f"- `{f.claim.id}`, support: {_line(text)}" for f in findings for text in f.support]
+        lines += [""] * any(f.support for f in findings)
+    if audit.effects:
+        lines += ["## Discrepancies", ""]
+    for effect in audit.effects:
+        discrepancy = effect.discrepancy
+        lines += [f"### {discrepancy.id}", "", f"{_line(discrepancy.text)} ({_line(discrepancy.source)})", ""]
+        run = [row for row in effect.rows if row.not_run is None]
+        if run:
+            columns = columns_of(run)
+            body = [[_cell(row.label), *(cell(row, column) for column in columns)] for row in run]
+            lines += [*markdown_table(["", *columns], body), ""]
+        notes = [f"{row.label}: not run: {row.not_run}" for row in effect.rows if row.not_run is not None]
+        notes += [f"{name}: {_number(value)}" for name, value in effect.checks.items()]
+        if not run and not effect.checks:
+            notes += [f"not measured: {discrepancy.not_measured or 'no result file has its rows'}"]
+        lines += [f"- {_line(note)}" for note in notes] + [""] * bool(notes)
+    lines += ["## Evidence", ""]
+    for number, evidence in enumerate(audit.evidence):
+        p = evidence.provenance
+        lines += [
+            f"{number}. `{evidence.file}`, scale {evidence.scale}, SHA-256 `{evidence.sha256}`: "
+            f"`{_line(p['command'])}` at {p['started']}, commit {p['commit'] or 'unknown'}"
+            f"{' with uncommitted changes' if p['dirty'] else ''}. {_line('; '.join(evidence.notes))}"
+        ]
+    return "\n".join(lines)
+
+
+def to_junit(audit: Audit) -> str:
+    """Return JUnit XML: a test case for each claim, and one more for the gate.
+
+    A claim that is not reproduced is a failure, known or not; what is neither is skipped. The gate's case fails if the
+    gate does: a CI job that knows its failures looks at that one, or at the exit code.
+    """
+    suites = ET.Element("testsuites", name="tokenbridge audit")
+    suite = ET.SubElement(suites, "testsuite", name="claims", timestamp=audit.made)
+    for finding in audit.findings:
+        case = ET.SubElement(suite, "testcase", classname=_xml(group_of(finding)), name=_xml(finding.claim.id))
+        if finding.verdict == FAILURE:
+            ET.SubElement(case, "failure", message=_xml(finding.why), type=FAILURE)
+        elif finding.verdict != "reproduced":
+            ET.SubElement(case, "skipped", message=_xml(f"{finding.verdict}: {finding.why}"))
+    _count(suite)
+    suite = ET.SubElement(suites, "testsuite", name="gate", timestamp=audit.made)
+    case = ET.SubElement(suite, "testcase", classname="gate", name="gate")
+    if audit.failures:
+        failure = ET.SubElement(case, "failure", message=f"{len(audit.failures)} failures", type="gate")
+        failure.text = _xml("\n".join(audit.failures))
+    _count(suite)
+    ET.indent(suites)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suites, encoding="unicode")
+
+
+def _count(suite: ET.Element) -> None:
+    suite.set("tests", str(len(suite)))
+    suite.set("errors", "0")
+    for attribute, tag in (("failures", "failure"), ("skipped", "skipped")):
+        suite.set(attribute, str(len(suite.findall(f"testcase/{tag}"))))
+
+
+def _cells(finding: Finding) -> list[str]:
+    claim = finding.claim
+    claimed = "–" if claim.value is None else f"{_number(claim.value)}{claim.unit and ' ' + claim.unit}"
+    measured = "–" if finding.measured is None else _number(finding.measured)
+    if finding.interval is not None:
+        measured += f" ({finding.interval[0]:.4g} to {finding.interval[1]:.4g})"
+    return [_cell(claim.text), claimed, measured, finding.verdict]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.6g}"
+
+
+def _line(text: str) -> str:
+    """Return text on one line."""
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _xml(text: str) -> str:
+    return _NOT_XML.sub("�", text)
+
+
+def lines_of(audit: Audit, verdicts: Iterable[str]) -> list[str]:
+    """Return a line for each claim that has one of the verdicts."""
+    wanted = set(verdicts)
+    return [f"{f.claim.id}: {f.verdict}: {f.why}" for f in audit.findings if f.verdict in wanted]

@@ -1,0 +1,99 @@
+"""Scores of somebody's images, as the row that a claim is about."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenbridge.audit.ledger import Claim
+from tokenbridge.data.image_sets import open_images
+from tokenbridge.evaluation import bootstrap
+from tokenbridge.reproduction import table3
+from tokenbridge.results.schema import Provenance, Results, Row
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import sha256_of
+from tokenbridge.weights import artifacts
+from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, REFERENCE_BATCH, STATISTICS
+
+
+def score_samples(
+    samples: Path | str,
+    claim: Claim,
+    *,
+    siblings: Sequence[Claim] = (),
+    cache: Path | str,
+    folder: Path | str | None = None,
+    given: Mapping[str, Path | str | None] | None = None,
+    other_inception: Path | str | None = None,
+    num_bootstrap: int = 100,
+    batch_size: int = 64,
+) -> Results:
+    """Return the scores of someone's images as the row that a claim is about.
+
+    Args:
+        samples: of `audit_samples`, as are the others.
+        claim: the references that it needs must be here.
+        siblings: claims about the same row; what they need is used if it is here.
+        cache: folder for features.
+        folder: holds the published files.
+        given: files named by the user.
+        other_inception: other Inception weights.
+        num_bootstrap: resamples.
+        batch_size: images per forward pass.
+
+    Raises:
+        MissingArtifactsError: files cannot be had.
+        ValueError: a claim that samples do not decide, or images or files that cannot be used.
+    """
+    started = datetime.datetime.now(datetime.UTC)
+    wanted = {key for other in (claim, *siblings) for key in other.needs}
+    known = [key for key in (STATISTICS, REFERENCE_BATCH) if key in wanted]
+    scores = {f"{name}-50K": name for name in table3.SCORES}
+    if claim.scale != "paper" or claim.row is None or claim.metric not in scores or not known:
+        raise ValueError(f"{claim.id} is no claim that samples decide: those are about {', '.join(scores)}.")
+    there = {s.artifact.key for s in artifacts.status(known, folder=folder, given=given) if s.state != "missing"}
+    keys = [key for key in known if key in claim.needs or key in there]
+    inception_keys = [INCEPTION] if other_inception is None else []
+    files = artifacts.resolve([*inception_keys, *keys], folder=folder, given=given)
+    inception = files[INCEPTION] if other_inception is None else Path(other_inception)
+    images = open_images(samples)
+    if images.size != (table3.IMAGE_SIZE, table3.IMAGE_SIZE):
+        raise ValueError(
+            f"The images in {samples} are of {' x '.join(map(str, images.size))} pixels, those of the claim of "
+            f"{table3.IMAGE_SIZE} x {table3.IMAGE_SIZE}: resizing changes scores, so do it knowingly and before."
+        )
+    scored = table3.score(
+        samples,
+        [files[key] for key in keys],
+        inception=inception,
+        num_images=len(images),
+        allow_other_inception=other_inception is not None,
+        num_bootstrap=num_bootstrap,
+        batch_size=batch_size,
+        cache=cache,
+    )
+    published = sha256_of(inception) == ARTIFACTS[INCEPTION].sha256
+    seconds = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
+    return Results(
+        scale="paper" if published and len(images) == table3.NUM_IMAGES else "evaluation",
+        provenance=Provenance(
+            command=provenance.command(),
+            seed=bootstrap.SEED,
+            started=started.isoformat(timespec="seconds"),
+            wall_seconds=round(seconds, 1),
+            **provenance.commit(),
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            data_sha256=scored.data_sha256,
+            weights_sha256={INCEPTION: sha256_of(inception)},
+            settings={
+                "num_images": len(images),
+                "published Inception weights": published,
+                "samples": f"{samples}, made elsewhere: judged as images, not how they were made",
+                "not run": scored.not_run,
+            },
+        ),
+        rows=[Row(id=claim.row, label=f"samples in {Path(samples).name}", metrics=scored.metrics)],
+        trends=[],
+    )

@@ -1,0 +1,225 @@
+"""Verdicts on published claims, and what an audit consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from tokenbridge.audit.evidence import Source
+from tokenbridge.audit.ledger import Claim, Discrepancy, Tolerance
+from tokenbridge.configs.scales import SCALES
+from tokenbridge.reproduction import table3
+from tokenbridge.reproduction.trends import trend_rows
+from tokenbridge.results.compare import incomparable
+from tokenbridge.results.schema import Row, Trend
+from tokenbridge.utils.files import sha256_of
+from tokenbridge.weights.artifacts import Status
+
+SCHEMA = "tokenbridge-audit/1"
+
+Verdict = Literal["reproduced", "not reproduced", "within doubt", "not run", "not applicable at this scale"]
+"""`within doubt`: the measured value is in or out of the tolerance, but its interval is not wholly. `not applicable at
+this scale`: nothing that could be run here decides it."""
+
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+RANK: dict[Verdict, int] = {
+    "reproduced": 0,
+    "within doubt": 1,
+    "not run": 2,
+    "not applicable at this scale": 2,
+    "not reproduced": 3,
+}
+"""Higher is worse. A claim that ran and no longer does has lost its evidence; one that is contradicted is worse off."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Evidence(_Strict):
+    """A result file that an audit rests on, and where its numbers come from."""
+
+    file: str
+    sha256: str  # of the file
+    scale: str
+    rows: tuple[Row, ...]
+    trends: tuple[Trend, ...]  # computed from the rows, not read
+    provenance: dict[str, Any]  # `results.Provenance` as JSON
+    notes: tuple[str, ...] = ()  # what was checked of it, what could not be, which file it stands in for
+
+
+class Finding(_Strict):
+    """A claim, judged."""
+
+    claim: Claim
+    verdict: Verdict
+    why: str
+    measured: float | None = None
+    interval: tuple[float, float] | None = None  # 95 %, where the evidence has one
+    evidence: int | None = None  # number in `Audit.evidence`; None where nothing or only counting was needed
+    support: tuple[str, ...] = ()  # "at tiny scale: <claim> holds (19.7 >= 2)"; decides nothing
+
+
+class Effect(_Strict):
+    """A discrepancy, and what it does as far as that was measured."""
+
+    discrepancy: Discrepancy
+    rows: tuple[Row, ...] = ()
+    checks: dict[str, float] = {}
+    evidence: int | None = None
+
+
+class Audit(_Strict):
+    """What `tokenbridge audit` finds, as `audit.json` holds it."""
+
+    schema_version: Literal["tokenbridge-audit/1"] = "tokenbridge-audit/1"
+    made: str  # UTC, ISO 8601
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    findings: tuple[Finding, ...]
+    effects: tuple[Effect, ...]
+    evidence: tuple[Evidence, ...]
+    failures: tuple[str, ...] = ()  # what fails the gate, in words; none: it is green
+
+
+def verdict_of(
+    claimed: float, measured: float, tolerance: Tolerance | None, interval: tuple[float, float] | None = None
+) -> Verdict:
+    """Judge a measured value, or its interval, by the tolerance around the claimed one; without one, exactly."""
+    low, high = (measured, measured) if interval is None else (min(*interval, measured), max(*interval, measured))
+    # 1.33 - 1.11 is 0.22 but for the last bit of float arithmetic, which is no difference.
+    granted = (tolerance.of(claimed) if tolerance is not None else 0.0) + 1e-12 * abs(claimed)
+    distances = abs(low - claimed), abs(high - claimed)
+    if max(distances) <= granted:
+        return "reproduced"
+    nearest = 0.0 if low <= claimed <= high else min(distances)
+    return "not reproduced" if nearest > granted else "within doubt"
+
+
+def interval_of(row: Row, metric: str) -> tuple[float, float] | None:
+    """Return the bootstrap interval that a row has for a metric, as `evaluation.evaluate` stores it."""
+    base = metric.removesuffix("-50K")
+    low, high = (row.metrics.get(f"{base}-{end}") for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
+
+
+def _judge(
+    claim: Claim, sources: Sequence[Source], files: Mapping[str, Status], run_check: Callable[[str], float]
+) -> Finding:
+    support = tuple(_support(claim, sources))
+    if claim.scale == "counted":
+        measured = run_check(_named(claim, claim.check, "check"))
+        # A claim in words has a check that is 1 where it is true.
+        claimed = 1.0 if claim.value is None else claim.value
+        verdict = verdict_of(claimed, measured, claim.tolerance)
+        return Finding(
+            claim=claim, verdict=verdict, why=_comparison(claim, measured), measured=measured, support=support
+        )
+    if claim.scale == "tiny":
+        id_ = _named(claim, claim.trend, "trend")
+        for i, source in enumerate(sources):
+            trend = next((t for t in source.trends if t.id == id_), None)
+            if trend is not None and source.results.scale == claim.scale:
+                verdict = "reproduced" if trend.holds else "not reproduced"
+                why = f"at {source.results.scale} scale: {_words(trend)}"
+                return Finding(claim=claim, verdict=verdict, why=why, measured=trend.measured, evidence=i)
+        return _not_run(claim, _why_undecided(id_, claim.scale, sources), files, support)
+    reasons = []
+    for i, source in enumerate(sources):
+        row = next((row for row in source.results.rows if row.id == claim.row), None)
+        if row is None or claim.metric is None or source.results.scale in SCALES:
+            continue
+        if row.not_run is not None:
+            reasons.append(f"{source.name}: {row.not_run}")
+        elif (reason := incomparable(source.results, table3.NUM_IMAGES)) is not None:
+            reasons.append(f"{source.name}: {reason}")
+        elif claim.metric not in row.metrics:
+            reasons.append(f"{source.name} has no {claim.metric} of {row.id}")
+        elif claim.value is None:
+            raise ValueError(f"The claim {claim.id} of scale paper has no value.")
+        else:
+            measured, interval = row.metrics[claim.metric], interval_of(row, claim.metric)
+            return Finding(
+                claim=claim,
+                verdict=verdict_of(claim.value, measured, claim.tolerance, interval),
+                why=_comparison(claim, measured, interval),
+                measured=measured,
+                interval=interval,
+                evidence=i,
+                support=support,
+            )
+    if claim.not_applicable is not None and not reasons:
+        why = claim.not_applicable
+        return Finding(claim=claim, verdict="not applicable at this scale", why=why, support=support)
+    return _not_run(claim, reasons or [f"no result file has {claim.metric} of {claim.row}"], files, support)
+
+
+def _why_undecided(trend: str, scale: str, sources: Sequence[Source]) -> list[str]:
+    """Return the rows that a trend lacks, with the reasons that result files give."""
+    rows = [row for source in sources if source.results.scale == scale for row in source.results.rows]
+    measured = {row.id for row in rows if row.not_run is None}
+    reasons = {row.id: row.not_run for row in rows if row.not_run is not None}
+    lacking = [id_ for id_ in trend_rows().get(trend, ()) if id_ not in measured]
+    if not lacking:
+        raise ValueError(f"A claim names the trend {trend!r}, which there is not.")
+    return [f"the trend {trend} rests on {id_}: {reasons.get(id_, 'in no result file')}" for id_ in lacking]
+
+
+def _not_run(claim: Claim, reasons: list[str], files: Mapping[str, Status], support: tuple[str, ...]) -> Finding:
+    absent = [files[key].artifact for key in claim.needs if files[key].state == "missing"]
+    why = "; ".join(reasons)
+    if absent:
+        why += f". Missing here: {'; '.join(f'{a.key} from {a.origin}' for a in absent)}"
+    return Finding(claim=claim, verdict="not run", why=f"{why}. To run it: {claim.recipe}", support=support)
+
+
+def _comparison(claim: Claim, measured: float, interval: tuple[float, float] | None = None) -> str:
+    """Return the two numbers and what lies between them, in words."""
+    if claim.value is None:
+        return f"the check gives {measured:g}; 1 is true"
+    between = "" if interval is None else f" (95 % interval {interval[0]:.4g} to {interval[1]:.4g})"
+    granted = 0.0 if claim.tolerance is None else claim.tolerance.of(claim.value)
+    allowed = "exactly" if claim.tolerance is None else f"within {granted:,.6g}: {claim.tolerance.reason}"
+    return f"{measured:,.12g}{between} against {claim.value:,.12g}, asked {allowed}"
+
+
+def _support(claim: Claim, sources: Sequence[Source]) -> Iterable[str]:
+    for id_ in claim.supported_by:
+        for source in sources:
+            yield from (f"at {source.results.scale} scale: {_words(t)}" for t in source.trends if t.id == id_)
+
+
+def _words(trend: Trend) -> str:
+    number = f"{trend.measured:.3g} {trend.relation} {trend.bound:.3g}"
+    return f"{trend.claim} {f'holds ({number})' if trend.holds else f'does not hold (not {number})'}"
+
+
+def _effect(discrepancy: Discrepancy, sources: Sequence[Source], run_check: Callable[[str], float]) -> Effect:
+    found = [(i, row) for i, s in enumerate(sources) for row in s.results.rows if row.id in discrepancy.rows]
+    return Effect(
+        discrepancy=discrepancy,
+        rows=tuple(row for _, row in found),
+        checks={name: run_check(name) for name in discrepancy.checks},
+        evidence=found[0][0] if found else None,
+    )
+
+
+def _evidence(source: Source) -> Evidence:
+    return Evidence(
+        file=source.name,
+        sha256=sha256_of(source.path),
+        scale=source.results.scale,
+        rows=tuple(source.results.rows),
+        trends=source.trends,
+        provenance=source.results.provenance.model_dump(mode="json"),
+        notes=source.notes,
+    )
+
+
+def _named(claim: Claim, name: str | None, what: str) -> str:
+    if name is None:
+        raise ValueError(f"The claim {claim.id} of scale {claim.scale} names no {what}.")
+    return name

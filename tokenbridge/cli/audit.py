@@ -1,0 +1,151 @@
+"""`tokenbridge audit`, `gate` and `update-references`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tokenbridge.cli.options import Json, app, find_scale
+from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils.files import reference_folder as reference_folder
+
+
+@app.command()
+def gate(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="goldens, tiny, tokens, audit, benchmarks; all by default.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out sampling in `tiny`, and the benchmarks.")] = False,
+    references: Annotated[Path | None, typer.Option(help="What is compared with; the shipped ones by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is made, and for junit.xml.")] = Path("runs/gate"),
+) -> None:
+    """Compare this code with all stored references; exit code 1 if anything changed, 2 if a part could not be run."""
+    from tokenbridge.regression import gate as g
+
+    chosen = parts or g.PARTS
+    done = g.run_gate(find_scale("tiny"), references or reference_folder(), out, parts=chosen, quick=quick)
+    g.write_junit(out / "junit.xml", done)
+    g.print_parts(done)
+    sys.exit(g.exit_code(done))
+
+
+@app.command()
+def update_references(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="tiny, verdicts, benchmarks; all by default.", show_default=False)
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Replace the stored references by the measured ones.")] = False,
+    why: Annotated[str, typer.Option(help="Why they change; asked for by --write.")] = "",
+    references: Annotated[Path | None, typer.Option(help="What is replaced; the shipped ones by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is measured.")] = Path("runs/references"),
+) -> None:
+    """Measure the references anew and show what differs; with --write and --why, replace them and record it."""
+    from tokenbridge.regression import references as r
+
+    folder = references or reference_folder()
+    changes = r.update(find_scale("tiny"), folder, out, parts=parts or r.PARTS, why=why if write else None)
+    _print_table("Stored references against new ones", r.COLUMNS, [[escape(c) for c in change] for change in changes])
+    print(f"{folder} is updated; the record is in {folder / r.RECORD}." if write else "Nothing was written.")
+
+
+@app.command()
+def audit(
+    results: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Result files (results.json), own or others', beside the shipped ones; those in runs/ by default.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Folder of images, or .npz, to score and to judge --claim by.")
+    ] = None,
+    claim: Annotated[str | None, typer.Option(help="With --samples: a claim of table 3, by its id.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page, Markdown, JSON and JUnit XML.")] = Path("runs/audit"),
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What gives exit code 1: worse than stored (the default), or a verdict, as 'not reproduced'.",
+            show_default=False,
+        ),
+    ] = None,
+    accept: Annotated[
+        str | None, typer.Option(help="Store today's verdicts as the expected ones, for this reason.", metavar="REASON")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Models behind RESULTS, if not the shipped ones.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option("--inception", "--inception-weights", help="With --samples: torch-fidelity's Inception weights."),
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="With --samples: adm_in256_stats.npz, for FID.")] = None,
+    reference_batch: Annotated[
+        Path | None, typer.Option(help="With --samples: VIRTUAL_imagenet256_labeled.npz, for precision and recall.")
+    ] = None,
+    other_inception: Annotated[
+        Path | None, typer.Option(help="With --samples: other Inception weights; scores are labelled, decide nothing.")
+    ] = None,
+    num_bootstrap: Annotated[int, typer.Option(min=0, help="With --samples: resamples for FID's interval.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Judge every published number by what was measured: verdicts, evidence, a page; exit code 1 if the gate fails."""
+    from tokenbridge.audit.audit import audit_claims as run
+    from tokenbridge.audit.audit import audit_samples
+    from tokenbridge.audit.expected import WORSE, write_expected
+    from tokenbridge.audit.report import write_report
+    from tokenbridge.results.markdown import cell
+
+    if (samples is None) != (claim is None) or (samples is not None and (results or accept)):
+        raise ValueError("--samples and --claim go together, without result files and without --accept.")
+    if accept is not None and not accept.strip():
+        raise ValueError("Verdicts are accepted for a reason: give one.")
+    shipped, failing = reference_folder(), fail_on or ([] if accept is not None else [WORSE])
+    if samples is not None:
+        assert claim is not None
+        done = audit_samples(
+            samples,
+            claim,
+            out=out,
+            shipped=shipped,
+            folder=folder,
+            given={"inception": inception, "adm-statistics": reference, "adm-reference": reference_batch},
+            other_inception=other_inception,
+            num_bootstrap=num_bootstrap,
+            fail_on=failing,
+        )
+    else:
+        done = run(results or [], shipped=shipped, weights=weights, folder=folder, fail_on=failing)
+    tiny = [Path(e.file).parent for e in done.evidence if any(t.id == "right-class" for t in e.trends)]
+    own = next((path for path in tiny if path != Path("reference_results/tiny")), None)
+    write_report(done, out, reference=shipped, runs=own)
+    if accept is not None:
+        write_expected(shipped / "paper" / "expected.json", done, accept)
+    if as_json:
+        print(done.model_dump_json(indent=2))
+    else:
+        if samples is not None:
+            (row,) = done.evidence[-1].rows
+            _print_table(f"Scores of {samples}", ["", row.label], [[name, cell(row, name)] for name in row.metrics])
+        _print_audit(done, out)
+    if done.failures:
+        sys.exit(1)
+
+
+def _print_audit(done: Any, out: Path) -> None:
+    from tokenbridge.audit.report import counts, lines_of
+
+    _print_table("Published claims", ["verdict", "claims"], [[verdict, str(n)] for verdict, n in counts(done).items()])
+    console = Console(soft_wrap=True)
+    for evidence in done.evidence:
+        console.print(f"Evidence: {evidence.file}: {'; '.join(evidence.notes)}.", highlight=False, markup=False)
+    for line in lines_of(done, ("not reproduced", "within doubt")):
+        console.print(line, highlight=False, markup=False)
+    for failure in done.failures:
+        console.print(f"The gate fails: {failure}", highlight=False, markup=False, style="bold red")
+    console.print(f"The page is {out}/index.html.", highlight=False, markup=False)

@@ -1,0 +1,177 @@
+"""`tokenbridge evaluate`, `reference` and `reconstruct`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tokenbridge.cli.options import Json, app
+from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils.files import reference_folder as reference_folder
+
+
+@app.command()
+def reconstruct(
+    source: Annotated[str, typer.Argument(help="Images: a folder, Parquet, digits, cifar10, imagenet or a hub name.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A diffusers autoencoder: folder or hub name; the tiny VAE by default.")
+    ] = None,
+    levels: Annotated[str, typer.Option(help="Quantisation levels, separated by commas.")] = "8,16,32,64",
+    quantizer: Annotated[str, typer.Option(help="gaussian, uniform or lloyd-max.")] = "gaussian",
+    value_range: Annotated[float, typer.Option(help="Latents beyond this size are clamped.")] = 5.0,
+    scale: Annotated[str, typer.Option(help="Latent scale: config, measure or a number.")] = "config",
+    split: Annotated[str, typer.Option(help="Split of the source.")] = "test",
+    image_size: Annotated[int | None, typer.Option(help="Centre-crop to this size.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception weights, for rFID.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/reconstruction"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images under --limit.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure what a tokenizer keeps of images, continuous and quantised: PSNR, SSIM, rFID, bits per image."""
+    from tokenbridge.evaluation.reconstruct import COLUMNS
+    from tokenbridge.evaluation.reconstruct import reconstruct as run
+    from tokenbridge.results.markdown import cell
+
+    try:
+        chosen_levels = [int(level) for level in levels.split(",")]
+    except ValueError as error:
+        raise ValueError(f"Levels are whole numbers separated by commas, not {levels!r}.") from error
+    report = run(
+        source,
+        tokenizer=tokenizer or str(reference_folder() / "tiny" / "weights" / "vae"),
+        out=out,
+        levels=chosen_levels,
+        quantizer=quantizer,
+        value_range=value_range,
+        scale=scale if scale in ("config", "measure") else _number(scale, "The scale"),
+        split=split,
+        image_size=image_size,
+        limit=limit,
+        batch_size=batch_size,
+        inception_weights=inception_weights,
+        seed=seed,
+    )
+    if as_json:
+        rows = [row.model_dump() for row in report.rows]
+        print(json.dumps({"settings": report.settings, "rows": rows, "notes": report.notes}, indent=2))
+        return
+    _print_table("Reconstruction", ["", *COLUMNS], [[r.label, *[cell(r, c) for c in COLUMNS]] for r in report.rows])
+    for note in report.notes:
+        Console(soft_wrap=True).print(note, highlight=False, markup=False)
+    print(f"Table and picture are in {out}/.")
+
+
+@app.command()
+def evaluate(
+    samples: Annotated[
+        list[Path], typer.Argument(help="Folders of images or .npz (arr_0), one for each seed.", show_default=False)
+    ],
+    reference: Annotated[Path, typer.Option(help="Statistics (.npz: mu, sigma, arr_0), or a folder of images.")],
+    inception: Annotated[
+        Path | None,
+        typer.Option("--inception", "--inception-weights", help="Of torch-fidelity; the usual places by default."),
+    ] = None,
+    cleanfid_inception: Annotated[
+        Path | None, typer.Option(help="clean-fid's inception-2015-12-05.pt, for FID by its own features.")
+    ] = None,
+    allow_other_inception: Annotated[
+        bool, typer.Option("--allow-other-inception", help="Take unpublished weights; scores are labelled.")
+    ] = False,
+    allow_few: Annotated[
+        bool, typer.Option("--allow-few", help="Take fewer than 2,048 images; scores are labelled.")
+    ] = False,
+    num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for FID's interval; 0 for none.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of IS, KID and bootstrap; torch-fidelity's by default.")] = 2020,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    cache: Annotated[Path, typer.Option(help="Folder for features.")] = Path("runs/features"),
+    out: Annotated[Path | None, typer.Option(help="Result file to write (JSON).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
+    from tokenbridge.evaluation.evaluate import evaluate as run
+    from tokenbridge.evaluation.inception import find_inception
+    from tokenbridge.results.markdown import cell, columns_of
+    from tokenbridge.results.schema import write
+
+    measured = run(
+        samples,
+        reference,
+        inception=inception or find_inception().path,
+        cleanfid_inception=cleanfid_inception,
+        allow_other_inception=allow_other_inception,
+        allow_few=allow_few,
+        num_bootstrap=num_bootstrap,
+        seed=seed,
+        batch_size=batch_size,
+        cache=cache,
+    )
+    if out is not None:
+        write(out, measured)
+    if as_json:
+        print(json.dumps(measured.model_dump(), indent=2))
+        return
+    scored = [row for row in measured.rows if row.not_run is None]
+    body = [[name, *[cell(row, name) for row in scored]] for name in columns_of(scored)]
+    _print_table(f"Evaluation against {reference}", ["", *[row.label for row in scored]], body)
+    console = Console(soft_wrap=True)
+    for row in measured.rows:
+        if row.not_run is not None:
+            console.print(f"{row.label}: not run: {row.not_run}.", highlight=False, markup=False)
+    for note in measured.provenance.settings["notes"]:
+        console.print(note, highlight=False, markup=False)
+
+
+@app.command()
+def reference(
+    source: Annotated[str, typer.Argument(help="Images: a folder, Parquet, digits, cifar10, imagenet or a hub name.")],
+    out: Annotated[Path, typer.Option(help="File to write (.npz).")],
+    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
+    image_size: Annotated[int, typer.Option(min=1, help="Centre-crop to this size, as ADM does.")] = 256,
+    keep_images: Annotated[
+        int, typer.Option(min=0, help="Store so many of the images too, for precision, recall and KID.")
+    ] = 0,
+    inception: Annotated[
+        Path | None,
+        typer.Option("--inception", "--inception-weights", help="Of torch-fidelity; the usual places by default."),
+    ] = None,
+    allow_other_inception: Annotated[
+        bool, typer.Option("--allow-other-inception", help="Take unpublished weights.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images to keep.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Make the reference statistics of a data set: mean and covariance of Inception's features."""
+    from tokenbridge.evaluation.inception import find_inception
+    from tokenbridge.evaluation.reference import make_reference
+
+    meta = make_reference(
+        source,
+        out,
+        inception=inception or find_inception().path,
+        split=split,
+        image_size=image_size,
+        keep_images=keep_images,
+        allow_other_inception=allow_other_inception,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    if as_json:
+        print(json.dumps(meta, indent=2))
+    else:
+        print(f"Statistics of {meta['num_images']:,} images are in {out}.")
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{what} is a number, not {text!r}.") from error

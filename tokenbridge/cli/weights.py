@@ -1,0 +1,93 @@
+"""`tokenbridge convert`, `artifacts` and `conformance`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from tokenbridge.cli.options import Json, app
+from tokenbridge.cli.printing import _print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@app.command()
+def conformance(
+    paths: Annotated[list[Path], typer.Argument(help="Golden files (.npz), or folders of them.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Run golden files: numbers of the official code against ours; exit code 1 if any output fails."""
+    from tokenbridge.conformance.judge import conformance as run
+
+    if not run(paths, as_json=as_json):
+        sys.exit(1)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A published file, or its folder: of a model or a tokenizer.")],
+    name: Annotated[str, typer.Argument(help="A preset (`tokenbridge models`), kl16, llamagen-vq16 or givt-vae.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: config.json and safetensors.")],
+    vae: Annotated[
+        Path | None, typer.Option(help="kl16.ckpt, to write a whole pipeline of TokenBridge with its VAE.")
+    ] = None,
+    ema: Annotated[bool, typer.Option(help="Moving average of the weights, as published; or the last ones.")] = True,
+) -> None:
+    """Turn a published checkpoint into a diffusers folder, strictly; pickled code in it is never run."""
+    if vae is None:
+        from tokenbridge.sampling.load import convert as run
+
+        run(checkpoint, out, name, ema=ema)
+    else:
+        from tokenbridge.sampling.pipeline import convert_pipeline
+
+        convert_pipeline(checkpoint, vae, out, name, ema=ema)
+    print(f"{name} is in {out}/")
+
+
+@app.command()
+def artifacts(
+    keys: Annotated[list[str] | None, typer.Argument(help="Which files; all by default.", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash the files that are here, and check them.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the KEYS that are missing.")] = False,
+    accept: Annotated[str | None, typer.Option(help="Record this file's hash anew.", metavar="KEY")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the published files: missing, present, or verified; exit code 1 if one of KEYS is missing or changed."""
+    from tokenbridge.weights import artifacts as files
+
+    if accept is not None:
+        files.accept(accept, folder=folder)
+    if download:
+        if not keys:
+            raise ValueError("All files are more than 20: name those to download.")
+        files.resolve(keys, folder=folder)
+    if verify:
+        here = [s.artifact.key for s in files.status(keys, folder=folder) if s.state != "missing"]
+        files.resolve(here, folder=folder, download=False)
+    listed = files.status(keys, folder=folder)
+    if as_json:
+        print(json.dumps([status.as_dict() for status in listed], indent=2))
+    else:
+        _print_artifacts(listed)
+    if keys and any(status.state in ("missing", "changed") for status in listed):
+        sys.exit(1)
+
+
+def _print_artifacts(listed: Sequence[Any]) -> None:
+    colours = {"verified": "green", "present": "yellow", "changed": "bold red", "missing": "red"}
+    body = []
+    for status in listed:
+        size = f"{status.size / 1e6:,.1f} MB" if status.size is not None else "–"
+        sha256 = f"{status.sha256[:12]}…" if status.sha256 else "–"
+        where = str(status.path or status.artifact.origin)
+        state = f"[{colours[status.state]}]{status.state}[/]"
+        body.append([status.artifact.key, state, size, sha256, escape(status.artifact.licence), escape(where)])
+    _print_table("Published files", ["", "", "size", "SHA-256", "licence", "path, or origin"], body)

@@ -1,0 +1,1 @@
+"""Conformance with the official code: golden cases are run, and every output is judged."""

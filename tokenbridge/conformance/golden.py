@@ -1,0 +1,115 @@
+"""Golden files: numeric cases of the official code (format 1 of shared/goldens/README.md).
+
+A golden file (`.npz`) holds inputs, outputs, the official constructor's arguments and a rule that makes the
+weights from the official parameter names. Here: the format. What computes the outputs is in `golden_tokenbridge.py`
+and its like, one file a system; `conformance.py` runs and judges them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenbridge.weights.official import Layout, load_official
+from tokenbridge.weights.rule import rule_state
+
+FORMAT = 1
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A golden file, read."""
+
+    meta: dict[str, Any]
+    inputs: Arrays
+    outputs: Arrays
+
+    def tensor(self, name: str) -> Tensor:
+        """Return an input as a float32 or int64 tensor."""
+        array = self.inputs[name]
+        return torch.from_numpy(array.astype(np.float32 if np.issubdtype(array.dtype, np.floating) else np.int64))
+
+
+@dataclass
+class Computed:
+    """Our outputs, and what is needed to judge them."""
+
+    outputs: dict[str, Tensor]
+    # Where a token may differ: distance of the quantised value to the nearest midpoint, by output.
+    midpoint_distances: dict[str, Tensor] = field(default_factory=dict)
+    # Float outputs that follow from an integer one: judged only where that one agrees.
+    follows: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kind of golden: the arrays it must have, the arguments it may have, what computes it.
+
+    A name that ends in `_*` stands for one array of each iteration: `z_*` for z_0, z_1, ... None instead of names:
+    the names depend on the case's arguments, and `run` checks them.
+    """
+
+    inputs: frozenset[str] | None
+    outputs: frozenset[str] | None
+    run: Callable[[Golden], Computed]
+    arguments: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()  # inputs that may be absent
+
+
+Entries = Mapping[str, Mapping[str, Entry | Callable[[Golden], Entry]]]
+"""Entries by system and name; a function where the arrays depend on the case's arguments."""
+
+
+def entry(
+    inputs: str, outputs: str, run: Callable[[Golden], Computed], arguments: str = "", optional: str = ""
+) -> Entry:
+    """Return an entry; names are separated by spaces."""
+    names = [frozenset(text.split()) for text in (inputs, outputs, arguments, optional)]
+    return Entry(names[0], names[1], run, names[2], names[3])
+
+
+def read_golden(path: Path | str) -> Golden:
+    """Read and check a golden file; nothing pickled is loaded.
+
+    Raises:
+        ValueError: a file that is damaged or not of this format.
+        OSError: a file that is not there.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy have many ways to say that bytes are damaged
+        raise ValueError(f"The file is damaged or no .npz file ({type(error).__name__}: {error}).") from error
+    if "meta" not in arrays:
+        raise ValueError("The file has no 'meta'.")
+    meta = json.loads(str(arrays.pop("meta")))
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        version = meta.get("format") if isinstance(meta, dict) else None
+        raise ValueError(f"Format version {version!r} is unknown; this runner reads version {FORMAT}.")
+    needed = ("system", "entry", "config", "arguments", "weights", "tolerance")
+    if absent := [key for key in needed if key not in meta]:
+        raise ValueError(f"'meta' lacks {', '.join(absent)}.")
+    if strange := [name for name in arrays if not name.startswith(("in.", "out."))]:
+        raise ValueError(f"Unknown array {strange[0]!r}.")
+    inputs = {name[3:]: value for name, value in arrays.items() if name.startswith("in.")}
+    outputs = {name[4:]: value for name, value in arrays.items() if name.startswith("out.")}
+    return Golden(meta, inputs, outputs)
+
+
+def with_rule_weights(module: Any, layout_of: Callable[[Any], Layout], golden: Golden) -> Any:
+    """Give `module`, which may be on the meta device, the weights that the golden's rule draws."""
+    layout = layout_of(module)
+    load_official(module, rule_state(layout, golden.meta["weights"]), layout)
+    return module

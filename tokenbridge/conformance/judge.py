@@ -1,0 +1,226 @@
+"""Run golden files and judge them: numbers of the official code against ours.
+
+What cannot be run is a failure with its reason, never a skip and never an exception.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenbridge.conformance import givt as golden_givt
+from tokenbridge.conformance import llamagen as golden_llamagen
+from tokenbridge.conformance import mar as golden_mar
+from tokenbridge.conformance import tokenbridge as golden_tokenbridge
+from tokenbridge.conformance.golden import Computed, Entries, Entry, Golden, read_golden
+
+TIE = 1e-6  # latents this near to a midpoint may round to either level: float32 error of the map to normalised units
+
+ENTRIES: Entries = {
+    **golden_tokenbridge.ENTRIES,
+    **golden_llamagen.ENTRIES,
+    **golden_mar.ENTRIES,
+    **golden_givt.ENTRIES,
+}
+"""What computes each entry, by system."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one output of a golden file, or of the whole file (name "file") if it could not be run."""
+
+    name: str
+    error: float | None  # largest absolute difference; None if there was none to take
+    tolerance: str
+    verdict: Literal["pass", "fail"]
+    reason: str = ""  # of a failure; or what the tolerance let through
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcomes of one file."""
+
+    path: str
+    outcomes: list[Outcome]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output passed."""
+        return all(outcome.verdict == "pass" for outcome in self.outcomes)
+
+
+def run_file(path: Path | str) -> list[Outcome]:
+    """Run one golden file; one outcome for each of its outputs, or one failure if it cannot be run."""
+    try:
+        golden = read_golden(path)
+        entry = _entry_of(golden)
+        with torch.inference_mode():
+            computed = entry.run(golden)
+        return [_judge(name, golden, computed) for name in golden.outputs]
+    except Exception as error:  # a file that breaks anything at all is a failure of that file, not of the run
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        return [Outcome("file", None, "", "fail", reason)]
+
+
+def run_files(paths: Iterable[Path | str]) -> list[Report]:
+    """Run golden files; a folder stands for all `.npz` files in it. Progress goes to stderr."""
+    reports = []
+    for path in _expand(paths):
+        print(f"conformance: {path}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        reports.append(Report(str(path), run_file(path), round(time.monotonic() - start, 2)))
+    return reports
+
+
+def conformance(paths: Iterable[Path | str], *, as_json: bool = False) -> bool:
+    """Run golden files, print what came out on stdout, and tell whether all passed.
+
+    Args:
+        paths: `.npz` files, or folders of them.
+        as_json: print JSON instead of a table.
+    """
+    reports = run_files(paths)
+    passed = bool(reports) and all(report.passed for report in reports)
+    if as_json:
+        files = [{**asdict(report), "passed": report.passed} for report in reports]
+        print(json.dumps({"passed": passed, "files": files}, indent=2, allow_nan=False))
+    else:
+        print_reports(reports)
+    return passed
+
+
+def print_reports(reports: Iterable[Report]) -> None:
+    """Print a table: file, output, largest error, tolerance, verdict; reasons below it."""
+    reports = list(reports)
+    table = Table(title="Conformance with the official code", title_justify="left", title_style="bold")
+    for name in ("file", "output", "largest error", "tolerance", "verdict"):
+        table.add_column(name, justify="right" if name == "largest error" else "left", overflow="fold")
+    for report in reports:
+        for i, outcome in enumerate(report.outcomes):
+            colour = "green" if outcome.verdict == "pass" else "bold red"
+            error = "" if outcome.error is None else f"{outcome.error:.2g}"
+            cells = [Path(report.path).name if i == 0 else "", outcome.name, error, outcome.tolerance]
+            table.add_row(*map(escape, cells), f"[{colour}]{outcome.verdict}[/]")
+    # Not cut to 80 columns where the output goes to a file or a log.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(soft_wrap=True)
+    for report in reports:
+        for outcome in report.outcomes:
+            if outcome.reason:
+                line = f"{report.path}, {outcome.name}: {outcome.verdict}: {outcome.reason}"
+                console.print(line, highlight=False, markup=False)
+    num_passed = sum(report.passed for report in reports)
+    console.print(f"{num_passed} of {len(reports)} files pass.", highlight=False)
+
+
+def _entry_of(golden: Golden) -> Entry:
+    """Return what runs the case, after checking that the case is whole and says nothing unknown."""
+    system, name = golden.meta["system"], golden.meta["entry"]
+    if system not in ENTRIES:
+        raise ValueError(f"System {system!r} is unknown here; there are {', '.join(ENTRIES)}.")
+    if name not in ENTRIES[system]:
+        raise ValueError(f"Entry {name!r} of {system} is unknown; there are {', '.join(ENTRIES[system])}.")
+    entry = ENTRIES[system][name]
+    if not isinstance(entry, Entry):
+        entry = entry(golden)
+    for kind, expected, arrays in (("in", entry.inputs, golden.inputs), ("out", entry.outputs, golden.outputs)):
+        if expected is None:
+            continue
+        there = {array: next((n for n in expected if fnmatch(array, n)), array) for array in arrays}
+        if absent := sorted(expected - set(there.values())):
+            raise ValueError(f"Arrays are missing: {', '.join(f'{kind}.{array}' for array in absent)}.")
+        if unknown := sorted(array for array, name in there.items() if name not in expected | entry.optional):
+            raise ValueError(f"Unknown arrays: {', '.join(f'{kind}.{array}' for array in unknown)}.")
+    if unknown := sorted(set(golden.meta["arguments"]) - entry.arguments):
+        raise ValueError(f"Unknown arguments: {', '.join(unknown)}.")
+    tolerance = golden.meta["tolerance"]
+    if unknown := sorted(set(tolerance) - {"atol", "rtol"} - set(golden.outputs)):
+        raise ValueError(f"The tolerance speaks of unknown outputs: {', '.join(unknown)}.")
+    numbers = [tolerance.get(key) for key in ("atol", "rtol")]
+    if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
+        raise ValueError(f"The tolerance {tolerance} lacks atol or rtol.")
+    if empty := [name for name, array in golden.outputs.items() if array.size == 0]:
+        raise ValueError(f"There is nothing to compare in out.{empty[0]}.")
+    return entry
+
+
+def _judge(name: str, golden: Golden, computed: Computed) -> Outcome:
+    """Compare one output with the golden's, by the case's own tolerance."""
+    expected = golden.outputs[name]
+    ours = computed.outputs[name].numpy()
+    tolerance = golden.meta["tolerance"]
+    words = tolerance.get(name)
+    integer = np.issubdtype(expected.dtype, np.integer)
+    stated = words or ("equal" if integer else f"{tolerance['atol']:g} + {tolerance['rtol']:g} |b|")
+    if ours.shape != expected.shape:
+        reason = f"shape {list(ours.shape)} instead of {list(expected.shape)}"
+        return Outcome(name, None, stated, "fail", reason)
+    # Equal infinities differ by NaN; a NaN of ours or theirs stays one, and fails.
+    with np.errstate(invalid="ignore"):
+        error = np.where(ours == expected, 0.0, np.abs(ours.astype(np.float64) - expected.astype(np.float64)))
+    largest = float(error.max(initial=0.0))
+    distances = computed.midpoint_distances.get(name)
+    if words is not None:
+        good, note = _judge_words(str(words), error, None if distances is None else distances.numpy())
+    elif integer:
+        allowed = np.zeros(error.shape, bool) if distances is None else distances.numpy() <= TIE
+        good = bool(((error == 0) | allowed).all())
+        note = _count(error != 0, "differ") + (", all on a midpoint of two levels" if good and error.any() else "")
+    else:
+        leader = computed.follows.get(name)
+        same = np.ones(error.shape, bool) if leader is None else _agree(leader, golden, computed, error.shape)
+        with np.errstate(invalid="ignore"):  # 0 times infinity, where equal infinities have the error 0
+            allowed_error = tolerance["atol"] + tolerance["rtol"] * np.abs(expected.astype(np.float64))
+        within = (error == 0) | (error <= allowed_error)
+        good, note = bool((within | ~same).all()), _count(~within & same, "are outside")
+        largest = float(error[same].max(initial=0.0))
+    finite = math.isfinite(largest)
+    reason = note if finite else f"{note}; NaN or infinite"
+    return Outcome(name, largest if finite else None, str(stated), "pass" if good else "fail", reason)
+
+
+def _judge_words(words: str, error: NDArray[np.float64], distances: NDArray[Any] | None) -> tuple[bool, str]:
+    """Judge integers by a tolerance in words; unknown words fail."""
+    differ = error != 0
+    if (match := re.search(r"at least ([\d.]+) ?% equal", words)) is not None:
+        return bool((~differ).mean() * 100 >= float(match[1])), _count(differ, "differ")
+    if (match := re.search(r"within ([\d.e-]+) of the midpoint", words)) is not None and distances is not None:
+        good = bool((~differ | (distances <= float(match[1]))).all())
+        return good, _count(differ, "differ")
+    return False, f"these words are not understood: {words!r}"
+
+
+def _agree(leader: str, golden: Golden, computed: Computed, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return where the integer output `leader` agrees, in the layout of what follows from it."""
+    agree = computed.outputs[leader].numpy() == golden.outputs[leader]
+    if agree.shape == shape:
+        return agree
+    return agree.swapaxes(1, 2).reshape(shape)  # tokens [B, L, C], latents [B, C, H, W]
+
+
+def _count(where: NDArray[Any], verb: str) -> str:
+    return f"{int(where.sum())} of {where.size} {verb}" if where.any() else ""
+
+
+def _expand(paths: Iterable[Path | str]) -> list[Path]:
+    """Replace folders by their golden files; a folder without any stays, and fails."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += (sorted(path.glob("*.npz")) or [path]) if path.is_dir() else [path]
+    return files

@@ -1,0 +1,170 @@
+"""Sets of images that are read one by one: 50,000 images of 256 pixels are 10 GB, more than many machines have.
+
+A set is a folder of images, an .npz as ADM's evaluation takes it (guided-diffusion, evaluations/README.md: `arr_0`,
+uint8 [N, H, W, 3]), or a data set with a centre crop. All are torch data sets of uint8 pixels [3, H, W].
+
+Shape letters: N images, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tokenbridge.data.images import IMAGE_SUFFIXES, to_pixels
+from tokenbridge.utils.files import sha256_of
+
+if TYPE_CHECKING:
+    import datasets
+
+DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What reading a broken .npz raises."""
+
+
+class ImageFiles(Dataset[Tensor]):
+    """The images of a folder and its sub-folders, in the order of their paths; grey ones become RGB.
+
+    Files that start with a dot are left out: a run that was killed leaves such halves behind.
+
+    Raises:
+        ValueError: there are no images, a file is no image or cut off, or two sizes.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.name = str(folder)
+        root = Path(folder)
+        visible = [f for f in sorted(root.rglob("*")) if f.is_file() and _is_visible(f.relative_to(root))]
+        self.files = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not self.files:
+            held = f"only {', '.join(f.name for f in visible[:3])}" if visible else "nothing"
+            raise ValueError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: it holds {held}.")
+        digest = hashlib.sha256()
+        sizes: dict[tuple[int, int], Path] = {}
+        for file in track(self.files, "check", console=Console(stderr=True), transient=True):
+            content = file.read_bytes()
+            digest.update(hashlib.sha256(content).digest())
+            try:
+                with Image.open(io.BytesIO(content)) as image:
+                    image.verify()  # PNG: every chunk's checksum, without decoding
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"{file} is no image, or cut off: {error}.") from error
+            sizes.setdefault((image.height, image.width), file)
+        if len(sizes) > 1:
+            found = "; ".join(f"{file.name} is {h} x {w}" for (h, w), file in list(sizes.items())[:3])
+            raise ValueError(f"The images in {folder} have different sizes: {found}.")
+        self.size = next(iter(sizes))  # (H, W)
+        self.sha256 = digest.hexdigest()
+
+    @property
+    def lossy(self) -> bool:
+        """Whether some of the images may be compressed with loss."""
+        return any(file.suffix.lower() in (".jpg", ".jpeg", ".webp") for file in self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            with Image.open(self.files[index]) as image:
+                return to_pixels([image])[0]
+        except OSError as error:
+            raise ValueError(f"{self.files[index]} cannot be decoded: {error}.") from error
+
+
+class ImageArray(Dataset[Tensor]):
+    """The images `arr_0`, uint8 [N, H, W, 3], of an .npz; read in order they need no more memory than one image.
+
+    Raises:
+        ValueError: the file is damaged, has no such array, or one of another type or shape.
+    """
+
+    lossy = False
+
+    def __init__(self, path: Path | str) -> None:
+        self.name = str(path)
+        self.path = Path(path)
+        self._file: Any = None
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                if "arr_0" in names:
+                    with archive.open("arr_0.npy") as file:
+                        shape, fortran_order, dtype = _read_header(file)
+                        self._start = file.tell()
+        except DAMAGED as error:
+            raise ValueError(f"{path} is no .npz file, or cut off: {error}.") from error
+        if "arr_0" not in names:
+            raise ValueError(f"{path} holds no images: ADM's format has them as arr_0, this file has {names}.")
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or shape[0] < 1:
+            raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}.")
+        self._num_images, *self._image_shape = shape
+        self.size = (shape[1], shape[2])
+        self.sha256 = sha256_of(self.path)
+
+    def __len__(self) -> int:
+        return int(self._num_images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        num_bytes = int(np.prod(self._image_shape))
+        try:
+            if self._file is None:
+                self._file = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115  (kept from image to image)
+            self._file.seek(self._start + index * num_bytes)  # nothing to do when read in order
+            content = self._file.read(num_bytes)
+        except DAMAGED as error:
+            raise ValueError(f"{self.path} is damaged at image {index}: {error}.") from error
+        if len(content) < num_bytes:
+            raise ValueError(f"{self.path} is cut off at image {index} of {len(self)}.")
+        pixels = np.frombuffer(content, np.uint8).reshape(self._image_shape)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+class CroppedImages(Dataset[Tensor]):
+    """The images of a data set (`data.load_images`), RGB, with ADM's centre crop at `size` pixels."""
+
+    def __init__(self, dataset: datasets.Dataset, size: int) -> None:
+        self.dataset = dataset
+        self.size = (size, size)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_pixels([self.dataset[index]["image"]], size=self.size[0])[0]
+
+
+def open_images(path: Path | str) -> ImageFiles | ImageArray:
+    """Open a folder of images, or an .npz in ADM's format.
+
+    Raises:
+        ValueError: it is neither, or what `ImageFiles` and `ImageArray` refuse.
+    """
+    if Path(path).is_dir():
+        return ImageFiles(path)
+    if Path(path).is_file() and Path(path).suffix == ".npz":
+        return ImageArray(path)
+    raise ValueError(f"{path} is neither a folder of images nor an .npz file.")
+
+
+def _is_visible(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, order and type of an .npy file, and leave it at the first value."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)

@@ -1,0 +1,1 @@
+"""Scores of images: FID, Inception Score, precision, recall, KID, reconstruction."""

@@ -1,0 +1,430 @@
+"""What a tokenizer keeps of images: the command `tokenbridge reconstruct`, and the pieces that table 1 uses.
+
+Images go through a diffusers autoencoder as it is, then once more with its latents quantised to each number of
+levels (or once through a VQ model). Tables, distortions and a grid of pictures go to one folder.
+
+Shape letters: N images, B batch, C channels, H height, W width, h, w latent height and width.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import huggingface_hub
+import torch
+import torch_fidelity
+from torch import Tensor
+
+from tokenbridge.data.images import images_to_pixels, load_images, pixels_of, pixels_to_images
+from tokenbridge.data.pictures import save_grid
+from tokenbridge.evaluation.inception import find_inception
+from tokenbridge.evaluation.metrics import ImageDataset, psnr, score, ssim
+from tokenbridge.results.markdown import cell, markdown_table
+from tokenbridge.results.schema import Row
+from tokenbridge.tokenizers.base import LatentTokenizer, Tokenizer, VQTokenizer
+from tokenbridge.tokenizers.distortion import Distortion, measure_distortion
+from tokenbridge.tokenizers.quantizer import (
+    GAUSSIAN_RANGE,
+    ScalarQuantizer,
+    gaussian_quantizer,
+    lloyd_max_quantizer,
+    uniform_quantizer,
+)
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import write_json, write_text
+from tokenbridge.weights.artifacts import MissingArtifactsError
+from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tokenbridge.evaluation.classifier import Classifier
+
+SCHEMA = "tokenbridge-reconstruction/1"
+QUANTIZERS = ("gaussian", "uniform", "lloyd-max")
+COLUMNS = ("PSNR", "SSIM", "rFID", "bits per image")
+STD_RANGE = (0.5, 2.0)  # the codebooks are made for latents of unit variance; beyond this they are badly used
+NUM_SHOWN = 8  # images in the grid
+PIPELINE_PARTS = ("vae", "vqvae", "movq")  # what the autoencoder's folder is called in pipelines
+PROBE_SIZE = 64  # pixels; a multiple of every down-sampling factor in use
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `reconstruct` measured, and what a reader must know to judge it."""
+
+    settings: dict[str, Any]
+    rows: list[Row]
+    distortions: dict[str, Distortion]  # by row id; of the scaled latents
+    notes: list[str]
+
+
+def reconstruct(
+    source: str,
+    *,
+    tokenizer: str,
+    out: Path | str,
+    levels: Sequence[int] = (8, 16, 32, 64),
+    quantizer: str = "gaussian",
+    value_range: float = GAUSSIAN_RANGE,
+    scale: str | float = "config",
+    split: str = "test",
+    image_size: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    inception_weights: Path | str | None = None,
+    seed: int = 0,
+) -> Report:
+    """Reconstruct images; write reconstruction.md, reconstruction.json and reconstruction.png into `out`.
+
+    Runs on the GPU if there is one. Without Inception's weights rFID is left out, with a note that says so.
+
+    Args:
+        source: what `load_images` takes: a folder, Parquet or the name of a data set.
+        tokenizer: what `load_tokenizer_model` takes.
+        out: folder for table, numbers and pictures.
+        levels: quantise to each of these; plays no part with a VQ model, nor do the next three.
+        quantizer: "gaussian" (the paper's), "uniform", or "lloyd-max", fitted to the latents of these images.
+        value_range: of the Gaussian and the uniform codebook, in scaled latent units.
+        scale: "config": the autoencoder's own `scaling_factor`; "measure": mean 0 and standard deviation 1 on
+            these images; or a factor that replaces `scaling_factor`.
+        split: of the source.
+        image_size: centre-crop to this many pixels; needed where the images' sizes differ.
+        limit: at most so many images, drawn by `seed`.
+        batch_size: images per forward pass.
+        inception_weights: the published file; None looks in the usual places (artifacts.py), without a download.
+        seed: of the draw.
+
+    Raises:
+        ValueError: `inception_weights` is given and not there, images or tokenizer cannot be had, an unknown setting,
+            or images whose size is no multiple of the autoencoder's down-sampling factor.
+    """
+    if quantizer not in QUANTIZERS:
+        raise ValueError(f"Unknown quantiser {quantizer!r}; there are {', '.join(QUANTIZERS)}.")
+    weights, notes = _find_inception_weights(inception_weights)  # first: a bad file must not cost hours
+    model = load_tokenizer_model(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
+    pixels = _load_pixels(source, split, image_size, limit, seed, channels=getattr(model.config, "in_channels", 3))
+    _check_size(model, pixels)
+
+    tokenizers: dict[str, Tokenizer] = {}
+    distortions: dict[str, Distortion] = {}
+    if isinstance(model, diffusers.VQModel):
+        vq = VQTokenizer(model)
+        tokenizers[f"VQ, {vq.num_codes} codes"] = vq
+    else:
+        _set_scale(model, scale, pixels, batch_size)
+        latents = _latents(model, pixels, batch_size)
+        notes += _judge_latents(latents, quantizer)
+        tokenizers["continuous"] = LatentTokenizer(model)
+        for num_levels in levels:
+            label = f"{quantizer}, {num_levels} levels"
+            chosen = _make_quantizer(quantizer, num_levels, value_range, latents)
+            distortions[_row_id(label)] = measure_distortion(chosen, latents)
+            tokenizers[label] = LatentTokenizer(model, chosen.to(model.device))
+
+    shown = torch.linspace(0, len(pixels) - 1, min(NUM_SHOWN, len(pixels))).long()  # sources come sorted by class
+    rows, pictures = [], {"original": pixels[shown]}
+    for label, chosen_tokenizer in tokenizers.items():
+        reconstructions, bits = reconstruct_with(chosen_tokenizer, pixels, batch_size)
+        metrics = reconstruction_metrics(pixels, reconstructions, bits=bits)
+        if weights is not None and len(pixels) > 1:
+            metrics["rFID"] = inception_rfid(pixels, reconstructions, weights, batch_size)
+        rows.append(Row(id=_row_id(label), label=label, metrics=metrics))
+        pictures[label] = reconstructions[shown]
+    if weights is not None:
+        notes.append(_judge_number(len(pixels)))
+
+    settings = {
+        "source": source,
+        "split": split,
+        "images": len(pixels),
+        "image shape": list(pixels.shape[1:]),
+        "images sha256": _sha256(pixels),
+        "tokenizer": tokenizer,
+        "class": type(model).__name__,
+        "weights sha256": _sha256(*model.state_dict().values()),
+        "seed": seed,
+    }
+    if distortions:
+        settings |= {"quantizer": quantizer, "value range": value_range, "scale": scale}
+        settings |= {"scaling factor": model.config.scaling_factor, "shift factor": model.config.shift_factor}
+    report = Report(settings, rows, distortions, notes)
+    _write(report, Path(out), pictures)
+    return report
+
+
+def load_tokenizer_model(name: str) -> Any:
+    """Load a diffusers autoencoder, float32, in evaluation mode; its class is that of its config.json.
+
+    Args:
+        name: a folder in diffusers' format, a pipeline's folder with a `vae` (`vqvae`, `movq`) in it, or a hub name
+            of either. Weights are read from safetensors only: other formats can run code.
+
+    Raises:
+        ValueError: there is none, it is no autoencoder, or it does not hold all of the model's weights.
+    """
+    root = Path(name) if Path(name).is_dir() else _download(name)
+    folder = next((f for f in (root, *(root / p for p in PIPELINE_PARTS)) if (f / "config.json").is_file()), None)
+    if folder is None:
+        raise ValueError(f"There is no config.json in {name!r}, nor in {', '.join(PIPELINE_PARTS)} under it.")
+    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    model_class: Any = getattr(diffusers, str(class_name), None)
+    if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
+        raise ValueError(f"{name!r} holds a {class_name}, not an autoencoder of diffusers.")
+    try:
+        return load_model(model_class, folder)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+def reconstruct_with(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, float | None]:
+    """Encode and decode images in batches, on the tokenizer's device.
+
+    Args:
+        tokenizer: a `LatentTokenizer`, with or without a quantiser, or a `VQTokenizer`.
+        images: uint8 [N, C, H, W].
+        batch_size: images per forward pass.
+
+    Returns:
+        The reconstructions, uint8 [N, C, H, W] on the CPU, and what one image's tokens take, in bits; None where
+        the latents stay continuous.
+    """
+    parts, bits = [], None
+    continuous = isinstance(tokenizer, LatentTokenizer) and tokenizer.quantizer is None
+    for batch in images.split(batch_size):
+        batch_images = pixels_to_images(batch.to(tokenizer.device))
+        if continuous:
+            decoded = tokenizer.reconstruct(batch_images)
+        else:
+            tokens = tokenizer.encode(batch_images)
+            decoded, bits = tokenizer.decode(tokens), tokenizer.bits_per_image(tokens)
+        parts.append(images_to_pixels(decoded).cpu())
+    return torch.cat(parts), bits
+
+
+def reconstruction_metrics(
+    images: Tensor,
+    reconstructions: Tensor,
+    *,
+    classifier: Classifier | None = None,
+    extractor: str = "digits",
+    bits: float | None = None,
+) -> dict[str, float]:
+    """Return PSNR (dB) and SSIM, each the mean over images; more where more is given. All are finite.
+
+    The PSNR of an image that comes back exactly is infinite. It counts here as if one of its values were off by
+    one, the least error there is: leaving it out would lower the mean of the better tokenizer.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        reconstructions: uint8 [N, C, H, W].
+        classifier: adds `rFID-<extractor>`, the Fréchet distance of reconstructions and images in its features,
+            and `IS-<extractor>` of the reconstructions.
+        extractor: the classifier's name.
+        bits: adds `bits per image`.
+    """
+    highest = 10 * math.log10(255**2 * images[0].numel())
+    metrics = {
+        "PSNR": psnr(images, reconstructions).clamp(max=highest).mean().item(),
+        "SSIM": ssim(images, reconstructions).mean().item(),
+    }
+    if classifier is not None:
+        scores = score(reconstructions, images, classifier, extractor=extractor)
+        metrics |= {f"rFID-{extractor}": scores.fid, f"IS-{extractor}": scores.inception_score}
+    return metrics if bits is None else {**metrics, "bits per image": bits}
+
+
+def inception_rfid(images: Tensor, reconstructions: Tensor, weights: Path | str, batch_size: int = 32) -> float:
+    """Return torch-fidelity's FID of reconstructions and images, on the GPU if there is one.
+
+    Args:
+        images: uint8 [N, C, H, W], C 1 (repeated to 3) or 3, N >= 2; scaled to 299 x 299 as TensorFlow 1 did.
+        reconstructions: uint8 [N, C, H, W].
+        weights: the path that `find_inception` returns; torch-fidelity unpickles it, so only a file that is known.
+        batch_size: images per forward pass.
+    """
+    first, second = (ImageDataset(x.expand(-1, 3, -1, -1)) for x in (reconstructions, images))
+    values = torch_fidelity.calculate_metrics(
+        input1=first,
+        input2=second,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        fid=True,
+        batch_size=batch_size,
+        cuda=torch.cuda.is_available(),
+        save_cpu_ram=True,  # also what keeps it from starting 4 worker processes per input
+        cache=False,
+        verbose=False,
+    )
+    return float(values[torch_fidelity.KEY_METRIC_FID])
+
+
+def _download(name: str) -> Path:
+    """Return the hub client's copy of an autoencoder, or of the parts of a pipeline that may be one."""
+    files = ("config.json", WEIGHTS_FILE)
+    try:
+        parts = [f"{part}/{file}" for part in PIPELINE_PARTS for file in files]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*files, *parts]))
+    except Exception as error:  # as for data sets, a dozen unrelated types
+        raise ValueError(
+            f"There is no tokenizer {name!r}: no such folder here, and not to be had from the hub "
+            f"({type(error).__name__}). Download its config.json and {WEIGHTS_FILE} elsewhere into a folder and name "
+            "that, or make the hub reachable."
+        ) from error
+
+
+def _find_inception_weights(path: Path | str | None) -> tuple[Path | None, list[str]]:
+    """Return the weights and no note, or None and the reason; a file that was asked for by name must be there."""
+    try:
+        return find_inception(path).path, []
+    except MissingArtifactsError as error:
+        if path is not None:
+            raise
+        return None, [f"rFID not run: {error.missing[0]}"]
+
+
+def _load_pixels(
+    source: str, split: str, image_size: int | None, limit: int | None, seed: int, *, channels: int
+) -> Tensor:
+    """Load images as uint8 [N, C, H, W]; draw `limit` of them, since the first ones may be all of one class."""
+    if channels not in (1, 3):
+        raise ValueError(f"The tokenizer takes images of {channels} channels; only 1 and 3 can be loaded.")
+    dataset = load_images(source, split)
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"The limit is at least 1 image, not {limit}.")
+        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
+        dataset = dataset.select(drawn.sort().values.tolist())
+    return pixels_of(dataset, size=image_size, channels=channels)
+
+
+def _check_size(model: Any, pixels: Tensor) -> None:
+    """Refuse images that the autoencoder would return in another size."""
+    probe = torch.zeros(1, pixels.shape[1], PROBE_SIZE, PROBE_SIZE, device=model.device)
+    factor = PROBE_SIZE // LatentTokenizer(model).latents(probe).shape[-1]
+    height, width = pixels.shape[2:]
+    if height % factor or width % factor:
+        fitting = max(factor, min(height, width) // factor * factor)
+        raise ValueError(
+            f"The images are {height} x {width} pixels, but this {type(model).__name__} takes multiples of {factor}: "
+            f"crop them with an image size of, for example, {fitting}."
+        )
+
+
+def _latents(model: Any, pixels: Tensor, batch_size: int) -> Tensor:
+    """Return the scaled latents [N, C, h, w] of images, on the CPU."""
+    tokenizer = LatentTokenizer(model)
+    batches = (pixels_to_images(batch.to(model.device)) for batch in pixels.split(batch_size))
+    return torch.cat([tokenizer.latents(batch).cpu() for batch in batches])
+
+
+def _set_scale(model: Any, scale: str | float, pixels: Tensor, batch_size: int) -> None:
+    """Write the chosen scale into the autoencoder's configuration, where `LatentTokenizer` reads it."""
+    own = LatentTokenizer(model)
+    factor, shift = own.scale, own.shift
+    if scale == "measure":
+        raw = _latents(model, pixels, batch_size).double() / factor + shift
+        factor, shift = 1 / raw.std(correction=0).item(), raw.mean().item()
+    elif scale != "config":
+        if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"The scale is 'config', 'measure' or a positive number, not {scale!r}.")
+        factor = float(scale)
+    model.register_to_config(scaling_factor=factor, shift_factor=shift)
+
+
+def _make_quantizer(kind: str, num_levels: int, value_range: float, latents: Tensor) -> ScalarQuantizer:
+    if kind == "lloyd-max":
+        return lloyd_max_quantizer(latents, num_levels)
+    make = gaussian_quantizer if kind == "gaussian" else uniform_quantizer
+    return make(num_levels, value_range=value_range)
+
+
+def _judge_latents(latents: Tensor, quantizer: str) -> list[str]:
+    """Describe the latents; warn where a codebook made for unit variance does not fit them."""
+    mean = round(latents.double().mean().item(), 4) + 0.0  # not -0
+    std = latents.double().std(correction=0).item()
+    said = f"Scaled latents {list(latents.shape[1:])}: mean {mean:.3g}, standard deviation {std:.3g}."
+    if quantizer == "lloyd-max":
+        return [said, "The Lloyd-Max codebooks are fitted to the latents of these very images."]
+    if STD_RANGE[0] <= std <= STD_RANGE[1]:
+        return [said]
+    return [
+        said,
+        f"WARNING: the quantiser expects a standard deviation near 1, so these levels are badly used and the rows "
+        f"say little about the tokenizer. Use scale 'measure', or the factor {1 / std:.3g} times this one.",
+    ]
+
+
+def _judge_number(num_images: int) -> str:
+    if num_images < 2:
+        return "rFID not run: it needs at least 2 images."
+    return f"rFID is of {num_images:,} images; it falls with their number, and published values are of 50,000."
+
+
+def _row_id(label: str) -> str:
+    return "reconstruction/" + label.replace(",", "").replace(" ", "-").lower()
+
+
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
+    settings = report.settings
+    num_shown = len(pictures["original"])
+    title = f"{settings['class']}: {num_shown} of {settings['images']} images, {Path(settings['source']).name}"
+    inches = min(1.6, max(0.6, settings["image shape"][-1] / 150))  # at 150 dots an inch, pixel for pixel up to 240
+    save_grid(out / "reconstruction.png", list(pictures.values()), list(pictures), title, cell_inches=inches)
+    value = {
+        "schema_version": SCHEMA,
+        "settings": settings,
+        "rows": [row.model_dump() for row in report.rows],
+        "distortions": {id_: distortion.as_dict() for id_, distortion in report.distortions.items()},
+        "notes": report.notes,
+        "provenance": {
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **provenance.commit(),
+            "versions": provenance.versions(),
+            "hardware": provenance.hardware(),
+        },
+    }
+    write_json(out / "reconstruction.json", value)
+    write_text(out / "reconstruction.md", to_markdown(report))
+
+
+def to_markdown(report: Report) -> str:
+    """Return a report as a Markdown page: settings, the table, notes, distortion of the latents."""
+    lines = ["# Reconstruction", ""]
+    lines += [f"- {name}: {value}" for name, value in report.settings.items()]
+    body = [[row.label, *[cell(row, name) for name in COLUMNS]] for row in report.rows]
+    lines += ["", *markdown_table(["", *COLUMNS], body), ""]
+    lines += [f"- {note}" for note in report.notes]
+    if report.distortions:
+        labels = {row.id: row.label for row in report.rows}
+        header = ["", "SNR (dB)", "bits per dimension", "entropy (bits)", "relative MSE", "Lloyd-Max", "Gaussian bound"]
+        body = [
+            [
+                labels[id_],
+                f"{d.snr_db:.2f}",
+                f"{d.bits_per_dimension:.2f}",
+                f"{d.entropy_bits:.2f}",
+                *[f"{mse:.6f}" for mse in (d.relative_mse, d.lloyd_max_relative_mse, d.rate_distortion_relative_mse)],
+            ]
+            for id_, d in report.distortions.items()
+        ]
+        lines += ["", "## Quantisation of the latents", "", *markdown_table(header, body), ""]
+        lines += [
+            "Squared errors are relative to the latents' variance. Lloyd-Max: the best scalar levels for these "
+            "latents. Gaussian bound: 2^(-2R), which no code of R bits per dimension beats on Gaussian latents."
+        ]
+    return "\n".join(lines)

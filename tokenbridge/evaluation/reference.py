@@ -1,0 +1,183 @@
+"""Reference statistics: read from a file, or made from a data set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tokenbridge.data.image_sets import DAMAGED, CroppedImages, open_images
+from tokenbridge.data.images import load_images
+from tokenbridge.evaluation import metrics
+from tokenbridge.evaluation.features import (
+    CACHE,
+    NUM_FEATURES,
+    ImageSet,
+    Inception,
+    _forward,
+    inception_features,
+    load_inception,
+)
+from tokenbridge.evaluation.metrics import Statistics
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import replacing, sha256_of
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with."""
+
+    name: str
+    sha256: str
+    statistics: Statistics
+    features: Tensor | None  # float32 [M, F], of the reference images; None where there are only statistics
+    images: ImageSet | None
+    num_images: int | None  # behind the statistics, where known
+    from_images: bool  # whether the statistics were made here, from `images`
+
+
+def load_reference(
+    path: Path | str, inception: Inception, *, batch_size: int = 64, cache: Path | str = CACHE
+) -> Reference:
+    """Load statistics, and the features of reference images if there are any; see `evaluate` for the formats.
+
+    Raises:
+        ValueError: there is neither, statistics of another feature size, not finite, or made with other weights.
+    """
+    path = Path(path)
+    stored, meta, names = _read_statistics(path) if path.is_file() else (None, {}, ["arr_0"])
+    made_with = meta.get("inception_sha256", inception.sha256)
+    if made_with != inception.sha256:
+        raise ValueError(
+            f"The statistics in {path} were made with Inception weights of SHA-256 {made_with[:16]}…, "
+            f"but these weights have {inception.sha256[:16]}…: features of two networks cannot be compared."
+        )
+    images = open_images(path) if stored is None or "arr_0" in names else None
+    features = None
+    if images is not None:
+        if len(images) < 2:
+            raise ValueError(f"{path} holds 1 image; a reference has at least 2.")
+        features, _ = inception_features(images, inception, batch_size=batch_size, cache=cache)
+    if stored is not None:
+        sha256 = sha256_of(path) if images is None else images.sha256
+        return Reference(str(path), sha256, stored, features, images, meta.get("num_images"), from_images=False)
+    assert images is not None
+    assert features is not None
+    statistics = metrics.statistics_of(features)
+    return Reference(str(path), images.sha256, statistics, features, images, len(images), from_images=True)
+
+
+def make_reference(
+    source: str,
+    out: Path | str,
+    *,
+    inception: Path | str,
+    split: str = "train",
+    image_size: int = 256,
+    keep_images: int = 0,
+    allow_other_inception: bool = False,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Write the statistics of a data set with ADM's centre crop: `mu`, `sigma`, `num_images`, `meta` (JSON).
+
+    Sums are added up in float64 batch by batch, so that a data set of any size passes. Runs on the GPU if there is one.
+
+    Args:
+        source: what `load_images` takes: a folder, Parquet or the name of a data set.
+        out: .npz to write.
+        inception: torch-fidelity's file of weights.
+        split: of the source.
+        image_size: pixels of the crop.
+        keep_images: store so many of the images, drawn by `seed`, as `arr_0`, for precision, recall and KID.
+        allow_other_inception: take other weights than the published ones.
+        seed: of that draw.
+        batch_size: images per forward pass.
+
+    Returns:
+        What `meta` says: source, number of images, hashes of pixels and weights, provenance.
+
+    Raises:
+        ValueError: images or weights that cannot be used, or more images to keep than there are.
+    """
+    out = Path(out)
+    if out.suffix != ".npz":
+        raise ValueError(f"Statistics are written as .npz, not as {out.name}.")
+    if image_size < 1 or batch_size < 1:
+        raise ValueError("Image size and batch size are at least 1.")
+    extract = load_inception(inception, allow_other=allow_other_inception)
+    images = CroppedImages(load_images(source, split), image_size)
+    if len(images) < 2 or not 0 <= keep_images <= len(images):
+        raise ValueError(f"{source} has {len(images)} images: at least 2 are needed, and {keep_images} are to be kept.")
+    kept = np.random.default_rng(seed).choice(len(images), keep_images, replace=False)
+    place = {index: i for i, index in enumerate(sorted(kept.tolist()))}
+    array = np.empty((keep_images, image_size, image_size, 3), np.uint8)
+
+    digest = hashlib.sha256()
+    total = np.zeros(NUM_FEATURES)
+    products = np.zeros((NUM_FEATURES, NUM_FEATURES))
+    index = 0
+    for pixels, (features, _) in _forward(images, extract.network, batch_size, "features"):
+        digest.update(pixels.numpy().tobytes())
+        for picture in pixels:
+            if index in place:
+                array[place[index]] = picture.permute(1, 2, 0).numpy()
+            index += 1
+        values = features.double().numpy()
+        total += values.sum(axis=0)
+        products += values.T @ values
+    mean = total / len(images)
+    covariance = (products - len(images) * np.outer(mean, mean)) / (len(images) - 1)
+    meta = {
+        "format": "tokenbridge-reference/1",
+        "source": source,
+        "split": split,
+        "image_size": image_size,
+        "crop": "ADM's centre crop (guided-diffusion, image_datasets.py)",
+        "num_images": len(images),
+        "pixels_sha256": digest.hexdigest(),
+        "inception_sha256": extract.sha256,
+        "published_weights": extract.published,
+        "command": provenance.command(),
+        **provenance.commit(),
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(),
+    }
+    arrays: dict[str, Any] = {"mu": mean, "sigma": covariance, "num_images": len(images), "meta": json.dumps(meta)}
+    if keep_images:
+        arrays["arr_0"] = array
+    with replacing(out) as temporary:
+        np.savez(temporary, **arrays)
+    return meta
+
+
+def _read_statistics(path: Path) -> tuple[Statistics | None, dict[str, Any], list[str]]:
+    """Return the statistics in an .npz if it has any, what it says of them, and the names of its arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = list(archive.files)
+            values = {key: archive[key] for key in ("mu", "sigma", "meta") if key in names}
+    except (*DAMAGED, TypeError, pickle.UnpicklingError) as error:  # TypeError: a plain .npy is no context
+        raise ValueError(f"{path} is no .npz file of statistics, or cut off: {error}.") from error
+    if not {"mu", "sigma"} <= values.keys():
+        if "arr_0" in names:
+            return None, {}, names
+        raise ValueError(f"{path} has neither statistics (mu and sigma) nor images (arr_0), only {names}.")
+    mean, covariance = values["mu"], values["sigma"]
+    if mean.shape != (NUM_FEATURES,) or covariance.shape != (NUM_FEATURES, NUM_FEATURES):
+        raise ValueError(
+            f"The statistics in {path} are of another feature size: mu is {list(mean.shape)} and sigma "
+            f"{list(covariance.shape)}, but Inception has {NUM_FEATURES} features."
+        )
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        raise ValueError(f"The statistics in {path} are {mean.dtype} and {covariance.dtype}, not floating point.")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"The statistics in {path} are not finite.")
+    meta = json.loads(str(values["meta"])) if "meta" in values else {}
+    return Statistics(mean.astype(np.float64), covariance.astype(np.float64)), meta, names

@@ -1,0 +1,98 @@
+"""Drawing tokens from logits, and checking class labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from tokenbridge.data.images import images_to_pixels
+from tokenbridge.tokenizers.base import LatentTokenizer
+
+Pick = Callable[[Tensor, int], Tensor]
+"""Choose tokens [N] from logits [N, V] of the i-th channel (greedy, or by random numbers of the run)."""
+
+
+def decode_in_batches(
+    latents: Callable[[list[int]], Tensor],
+    tokenizer: LatentTokenizer,
+    num_images: int,
+    *,
+    batch_size: int,
+    show_progress: bool,
+) -> Tensor:
+    """Return the pixels of all images, uint8 [N, C, H, W] on the CPU, one batch after another.
+
+    Args:
+        latents: makes the latents [B, C, H, W] of the images with the given indices.
+        tokenizer: decodes them.
+        num_images: N, at least 1.
+        batch_size: images at a time.
+        show_progress: draw a progress bar on stderr.
+
+    Raises:
+        ValueError: no images.
+    """
+    batches = image_batches(num_images, batch_size, show_progress=show_progress)
+    return torch.cat([images_to_pixels(tokenizer.images(latents(indices))).cpu() for indices in batches])
+
+
+def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> Iterator[list[int]]:
+    """Yield the indices of each batch of images, with a progress bar on stderr.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if num_images < 1:
+        raise ValueError("The number of images must be at least 1.")
+    starts = range(0, num_images, batch_size)
+    console = Console(stderr=True)
+    for start in track(starts, "sample", console=console, transient=True, disable=not show_progress):
+        yield list(range(start, min(start + batch_size, num_images)))
+
+
+def _picker(temperature: float, uniforms: Tensor | None, keep: Callable[[Tensor], Tensor] | None = None) -> Pick:
+    """Return the function that chooses tokens: the inverse of the cumulative distribution at uniforms [N, C].
+
+    Without uniforms: what torch.multinomial draws from the global stream, without its wait for the device.
+    `keep`, if given, sets logits [N, V] to -inf after they were divided by the temperature, for top-k and the like.
+    """
+    if temperature == 0:
+        return lambda logits, place: logits.argmax(-1)
+
+    def probabilities(logits: Tensor) -> Tensor:
+        logits = logits.float()
+        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0 at any temperature
+        return (scaled if keep is None else keep(scaled)).softmax(-1)
+
+    def race(logits: Tensor, place: int) -> Tensor:
+        p = probabilities(logits)
+        return (p / torch.empty_like(p).exponential_()).argmax(-1)
+
+    if uniforms is None:
+        return race
+
+    def pick(logits: Tensor, place: int) -> Tensor:
+        cumulative = probabilities(logits).cumsum(-1)
+        threshold = uniforms[:, place, None] * cumulative[:, -1:]  # rounding: the sum is not exactly 1
+        return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+    return pick
+
+
+def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
+    """Refuse labels of other classes, or not one for each image.
+
+    Raises:
+        ValueError: so.
+    """
+    if list(labels.shape) != [batch]:
+        raise ValueError(f"There must be one label for each of {batch} images, not labels {list(labels.shape)}.")
+    if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+        raise ValueError(
+            f"Class labels span [{int(labels.min())}, {int(labels.max())}], "
+            f"but the model has the classes 0 to {num_classes - 1}."
+        )

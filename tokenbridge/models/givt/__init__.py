@@ -1,0 +1,1 @@
+"""GIVT: a causal transformer over continuous latents, whose output is a Gaussian mixture."""

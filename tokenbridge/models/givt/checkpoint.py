@@ -1,0 +1,65 @@
+"""GIVT's published parameters: their names, their files, their presets.
+
+Source: google-research/big_vision at 0127fb6, models/proj/givt and configs/proj/givt. A parameter tree is a flat dict
+here: names are the '/'-joined paths of the Flax tree. The transformer's blocks are published scanned (one array
+for all blocks, stacked along axis 1, `decoder/EncDecBlock/...`); unrolled, a block has arrays of its own
+(`decoder/EncDecBlock7/...`). `unroll` and `scan` are each other's inverse; places (`official.Place`) are of the
+unrolled tree.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from tokenbridge.models.givt.model import GIVT, GIVTBlock
+from tokenbridge.models.givt.presets import create_givt
+from tokenbridge.weights.flax_files import load_into, load_tree
+from tokenbridge.weights.official import Layout, Place
+
+
+def givt_layout(model: GIVT) -> Layout:
+    """Return the places of a GIVT's unrolled parameters."""
+    width = model.pos_emb.shape[-1]
+    split = (model.num_heads, width // model.num_heads)
+    places = {
+        "EmbedLabels/embedding": Place("class_emb.weight", tuple(model.class_emb.weight.shape)),
+        **_dense("EmbedTargets", "latent_proj", model.latent_proj),
+        "decoder/pos_emb": Place("pos_emb", tuple(model.pos_emb.shape)),
+        "decoder/LayerNorm/scale": Place("norm.weight", (width,)),
+        "decoder/LayerNorm/bias": Place("norm.bias", (width,)),
+        **_dense("decoder/LogitsDense", "head", model.head),
+    }
+    for i, block in enumerate(model.blocks):
+        assert isinstance(block, GIVTBlock)
+        theirs, ours = f"decoder/EncDecBlock{i}", f"blocks.{i}"
+        # There is no LayerNorm2: it stands before the attention to an encoder.
+        places[f"{theirs}/LayerNorm1/scale"] = Place(f"{ours}.norm1.weight", (width,))
+        places[f"{theirs}/LayerNorm3/scale"] = Place(f"{ours}.norm2.weight", (width,))
+        for part, name in enumerate(("query", "key", "value")):
+            place = Place(f"{ours}.attn.qkv.weight", (width, *split), kernel=True, part=(part, 3))
+            places[f"{theirs}/SelfAttn/{name}/kernel"] = place
+        places[f"{theirs}/SelfAttn/out/kernel"] = Place(f"{ours}.attn.proj.weight", (*split, width), kernel=True)
+        places |= _dense(f"{theirs}/MLP/Dense_0", f"{ours}.fc1", block.fc1)
+        places |= _dense(f"{theirs}/MLP/Dense_1", f"{ours}.fc2", block.fc2)
+    return Layout(places, "GIVT")
+
+
+def _dense(theirs: str, ours: str, linear: nn.Linear) -> dict[str, Place]:
+    return {
+        f"{theirs}/kernel": Place(f"{ours}.weight", (linear.in_features, linear.out_features), kernel=True),
+        f"{theirs}/bias": Place(f"{ours}.bias", (linear.out_features,)),
+    }
+
+
+def load_givt(path: Path | str, name: str = "givt-causal-256") -> GIVT:
+    """Load a published transformer (`givt_imagenet_2012_causal_params.npz`), in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as `load_tree`, `unroll` and `official.from_official`; the message begins with the path.
+    """
+    model = create_givt(name)
+    load_into(model, load_tree(path), givt_layout(model), path)
+    return model

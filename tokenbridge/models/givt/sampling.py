@@ -1,0 +1,228 @@
+"""Sampling GIVT: one position after another, guided by rejection (DB-CFG)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenbridge.models.draw import check_labels, decode_in_batches
+from tokenbridge.models.givt.density import GuidedDensity, Mixture
+from tokenbridge.models.givt.model import GIVT
+from tokenbridge.tokenizers.base import LatentTokenizer
+
+
+@dataclass(frozen=True)
+class GivtSamplingConfig:
+    """Everything that decides which image a seed gives."""
+
+    temperature: float = 1.0  # multiplies the standard deviations, with and without the class
+    temp_probs: float = 1.0  # multiplies the mixture logits
+    guidance_weight: float = 0.0  # w of DB-CFG; 0 means no guidance
+    num_proposals: int = 1000  # per channel, before the conditional draw is taken
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "temp_probs"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise ValueError(f"{name} must be above 0, not {value}.")
+        if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
+            raise ValueError(f"The guidance weight must be at least 0, not {self.guidance_weight}.")
+        if self.num_proposals < 1:
+            raise ValueError(f"The number of proposals must be at least 1, not {self.num_proposals}.")
+
+
+class TokenNoise(Protocol):
+    """The random numbers of one position in a batch of images."""
+
+    def gumbels(self) -> Tensor:
+        """Return standard Gumbel numbers [B, M], which choose the component."""
+        ...
+
+    def normals(self, component: Tensor) -> Tensor:
+        """Return standard normal numbers [B, C], for the conditional draw from components [B]."""
+        ...
+
+    def proposals(self, rows: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Return the next standard normal and uniform numbers, each [num, len(rows), C], of some of the images."""
+        ...
+
+
+class StreamNoise:
+    """Numbers from a stream for each (seed, image index, position), drawn as they are needed, on the CPU.
+
+    A stream gives M Gumbel numbers, C normal ones (the conditional draw), and then, with guidance, the proposals
+    in rounds of 32, 32, 64, 128, ...: in each the normal, then the uniform numbers [round, C]. Rounds that no channel
+    of the image needs are never drawn; 1,000 proposals for every token would cost more than the transformer.
+    """
+
+    def __init__(self, seed: int, image_indices: list[int], position: int, model: GIVT) -> None:
+        self.sizes = model.num_components, model.num_channels
+        self.device = model.device
+        self.streams = [np.random.default_rng((seed, index, position)) for index in image_indices]
+
+    def gumbels(self) -> Tensor:
+        """Return [B, M]."""
+        return self._tensor([stream.gumbel(size=self.sizes[0]) for stream in self.streams])
+
+    def normals(self, component: Tensor) -> Tensor:
+        """Return [B, C]; the official code draws them for every component and keeps one component's."""
+        return self._tensor([stream.standard_normal(self.sizes[1]) for stream in self.streams])
+
+    def proposals(self, rows: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Return the next [num, len(rows), C] of these images, twice."""
+        shape = (num, self.sizes[1])
+        normals, uniforms = [], []
+        for stream in (self.streams[row] for row in rows.tolist()):
+            normals.append(stream.standard_normal(shape, dtype=np.float32))
+            uniforms.append(stream.random(shape, dtype=np.float32))
+        return self._tensor(normals).transpose(0, 1), self._tensor(uniforms).transpose(0, 1)
+
+    def _tensor(self, arrays: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays).astype(np.float32, copy=False)).to(self.device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token of each image, and how it came about."""
+
+    values: Tensor  # [B, C]
+    bound: Tensor | None = None  # [B, C] of the rejection sampling; None without guidance
+    first_accepted: Tensor | None = None  # [B, C] int64, which proposal it was; -1 where none, and the draw conditional
+
+
+FIRST_ROUND = 32  # proposals: nearly all tokens need fewer
+
+
+def draw_token(
+    conditional: Mixture, unconditional: Mixture | None, config: GivtSamplingConfig, noise: TokenNoise
+) -> Draw:
+    """Draw a token of each image from its mixture, [B]; guided if there is an unconditional one.
+
+    The component is drawn from the conditional mixture; the unconditional one's of the same index stands against
+    it, whatever its weight.
+    """
+    component = (conditional.log_weights + noise.gumbels()).argmax(-1)
+    plain = conditional.component(component)
+    values = plain.at(noise.normals(component))
+    if unconditional is None:
+        return Draw(values)
+    density = GuidedDensity(plain, unconditional.component(component), config.guidance_weight)
+    return draw_guided(density, values, noise, config.num_proposals)
+
+
+def draw_guided(density: GuidedDensity, fallback: Tensor, noise: TokenNoise, num_proposals: int) -> Draw:
+    """Draw from a guided density [B, C] by rejection; every channel takes the first proposal it accepts.
+
+    Proposals are tried in rounds, each as long as all before, and only for images with an undecided channel: one
+    look at the device a round. Which images are in a round has no effect on the others.
+
+    Args:
+        density: of the chosen components.
+        fallback: [B, C], taken where no proposal is accepted: the conditional draw. (The official code makes
+            it from the same random key as the proposals; here it has numbers of its own.)
+        noise: gives the proposals.
+        num_proposals: to try before giving up.
+    """
+    bound = density.bound()
+    values, first = fallback.clone(), torch.full_like(fallback, -1, dtype=torch.int64)
+    hopeless = ~bound.isfinite()  # nothing is below an infinite or undefined height
+    rows = (~hopeless).any(-1).nonzero().flatten()
+    tried = 0
+    while tried < num_proposals and len(rows):
+        num = min(max(tried, FIRST_ROUND), num_proposals - tried)
+        normals, uniforms = noise.proposals(rows, num)
+        part = density.rows(rows)
+        x = part.proposal.at(normals)
+        heights = uniforms * (bound[rows] * part.proposal.log_prob(x).exp())
+        accepted = heights < part.log_prob(x).exp()  # [K, rows, C]
+        place = accepted.to(torch.int8).argmax(0, keepdim=True)  # the first of them
+        new = accepted.any(0) & (first[rows] < 0)
+        values[rows] = torch.where(new, x.gather(0, place)[0], values[rows])
+        first[rows] = torch.where(new, place[0] + tried, first[rows])
+        rows = rows[((first[rows] < 0) & ~hopeless[rows]).any(-1)]
+        tried += num
+    return Draw(values, bound, first)
+
+
+@torch.inference_mode()
+def generate_draws(
+    model: GIVT, labels: Tensor, config: GivtSamplingConfig, noise: Callable[[int], TokenNoise]
+) -> Iterator[Draw]:
+    """Generate the tokens of a batch of images, one position after another; see `generate_latents`."""
+    labels = labels.to(model.device)
+    guided = config.guidance_weight > 0
+    if guided:
+        labels = torch.cat([labels, model.without_class(labels)])
+    cache = model.empty_cache(len(labels))
+    x = model.class_emb(labels)
+    for position in range(model.num_positions):
+        logits = model.next_logits(x, cache, position)
+        mixtures = [
+            model.mixture(part, temperature=config.temperature, temp_probs=config.temp_probs)
+            for part in logits.chunk(2 if guided else 1)
+        ]
+        draw = draw_token(mixtures[0], mixtures[1] if guided else None, config, noise(position))
+        yield draw
+        x = model.latent_proj(draw.values.to(logits.dtype)).repeat(len(mixtures), 1)
+
+
+def generate_latents(
+    model: GIVT, labels: Tensor, config: GivtSamplingConfig, noise: Callable[[int], TokenNoise]
+) -> Tensor:
+    """Generate the latents of a batch of images.
+
+    Args:
+        model: in evaluation mode.
+        labels: [B] class labels.
+        config: how to sample.
+        noise: gives the random numbers of a position, from 0.
+
+    Returns:
+        [B, C, h, h] float32.
+
+    Raises:
+        ValueError: labels out of range; guidance of a model that has no embedding for "no class".
+    """
+    check_labels(labels, len(labels), model.num_classes)
+    return model.to_latents(torch.stack([d.values for d in generate_draws(model, labels, config, noise)], dim=1))
+
+
+def sample_images(
+    model: GIVT,
+    tokenizer: LatentTokenizer,
+    config: GivtSamplingConfig,
+    labels: Tensor,
+    seed: int,
+    *,
+    batch_size: int = 250,
+    show_progress: bool = True,
+) -> Tensor:
+    """Generate one image for each label; image i is a function of the seed, its label and i alone.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: decodes the model's latents.
+        config: how to sample.
+        labels: [N] class labels, N >= 1.
+        seed: at least 0.
+        batch_size: images at a time.
+        show_progress: draw a progress bar on stderr.
+
+    Returns:
+        uint8 pixels [N, C, H, W] on the CPU.
+
+    Raises:
+        ValueError: no labels, labels out of range, a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"A seed is at least 0, not {seed}.")
+
+    def latents(indices: list[int]) -> Tensor:
+        return generate_latents(model, labels[indices], config, lambda i: StreamNoise(seed, indices, i, model))
+
+    return decode_in_batches(latents, tokenizer, len(labels), batch_size=batch_size, show_progress=show_progress)

@@ -1,0 +1,58 @@
+"""The presets of all systems as a table shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokenbridge.models.registry import SHIPPED_PRESETS, Kind, all_presets
+from tokenbridge.weights.artifacts import ARTIFACTS
+from tokenbridge.weights.published import Preset
+
+SHIPPED_LICENCE = "Apache-2.0"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A preset, as `tokenbridge models` shows it."""
+
+    name: str
+    system: str
+    num_parameters: int
+    num_tokens: int  # of an image
+    token: str  # what one is
+    source: str
+    licence: str  # of the weights
+    published: Mapping[str, float]  # scores: FID, IS, ...
+    settings: Mapping[str, Mapping[str, Any]]  # of the sampler, by variant, each with its source
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+
+def list_presets() -> list[Listing]:
+    """Return every preset of every system."""
+    return [_listing(kind, preset) for kind, preset in all_presets().values()]
+
+
+def _listing(kind: Kind, preset: Preset) -> Listing:
+    sizes = preset.model
+    length = sizes["num_positions"] if "num_positions" in sizes else sizes["latent_size"] ** 2
+    num_tokens, token = {
+        "tokenbridge": lambda: (length * sizes["num_channels"], f"one of {sizes['num_levels']} levels"),
+        "mar": lambda: (length, f"a vector of {sizes['num_channels']}"),
+        "givt": lambda: (length, f"a vector of {sizes['num_channels']}"),
+        "llamagen": lambda: (length, f"one of {sizes['num_codes']:,} codes"),
+    }[kind.name]()
+    artifact = ARTIFACTS.get(preset.name)
+    if preset.name in SHIPPED_PRESETS:
+        source, licence = "shipped with this package", SHIPPED_LICENCE
+    else:
+        source = artifact.origin if artifact else "not published"
+        licence = artifact.licence if artifact else "–"
+    settings = {name: {**asdict(recipe.config), "source": recipe.source} for name, recipe in preset.sampling.items()}
+    return Listing(
+        preset.name, kind.name, preset.num_parameters, num_tokens, token, source, licence, preset.published, settings
+    )

@@ -1,0 +1,1 @@
+"""LlamaGen: a causal transformer over the codes of a VQ tokenizer."""

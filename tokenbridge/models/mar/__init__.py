@@ -1,0 +1,1 @@
+"""MAR: a masked transformer whose head draws a position's latent by diffusion."""

@@ -1,0 +1,30 @@
+"""Published checkpoints of MAR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenbridge.models.mar.model import MAR
+from tokenbridge.models.mar.presets import create_mar
+from tokenbridge.weights.official import Layout, Place
+from tokenbridge.weights.torch_files import load_from
+
+
+def mar_layout(model: MAR) -> Layout:
+    """Return the place of every tensor of the official model, by official name."""
+
+    def official(name: str) -> str:
+        part, rest = name.split(".", 1)
+        if part == "head":
+            return f"diffloss.net.{rest}"
+        return "diffusion_pos_embed_learned" if rest == "output_pos_embed" else rest
+
+    places = {official(name): Place(name, tuple(value.shape)) for name, value in model.named_parameters()}
+    return Layout(places, "MAR")
+
+
+def load_mar(path: Path | str, name: str, *, ema: bool = True) -> MAR:
+    """Load a published MAR checkpoint, in evaluation mode; as `official.load_tokenbridge`."""
+    model = create_mar(name)
+    load_from(path, model, mar_layout(model), ema=ema)
+    return model

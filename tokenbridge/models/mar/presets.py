@@ -1,0 +1,74 @@
+"""The published sizes of MAR, their settings and scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenbridge.models.mar.model import MAR
+from tokenbridge.models.mar.sampling import MarSamplingConfig
+from tokenbridge.weights.published import OFFICIAL, Preset, SamplingRecipe, build_preset, find_preset
+
+
+def _published(width: int, depth: int, num_heads: int, head_width: int, head_depth: int) -> dict[str, Any]:
+    """Return the sizes of a published model; everything else is alike in all of them."""
+    return {
+        "latent_size": 16,
+        "num_channels": 16,
+        "num_classes": 1000,
+        "patch_size": 1,
+        "width": width,
+        "encoder_depth": depth,
+        "decoder_depth": depth,
+        "num_heads": num_heads,
+        "num_buffer": 64,
+        "head_width": head_width,
+        "head_depth": head_depth,
+        "norm_eps": 1e-6,
+        "dropout": 0.1,
+    }
+
+
+def _sampling(guidance_scale: float) -> dict[str, SamplingRecipe]:
+    """Return settings of the published evaluations: 256 iterations of 100 diffusion steps, linear guidance."""
+    guided = MarSamplingConfig(256, guidance_scale, "linear", temperature=1.0, num_diffusion_steps=100)
+    plain = MarSamplingConfig(256, 1.0, "linear", temperature=0.95, num_diffusion_steps=100)
+    return {OFFICIAL: SamplingRecipe(guided, _README), "unguided": SamplingRecipe(plain, _README)}
+
+
+_README = "README.md of LTH14/mar at fe470ac, section Evaluation"
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="mar-b",
+            model=_published(width=768, depth=12, num_heads=12, head_width=1024, head_depth=6),
+            num_parameters=207_924_768,
+            official_name="mar_base",
+            sampling=_sampling(2.9),
+            published={"FID": 2.31, "IS": 281.7},
+        ),
+        Preset(
+            name="mar-l",
+            model=_published(width=1024, depth=16, num_heads=16, head_width=1280, head_depth=8),
+            num_parameters=478_326_304,
+            official_name="mar_large",
+            sampling=_sampling(3.0),
+            published={"FID": 1.78, "IS": 296.0, "precision": 0.81, "recall": 0.60},
+        ),
+        Preset(
+            name="mar-h",
+            model=_published(width=1280, depth=20, num_heads=16, head_width=1536, head_depth=12),
+            num_parameters=942_403_104,
+            official_name="mar_huge",
+            sampling=_sampling(3.2),
+            published={"FID": 1.55, "IS": 303.7, "precision": 0.81, "recall": 0.62},
+        ),
+    )
+}
+"""The published models. FID and IS: README.md; precision and recall: table 3 of arXiv 2503.16430 v1."""
+
+
+def create_mar(name: str, **changes: Any) -> MAR:
+    """Build a preset on the meta device, in evaluation mode; as `presets.create_model`."""
+    return build_preset(MAR, find_preset(name, PRESETS), **changes)

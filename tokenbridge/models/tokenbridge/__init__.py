@@ -1,0 +1,1 @@
+"""TokenBridge: a masked transformer whose head predicts a position's channel tokens one after another."""

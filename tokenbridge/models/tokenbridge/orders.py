@@ -1,0 +1,75 @@
+"""Orders and schedules: which position, which channel, how many at a time. Host arithmetic, no device work.
+
+Shape letters: B batch, L positions, C channels, H height, W width, N masked positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+OFFICIAL_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
+"""The order of KL-16's channels in the published models (models/tokenbridge.py, a constant of the code)."""
+
+
+def natural_order(num_channels: int) -> tuple[int, ...]:
+    """Return 0, 1, ..., C - 1: the paper's "normal" order (table 2b)."""
+    return tuple(range(num_channels))
+
+
+def frequency_order(latents: Tensor, *, cutoff: float = 0.5) -> tuple[int, ...]:
+    """Return the channels by falling share of low-frequency energy (paper section 3.2).
+
+    The script behind the published constant was not released; this follows the text: 2-D FFT of every channel,
+    energy within `cutoff` of the half sampling rate over the whole energy, averaged over images.
+
+    Args:
+        latents: [B, C, H, W], float.
+        cutoff: radius of "low", as a share of the Nyquist frequency, in (0, 1].
+
+    Raises:
+        ValueError: latents of another shape, or a cutoff outside (0, 1].
+    """
+    if latents.ndim != 4:
+        raise ValueError(f"Latents must be [B, C, H, W], not {list(latents.shape)}.")
+    if not 0 < cutoff <= 1:
+        raise ValueError(f"The cutoff is a share of the Nyquist frequency in (0, 1], not {cutoff}.")
+    energy = torch.fft.fft2(latents.float()).abs().square()  # [B, C, H, W]
+    rows = torch.fft.fftfreq(latents.shape[2], device=latents.device)[:, None]
+    columns = torch.fft.fftfreq(latents.shape[3], device=latents.device)[None, :]
+    low = torch.hypot(rows, columns) <= cutoff * 0.5
+    share = energy[..., low].sum(-1) / energy.sum((-2, -1)).clamp(min=torch.finfo(torch.float32).tiny)
+    return tuple(share.mean(0).argsort(descending=True, stable=True).tolist())
+
+
+def channel_order(name: str, num_channels: int, latents: Tensor | None = None) -> tuple[int, ...]:
+    """Return the channel order called `name`: ``"natural"``, ``"official"`` or ``"frequency"``.
+
+    Raises:
+        ValueError: an unknown name, the official order for other than 16 channels, or no latents to measure.
+    """
+    if name == "natural":
+        return natural_order(num_channels)
+    if name == "official":
+        if num_channels != len(OFFICIAL_CHANNEL_ORDER):
+            raise ValueError(f"The official channel order is for 16 channels, not {num_channels}.")
+        return OFFICIAL_CHANNEL_ORDER
+    if name == "frequency":
+        if latents is None:
+            raise ValueError("The frequency order is measured on latents; none were given.")
+        return frequency_order(latents)
+    raise ValueError(f"Unknown channel order {name!r}; there are 'natural', 'official' and 'frequency'.")
+
+
+def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the inverse permutation: `inverse(order)[order[i]] == i`.
+
+    Raises:
+        ValueError: `order` is no permutation of 0 .. C - 1.
+    """
+    if sorted(order) != list(range(len(order))):
+        raise ValueError(f"{order} is no permutation of 0 .. {len(order) - 1}.")
+    places = [0] * len(order)
+    for place, channel in enumerate(order):
+        places[channel] = place
+    return tuple(places)

@@ -1,0 +1,124 @@
+"""Presets: the models by name, each with its size, its sampling settings and what was published of it.
+
+Sizes and official settings: YuqingWang1029/TokenBridge at 3ede281, models/tokenbridge.py (`tokenbridge_base`,
+`tokenbridge_large`, `tokenbridge_huge`) and README.md; the paper is arXiv 2503.16430 v1. Parameter counts were
+counted with the official code, for 64 levels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenbridge.models.tokenbridge.model import TokenBridge
+from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.weights.published import OFFICIAL, Preset, SamplingRecipe, build_preset, find_preset
+
+PAPER = "paper"
+
+
+def _published(width: int, depth: int, num_heads: int, head_width: int, head_depth: int) -> dict[str, Any]:
+    """Return the sizes of a published model; everything else is alike in all of them."""
+    return {
+        "latent_size": 16,
+        "num_channels": 16,
+        "num_classes": 1000,
+        "num_levels": 64,
+        "width": width,
+        "encoder_depth": depth,
+        "decoder_depth": depth,
+        "num_heads": num_heads,
+        "num_buffer": 64,
+        "head_width": head_width,
+        "head_depth": head_depth,
+        "head_num_heads": 8,
+        "norm_eps": 1e-6,
+        "dropout": 0.1,
+    }
+
+
+def _sampling(guidance_scale: float, temperature: float, source: str) -> SamplingRecipe:
+    """Return settings of the published evaluations: 256 iterations, linear guidance."""
+    return SamplingRecipe(
+        SamplingConfig(
+            num_iterations=256,
+            guidance_scale=guidance_scale,
+            guidance_schedule="linear",
+            temperature=temperature,
+            first_element="official",
+        ),
+        source,
+    )
+
+
+_README = "README.md of YuqingWang1029/TokenBridge at 3ede281, section Evaluation"
+_PAPER = "arXiv 2503.16430 v1, table 4 (temperature and guidance; it names no number of iterations)"
+_TINY: dict[str, Any] = {
+    "latent_size": 4,
+    "num_channels": 16,
+    "num_classes": 10,
+    "num_levels": 64,
+    "head_type": "ar",
+    "width": 112,
+    "encoder_depth": 2,
+    "decoder_depth": 3,
+    "num_heads": 4,
+    "num_buffer": 4,
+    "head_width": 64,
+    "head_depth": 2,
+    "head_num_heads": 2,
+    "dropout": 0.0,
+}
+_TINY_SAMPLING = SamplingConfig(
+    num_iterations=16, guidance_scale=3.0, temperature=0.95, first_element="training-consistent"
+)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="tokenbridge-b",
+            model=_published(width=768, depth=12, num_heads=12, head_width=768, head_depth=4),
+            num_parameters=218_024_704,
+            official_name="tokenbridge_base",  # in the code, but neither weights nor settings were published
+        ),
+        Preset(
+            name="tokenbridge-l",
+            model=_published(width=1024, depth=16, num_heads=16, head_width=1024, head_depth=4),
+            num_parameters=486_889_472,
+            official_name="tokenbridge_large",
+            sampling={OFFICIAL: _sampling(3.1, 0.96, _README), PAPER: _sampling(3.1, 0.97, _PAPER)},
+            published={"FID": 1.76, "IS": 294.8, "precision": 0.80, "recall": 0.63},
+        ),
+        Preset(
+            name="tokenbridge-h",
+            model=_published(width=1280, depth=20, num_heads=16, head_width=1024, head_depth=6),
+            num_parameters=910_040_576,
+            official_name="tokenbridge_huge",
+            sampling={OFFICIAL: _sampling(3.45, 0.91, _README), PAPER: _sampling(3.45, 0.91, _PAPER)},
+            published={"FID": 1.55, "IS": 313.3, "precision": 0.80, "recall": 0.65},
+        ),
+        Preset(
+            name="tokenbridge-tiny",
+            model=_TINY,  # how it is trained: recipes.py
+            num_parameters=1_078_640,
+            sampling={"tiny": SamplingRecipe(_TINY_SAMPLING, "this project")},
+        ),
+    )
+}
+
+
+def create_model(name: str, **changes: Any) -> TokenBridge:
+    """Build a preset on the meta device: sizes without memory, in evaluation mode.
+
+    Give it weights with `load_state_dict(state, assign=True)`, which takes the tensors of `state` as they are and
+    so needs no second copy of the model (`official.load_official` does so), or memory with `to_empty`. The
+    quantiser's codebook is there from the start.
+
+    Args:
+        name: of the preset; the official names work too.
+        changes: keyword arguments of `TokenBridge` that replace the preset's.
+
+    Raises:
+        ValueError: an unknown name, or a model whose parameter count is not the preset's (without `changes`).
+    """
+    return build_preset(TokenBridge, find_preset(name, PRESETS), **changes)

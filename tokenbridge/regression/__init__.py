@@ -1,0 +1,1 @@
+"""The regression gate: this code against the stored references."""

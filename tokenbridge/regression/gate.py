@@ -1,0 +1,415 @@
+"""The regression gate: does this code still give the golden cases, the stored results, tokens, verdicts, speed ratios?
+
+Every part is a list of checks. A check that fails says what changed; one that could not be run says what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenbridge.audit.audit import audit_claims as run_audit
+from tokenbridge.audit.expected import WORSE, expected_verdict, gate_failures, is_worse, read_expected
+from tokenbridge.audit.report import write_report
+from tokenbridge.conformance import judge as conformance
+from tokenbridge.data.images import load_images
+from tokenbridge.regression import ratios
+from tokenbridge.reproduction.small_scale import golden_tokens, reconstruction_rows, reproduce
+from tokenbridge.reproduction.trends import trends
+from tokenbridge.reproduction.workbench import open_bench
+from tokenbridge.results import compare
+from tokenbridge.results import schema as results
+from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.utils.provenance import hash_of_dataset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from tokenbridge.audit.expected import Expected
+    from tokenbridge.audit.verdicts import Audit
+    from tokenbridge.configs.schema import Scale
+    from tokenbridge.results.schema import Results, Row
+
+Verdict = Literal["pass", "fail", "not run", "skipped"]
+
+SHARE_OF_TOKENS = 0.8
+"""Tokens that must be the stored ones: rounding on another processor can flip one, which draws the rest of its image
+anew, and a file holds ten images. Another seed leaves less than a fifth."""
+LATENTS = 0.01
+"""Difference of latents (of unit variance, stored to 3 decimals) that counts as equal; set beforehand, not measured."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing compared."""
+
+    name: str
+    verdict: Verdict
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The checks of one part of the gate."""
+
+    name: str
+    checks: tuple[Check, ...]
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of its checks: a failure, then what could not be run; `skipped` if all were."""
+        found = {check.verdict for check in self.checks}
+        order: tuple[Verdict, ...] = ("fail", "not run", "pass")
+        return next((verdict for verdict in order if verdict in found), "skipped")
+
+    @property
+    def why(self) -> str:
+        """The first reason for the verdict, and how many there are."""
+        reasons = [f"{check.name}: {check.why}" for check in self.checks if check.verdict == self.verdict and check.why]
+        if self.verdict == "pass" or not reasons:
+            return ""
+        return reasons[0] + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def goldens(folder: Path | str) -> list[Check]:
+    """Run the official code's numeric cases; one check a file, those of `SHA256SUMS` that are gone among them.
+
+    Raises:
+        FileNotFoundError: `SHA256SUMS`, which lists the cases, is missing.
+    """
+    lines = (Path(folder) / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    listed = {name: sha256 for sha256, name in (line.split() for line in lines)}
+    absent = [name for name in listed if not (Path(folder) / name).is_file()]
+    checks = [Check(Path(name).stem, "fail", "the file is gone; SHA256SUMS lists it") for name in absent]
+    for report in conformance.run_files([folder]):
+        bad = [f"{outcome.name}: {outcome.reason}" for outcome in report.outcomes if outcome.verdict == "fail"]
+        path = Path(report.path)
+        if path.is_file() and sha256_of(path) != listed.get(path.name):
+            bad.append("the file is not the one that SHA256SUMS lists")
+        checks.append(Check(path.stem, "fail" if bad else "pass", "; ".join(bad)))
+    return checks
+
+
+def tiny(scale: Scale, folder: Path | str, out: Path | str, *, quick: bool = False) -> list[Check]:
+    """Measure the stored results anew from the stored weights; one check a row, a trend, a file.
+
+    Args:
+        scale: what to rebuild.
+        folder: holds `results.json` and `weights/`.
+        out: folder for what is made.
+        quick: measure reconstruction only; sampling takes minutes, and times need a quiet machine.
+
+    Raises:
+        ValueError: there are no results, or images are missing.
+        FileNotFoundError: weights are missing.
+    """
+    stored = results.read(Path(folder) / "results.json")
+    checks = stored_checks(stored, Path(folder) / "weights")
+    if quick:
+        bench = open_bench(scale, Path(folder) / "weights")
+        checks += row_checks(reconstruction_rows(bench, Path(out), _say), stored)
+        measured = {check.name for check in checks}
+        rest = [*(row.id for row in stored.rows), *(trend.id for trend in stored.trends)]
+        return checks + [Check(id_, "skipped", "--quick") for id_ in rest if id_ not in measured]
+    done, _ = reproduce(
+        scale,
+        weights=Path(folder) / "weights",
+        out=out,
+        reference=None,
+        num_images=stored.provenance.settings["num_images"],
+        seed=stored.provenance.seed,
+        say=_say,
+    )
+    held = {trend.id for trend in stored.trends if trend.holds}
+    checks += row_checks(done.rows, stored, whole=True)
+    for trend in done.trends:
+        words = f"{trend.measured:.4g}, asked {trend.relation} {trend.bound:.4g}"
+        checks.append(Check(trend.id, "pass" if trend.holds or trend.id not in held else "fail", words))
+    return checks
+
+
+def stored_checks(stored: Results, weights: Path) -> list[Check]:
+    """Check what stored results say of themselves: their trends, and the hashes of weights and images."""
+    numbers, again = (
+        [(t.id, t.measured, t.relation, t.bound) for t in found] for found in (stored.trends, trends(stored.rows))
+    )
+    checks = [_check("stored trends", numbers == again, "they do not follow from the stored rows")]
+    for name, sha256 in stored.provenance.weights_sha256.items():
+        path = weights / name
+        why = f"{path} is not the file that was measured" if path.is_file() else f"{path} is missing"
+        checks.append(_check(f"weights {name}", path.is_file() and sha256_of(path) == sha256, why))
+    for name, sha256 in stored.provenance.data_sha256.items():
+        data, _, split = name.rpartition("/")
+        same = hash_of_dataset(load_images(data, split)) == sha256
+        checks.append(_check(f"images {name}", same, "the images are not those that were measured"))
+    return checks
+
+
+def row_checks(rows: Sequence[Row], stored: Results, *, whole: bool = False) -> list[Check]:
+    """Compare rows with the stored rows of the same id; `whole` misses those that were not measured."""
+    judged: Mapping[str, tuple[str, str]]
+    if whole:
+        judged = compare.verdicts(stored.model_copy(update={"rows": list(rows)}), stored)
+    else:
+        by_id = {row.id: row for row in stored.rows}
+        judged = {row.id: compare.compare(row, by_id.get(row.id)) for row in rows}
+    was_run = {row.id for row in stored.rows if row.not_run is None}
+    checks = []
+    for id_, (verdict, why) in judged.items():
+        if verdict == "not run":  # as when it was stored, or not any more
+            checks.append(Check(id_, "fail" if id_ in was_run else "skipped", why))
+        else:
+            checks.append(_check(id_, verdict == "reproduced", why))
+    return checks
+
+
+def tokens(scale: Scale, folder: Path | str) -> list[Check]:
+    """Sample ten images of each generator by fixed seeds, and compare their tokens with `tokens.json`.
+
+    Raises:
+        ValueError: there are no stored tokens.
+        FileNotFoundError: the classifier's weights are missing.
+    """
+    stored = read_tokens(Path(folder) / "tokens.json")
+    measured = golden_tokens(open_bench(scale, Path(folder) / "weights"))
+    checks = []
+    for name in dict.fromkeys([*stored, *measured]):
+        if name not in measured or name not in stored:
+            why = "no such model here" if name in stored else "no stored tokens"
+            checks.append(Check(name, "fail", why))
+            continue
+        share = share_equal(measured[name], stored[name])
+        checks.append(Check(name, "pass" if share >= SHARE_OF_TOKENS else "fail", f"{share:.1%} are the stored ones"))
+    return checks
+
+
+def read_tokens(path: Path | str) -> dict[str, list[Any]]:
+    """Read stored tokens, nested lists by the model's name.
+
+    Raises:
+        ValueError: they are not there, or cut off.
+    """
+    path = Path(path)
+    try:
+        found: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"There are no stored tokens {path}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON (cut off?): {error}.") from error
+    return found
+
+
+def share_equal(first: list[Any], second: list[Any]) -> float:
+    """Return the share of two nested lists that is equal: tokens exactly, latents to `LATENTS`; 0 if shapes differ."""
+    a, b = torch.tensor(first), torch.tensor(second)
+    if a.shape != b.shape:
+        return 0.0
+    same = (a - b).abs() <= LATENTS if a.is_floating_point() or b.is_floating_point() else a == b
+    return same.double().mean().item()
+
+
+def audit(folder: Path | str, out: Path | str, own: Path | None = None) -> list[Check]:
+    """Judge every published claim, and compare its verdict with the stored one; one check a claim.
+
+    Writes the audit's page, Markdown, JSON and JUnit XML.
+
+    Args:
+        folder: the references, with the claims and stored verdicts in `paper/`.
+        out: folder for the audit's files.
+        own: folder of tiny results that stand in for the stored ones.
+
+    Raises:
+        ValueError: a result file is refused, or there are no stored verdicts.
+    """
+    folder = Path(folder)
+    expected = read_expected(folder / "paper" / "expected.json")
+    done = audit_of(folder, own)
+    write_report(done, out, reference=folder, runs=own)
+    return verdict_checks(done, expected)
+
+
+def audit_of(folder: Path, own: Path | None, fail_on: Sequence[str] = (WORSE,)) -> Audit:
+    """Audit the references, `own` tiny results in the place of theirs, and no other run that lies about."""
+    with tempfile.TemporaryDirectory() as no_runs:
+        given = [] if own is None else [own / "results.json"]
+        return run_audit(given, shipped=folder, runs=no_runs, fail_on=fail_on)
+
+
+def verdict_checks(done: Audit, expected: Mapping[str, Expected]) -> list[Check]:
+    """Compare an audit's verdicts with the stored ones, and pass on what else fails it."""
+    checks = []
+    for finding in done.findings:
+        stored = expected_verdict(finding.claim.id, expected)
+        why = f"{finding.verdict}, stored is {stored}: {finding.why}"
+        checks.append(Check(finding.claim.id, "fail" if is_worse(finding.verdict, stored) else "pass", why))
+    of_claims = gate_failures(done.findings, expected, (WORSE,), whole=False)
+    others = [failure for failure in done.failures if failure not in of_claims]
+    return checks + [Check(f"other {number}", "fail", why) for number, why in enumerate(others, start=1)]
+
+
+def benchmarks(path: Path | str, root: Path = ratios.ROOT) -> list[Check]:
+    """Measure the benchmarks' ratios, those that fall behind the stored ones again.
+
+    Args:
+        path: stored ratios.
+        root: the checkout that holds `benchmarks/`.
+
+    Raises:
+        ValueError: there are no stored ratios, or benchmarks cannot be run.
+    """
+    stored = ratios.read(path)
+    measured = ratios.measure(root=root)
+
+    def judged() -> dict[str, tuple[bool, str]]:
+        names = dict.fromkeys([*stored.ratios, *measured.ratios])
+        return {name: ratios.compare(measured.ratios.get(name), stored.ratios.get(name)) for name in names}
+
+    for _ in range(ratios.NUM_RUNS - 1):
+        slow = [measured.ratios[n].test for n, (good, _) in judged().items() if not good and n in measured.ratios]
+        if slow:
+            measured = ratios.merge(measured, ratios.measure(slow, root=root))
+    failed = [Check(name, "fail", "the test fails; its message is above") for name in measured.failed]
+    return failed + [Check(name, "pass" if good else "fail", why) for name, (good, why) in judged().items()]
+
+
+# ----------------------------------------------------------------------------------------------------- gate
+
+PARTS = ("goldens", "tiny", "tokens", "audit", "benchmarks")
+SLOW = ("benchmarks",)  # skipped by --quick, which also keeps `tiny` to reconstruction
+
+
+def run_gate(
+    scale: Scale,
+    references: Path | str,
+    out: Path | str,
+    *,
+    parts: Sequence[str] = PARTS,
+    quick: bool = False,
+) -> list[Part]:
+    """Run parts of the gate; nothing is raised, what cannot be run is a check that says why.
+
+    Args:
+        scale: of the parts `tiny` and `tokens`.
+        references: folder of what is compared with, `reference_results/`.
+        out: folder for what is made.
+        parts: which of `PARTS`.
+        quick: leave out what takes minutes.
+
+    Raises:
+        ValueError: an unknown part.
+    """
+    references, out = Path(references), Path(out)
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ValueError(f"The gate has no part {', '.join(unknown)}; it has {', '.join(PARTS)}.")
+    done: list[Part] = []
+
+    def own() -> Path | None:
+        """Return the folder of what the part `tiny` measured just now; an older one tells nothing of this code."""
+        ran = any(part.name == "tiny" and part.verdict != "not run" for part in done)
+        return out / scale.name if ran and not quick else None
+
+    functions: dict[str, Callable[[], list[Check]]] = {
+        "goldens": lambda: goldens(references / "goldens"),
+        "tiny": lambda: tiny(scale, references / scale.name, out / scale.name, quick=quick),
+        "tokens": lambda: tokens(scale, references / scale.name),
+        "audit": lambda: audit(references, out / "audit", own()),
+        "benchmarks": lambda: benchmarks(references / "benchmarks" / "ratios.json"),
+    }
+    for name in PARTS:
+        if name not in parts:
+            continue
+        if quick and name in SLOW:
+            done.append(Part(name, (Check("all", "skipped", "--quick"),)))
+            continue
+        _say(f"gate: {name}")
+        done.append(run_part(name, functions[name]))
+    return done
+
+
+def run_part(name: str, function: Callable[[], list[Check]]) -> Part:
+    """Run one part; an error is a check that could not be run, and so is a part without checks."""
+    start = time.monotonic()
+    try:
+        checks = function() or [Check("all", "not run", "there was nothing to check")]
+    except Exception as error:  # the other parts shall be run, and the report be written
+        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        checks = [Check("all", "not run", why)]
+    return Part(name, tuple(checks), round(time.monotonic() - start, 1))
+
+
+def exit_code(parts: Iterable[Part]) -> int:
+    """Return 1 if anything failed, else 2 if anything could not be run, else 0."""
+    found = {part.verdict for part in parts}
+    return 1 if "fail" in found else 2 if "not run" in found else 0
+
+
+def print_parts(parts: Sequence[Part]) -> None:
+    """Print a table of the parts, and below it every check that failed or could not be run."""
+    colours = {"pass": "green", "fail": "bold red", "not run": "bold red", "skipped": "yellow"}
+    table = Table(title="Regression gate", title_justify="left", title_style="bold")
+    for name in ("part", "passed", "skipped", "seconds", "verdict", "why"):
+        table.add_column(name, justify="right" if name in ("passed", "skipped", "seconds") else "left", overflow="fold")
+    for part in parts:
+        count = {verdict: sum(check.verdict == verdict for check in part.checks) for verdict in colours}
+        compared = len(part.checks) - count["skipped"]
+        cells = [part.name, f"{count['pass']} of {compared}", str(count["skipped"]), f"{part.seconds:.0f}"]
+        table.add_row(*cells, f"[{colours[part.verdict]}]{part.verdict}[/]", escape(part.why))
+    # Not cut to 80 columns where the output goes to a file or a log.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(soft_wrap=True)
+    for part in parts:
+        for check in part.checks:
+            if check.verdict in ("fail", "not run"):
+                line = f"{part.name}, {check.name}: {check.verdict}: {check.why}"
+                console.print(line, highlight=False, markup=False)
+
+
+def write_junit(path: Path | str, parts: Iterable[Part]) -> None:
+    """Write the checks as JUnit XML, which CI services show: a suite a part, a test case a check."""
+    root = ET.Element("testsuites", name="gate")
+    for part in parts:
+        count = {verdict: str(sum(check.verdict == verdict for check in part.checks)) for verdict in _JUNIT}
+        suite = ET.SubElement(
+            root,
+            "testsuite",
+            name=part.name,
+            tests=str(len(part.checks)),
+            failures=count["fail"],
+            errors=count["not run"],
+            skipped=count["skipped"],
+            time=str(part.seconds),
+        )
+        for check in part.checks:
+            case = ET.SubElement(suite, "testcase", classname=f"gate.{part.name}", name=check.name)
+            if check.verdict in _JUNIT:
+                ET.SubElement(case, _JUNIT[check.verdict], message=check.why)
+            elif check.why:
+                ET.SubElement(case, "system-out").text = check.why
+    ET.indent(root)
+    write_text(path, ET.tostring(root, encoding="unicode", xml_declaration=True))
+
+
+_JUNIT = {"fail": "failure", "not run": "error", "skipped": "skipped"}
+
+
+def _check(name: str, good: bool, why: str) -> Check:
+    return Check(name, "pass" if good else "fail", "" if good else why)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,226 @@
+"""Update the stored references: measure them anew, show what differs, and record who replaced them, when and why.
+
+Golden cases are no part of this: they are numbers of the official code.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenbridge.audit.expected import is_worse, read_expected, write_expected
+from tokenbridge.regression import gate, ratios
+from tokenbridge.reproduction.small_scale import reproduce
+from tokenbridge.results import compare, markdown, tolerances
+from tokenbridge.results import schema as results
+from tokenbridge.utils.files import replacing_folder, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from tokenbridge.audit.expected import Expected
+    from tokenbridge.audit.verdicts import Audit
+    from tokenbridge.configs.schema import Scale
+    from tokenbridge.regression.ratios import Ratios
+    from tokenbridge.results.schema import Results
+
+PARTS = ("tiny", "verdicts", "benchmarks")
+EXPECTED = "paper/expected.json"
+RECORD = "CHANGES.md"
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("what", "stored", "measured", "")
+
+Change = tuple[str, str, str, str]  # `COLUMNS`
+
+
+def update(
+    scale: Scale,
+    folder: Path | str,
+    out: Path | str,
+    *,
+    parts: Sequence[str] = PARTS,
+    why: str | None = None,
+    source: Path = ROOT,
+) -> list[Change]:
+    """Measure references anew and return what differs; replace the stored ones if a reason is given.
+
+    The new references appear all together: until then, and after a kill, the old ones lie where they were.
+
+    Args:
+        scale: of the part `tiny`.
+        folder: the references, `reference_results/`.
+        out: folder for what is measured.
+        parts: which of `PARTS`.
+        why: the reason, for the record, and of claims that are newly not reproduced; None writes nothing.
+        source: checkout of the code that measures.
+
+    Raises:
+        ValueError: an unknown part; or, with a reason, an empty one, or a checkout with uncommitted changes.
+    """
+    folder, out = Path(folder), Path(out)
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ValueError(f"There are no references {', '.join(unknown)}; there are {', '.join(PARTS)}.")
+    if why is not None and not why.strip():
+        raise ValueError("References change for a reason: say it with --why.")
+    commit = None if why is None else clean_commit(source)  # first: measuring takes minutes
+    changes: list[Change] = []
+    fresh: dict[str, Path] = {}  # what is new, by its name in `folder`
+    if "tiny" in parts:
+        made, changed = _measure_tiny(scale, folder / scale.name, out / scale.name)
+        fresh |= {f"{scale.name}/{path.name}": path for path in made}
+        changes += changed
+    audit = None
+    if "verdicts" in parts:
+        audit = gate.audit_of(folder, out / scale.name if "tiny" in parts else None, fail_on=())
+        expected = read_expected(folder / EXPECTED) if (folder / EXPECTED).is_file() else {}
+        changes += verdict_changes(audit, expected)
+    if "benchmarks" in parts:
+        name = "benchmarks/ratios.json"
+        measured = functools.reduce(ratios.merge, (ratios.measure() for _ in range(ratios.NUM_RUNS)))
+        if measured.failed:
+            raise ValueError(f"These benchmarks fail, and cannot be references: {', '.join(measured.failed)}.")
+        stored = ratios.read(folder / name) if (folder / name).is_file() else None
+        changes += ratio_changes(measured, stored)
+        ratios.write(out / name, measured)
+        fresh[name] = out / name
+    if why is not None:
+        if clean_commit(source) != commit:
+            raise ValueError("The checkout changed during the measurement; nothing was written.")
+        record = _record(why.strip(), str(commit), _who(source), changes)
+        with replacing_folder(folder) as new:
+            shutil.copytree(folder, new, dirs_exist_ok=True)
+            for name, path in fresh.items():
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, new / name)
+            if audit is not None:
+                write_expected(new / EXPECTED, audit, why.strip())
+            before = (new / RECORD).read_text(encoding="utf-8") if (new / RECORD).is_file() else _TITLE
+            write_text(new / RECORD, before + record)
+    return changes
+
+
+def clean_commit(source: Path) -> str:
+    """Return the commit of a checkout.
+
+    Raises:
+        ValueError: it has uncommitted changes, or is none.
+    """
+    try:
+        if changed := _git(source, "status", "--porcelain"):
+            first = changed.splitlines()[0].split(maxsplit=1)[1]
+            raise ValueError(f"{source} has uncommitted changes ({first}, ...): no reference can be measured there.")
+        return _git(source, "rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"{source} is no git checkout: no reference can be measured there.") from error
+
+
+def _git(source: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, check=True)  # noqa: S603, S607
+    return done.stdout.strip()
+
+
+def _who(source: Path) -> str:
+    """Return `Name <email>` as git has it."""
+    try:
+        return f"{_git(source, 'config', 'user.name')} <{_git(source, 'config', 'user.email')}>"
+    except subprocess.CalledProcessError as error:
+        raise ValueError("git knows no user.name and user.email to record.") from error
+
+
+def _measure_tiny(scale: Scale, folder: Path, out: Path) -> tuple[list[Path], list[Change]]:
+    """Return the files made, and what differs from the stored results and tokens."""
+    stored = results.read(folder / "results.json") if (folder / "results.json").is_file() else None
+    shutil.rmtree(out, ignore_errors=True)  # files of an older measurement are no references
+    measured, _ = reproduce(
+        scale,
+        weights=folder / "weights",
+        out=out,
+        reference=None if stored is None else folder / "results.json",
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    judged = compare.verdicts(measured, stored)
+    if any(verdict == "not reproduced" for verdict, _ in judged.values()):
+        # The page of new references does not judge them by the old ones.
+        write_text(out / "tables.md", markdown.to_markdown(measured, None))
+    changes = [*result_changes(measured, stored)]
+    new = gate.read_tokens(out / "tokens.json")
+    old = gate.read_tokens(folder / "tokens.json") if (folder / "tokens.json").is_file() else {}
+    for name in dict.fromkeys([*old, *new]):
+        if name not in old or name not in new:
+            changes.append((f"tokens {name}", *_presence(name in old, name in new), "changed"))
+        elif (share := gate.share_equal(new[name], old[name])) < 1:
+            changes.append((f"tokens {name}", "", f"{share:.1%} equal", _word(share >= gate.SHARE_OF_TOKENS)))
+    return sorted(path for path in out.iterdir() if path.is_file()), changes
+
+
+def result_changes(measured: Results, stored: Results | None) -> Iterator[Change]:
+    """Yield every row, metric and trend that differs; times depend on the machine and are left out."""
+    old, new = ({row.id: row for row in r.rows} if r is not None else {} for r in (stored, measured))
+    for id_ in dict.fromkeys([*old, *new]):
+        before, after = ({} if row is None else row.metrics for row in (old.get(id_), new.get(id_)))
+        if not before or not after:
+            if before or after:
+                yield id_, *_presence(bool(before), bool(after)), "changed"
+            continue
+        for name in dict.fromkeys([*before, *after]):
+            if name not in before or name not in after:
+                yield f"{id_} {name}", *_presence(name in before, name in after), "changed"
+            elif before[name] != after[name] and not math.isinf(tolerances.metric(name).relative):
+                good = tolerances.within(name, after[name], before[name])
+                yield f"{id_} {name}", f"{before[name]:.6g}", f"{after[name]:.6g}", _word(good)
+    held, holds = ({t.id: t.holds for t in r.trends} if r is not None else {} for r in (stored, measured))
+    for id_ in dict.fromkeys([*held, *holds]):
+        if held.get(id_) != holds.get(id_):
+            words = {True: "holds", False: "does not hold", None: "–"}
+            yield f"trend {id_}", words[held.get(id_)], words[holds.get(id_)], "changed"
+
+
+def ratio_changes(measured: Ratios, stored: Ratios | None) -> list[Change]:
+    """Return every benchmark's ratio, stored and measured, each the middle of its runs."""
+    old = {} if stored is None else stored.ratios
+    changes = []
+    for name in dict.fromkeys([*old, *measured.ratios]):
+        before, after = old.get(name), measured.ratios.get(name)
+        words = ["–" if r is None else f"{r.middle:.2f}x" for r in (before, after)]
+        kept = ratios.compare(after, before)[0] and ratios.compare(before, after)[0]  # neither lost nor won much
+        changes.append((name, words[0], words[1], _word(kept)))
+    return changes
+
+
+def verdict_changes(audit: Audit, expected: Mapping[str, Expected]) -> Iterator[Change]:
+    """Yield every claim whose verdict is not the stored one."""
+    for finding in audit.findings:
+        id_, verdict = finding.claim.id, finding.verdict
+        if id_ not in expected:
+            yield id_, "–", verdict, "changed"
+        elif (stored := expected[id_].verdict) != verdict:
+            yield id_, stored, verdict, "worse" if is_worse(verdict, stored) else "changed"
+    for id_ in sorted(expected.keys() - {finding.claim.id for finding in audit.findings}):
+        yield id_, expected[id_].verdict, "–", "changed"
+
+
+def _presence(before: bool, after: bool) -> tuple[str, str]:
+    return "there" if before else "–", "there" if after else "–"
+
+
+def _word(good: bool) -> str:
+    return "within tolerance" if good else "changed"
+
+
+_TITLE = """# Changes of the references
+
+`nox -s update_references` appends here; newest last.
+"""
+
+
+def _record(why: str, commit: str, who: str, changes: Sequence[Change]) -> str:
+    """Return what is appended to the record: when, who, why, the commit that was measured, what differs."""
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    table = markdown.markdown_table(COLUMNS, changes) if changes else ["No number changed."]
+    return "\n".join(["", f"## {when}", "", f"{who}, measured at commit {commit}: {why}", "", *table, ""])

@@ -1,0 +1,1 @@
+"""The paper's tables, rebuilt at a small scale or at the paper's own."""

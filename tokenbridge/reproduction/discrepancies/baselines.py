@@ -1,0 +1,216 @@
+"""Discrepancies of the baselines' code."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from tokenbridge.data.images import images_to_pixels
+from tokenbridge.models.draw import image_batches
+from tokenbridge.models.givt import density
+from tokenbridge.models.givt import model as givt
+from tokenbridge.models.givt import sampling as givt_sampling
+from tokenbridge.models.llamagen import model as llamagen
+from tokenbridge.models.llamagen import sampling as llamagen_sampling
+from tokenbridge.models.noise import image_noise
+from tokenbridge.reproduction.discrepancies.study import (
+    BATCH_SIZE,
+    Scores,
+    Side,
+    Study,
+    _has_weights,
+    _no_weights,
+    _not_run,
+    _row,
+    _share,
+    rows_of,
+)
+from tokenbridge.results.schema import Row
+
+NUM_GIVT_IMAGES = 100  # their tokens are enough, and 1,000 proposals for each take memory
+
+
+class EnvelopedDensity(density.GuidedDensity):
+    """The guided density of GIVT, under a constant that makes the proposal a true envelope."""
+
+    def bound(self) -> Tensor:
+        """Return the least constant [N, C] with density <= constant * proposal everywhere; infinite if none is."""
+        c, u, w = self.conditional, self.unconditional, self.weight
+        # The log of density over proposal is a parabola in x.
+        curvature = (1 + w) / c.scale.square() - w / u.scale.square() - 1 / self.proposal.scale.square()
+        top = c.loc + w * (c.loc - u.loc) / u.scale.square() / curvature
+        height = (self.log_prob(top) - self.proposal.log_prob(top)).exp()
+        return torch.where(curvature > 0, height, torch.inf)
+
+    def standardised(self, x: Tensor) -> Tensor:
+        """Return x [N, C] in units of the Gaussian that the density is; NaN where it is none."""
+        c, u, w = self.conditional, self.unconditional, self.weight
+        precision = (1 + w) / c.scale.square() - w / u.scale.square()
+        mean = ((1 + w) * c.loc / c.scale.square() - w * u.loc / u.scale.square()) / precision
+        return (x - mean) * precision.sqrt()
+
+
+def givt_guidance(study: Study) -> list[Row]:
+    """Compare GIVT's rejection sampling of the guided density with that under a true envelope, token by token.
+
+    The official constant is searched on 1,001 points and divided by the proposal's highest density, so it may be
+    too small. The tokens stand in images sampled the official way; both sides see the same densities and proposals.
+    """
+    sides: dict[str, tuple[str, type[density.GuidedDensity]]] = {
+        "official": ("constant of the official code", density.GuidedDensity),
+        "envelope": ("true envelope", EnvelopedDensity),
+    }
+    if not _has_weights(study, "givt"):
+        reason = _no_weights("givt")
+        return [_not_run(f"givt-guidance-rejection-{name}", label, reason) for name, (label, _) in sides.items()]
+    model, config = _givt(study)
+    mixtures = givt_mixtures(model, config, study.labels[:NUM_GIVT_IMAGES], study.seed)
+    draws, densities = zip(
+        *(draw_by(kind, mixtures, config, study.seed + 1, model) for _, kind in sides.values()), strict=True
+    )
+    true = EnvelopedDensity(densities[0].conditional, densities[0].unconditional, densities[0].weight)
+    envelope = true.bound()
+    # Judged where both sides drew from the density, and where that is a Gaussian: the same tokens.
+    standardised = [true.standardised(draw.values) for draw in draws]
+    both = torch.stack([_first(d) >= 0 for d in draws]).all(0) & standardised[0].isfinite()
+    rows = []
+    for (name, (label, _)), draw, drawn in zip(sides.items(), draws, standardised, strict=True):
+        first, bound = _first(draw), draw.bound
+        assert bound is not None
+        metrics = {
+            "fallbacks": _share(first < 0),
+            "acceptance": (first >= 0).sum().item() / max(1, (first[first >= 0] + 1).sum().item()),
+            # A little slack: the two constants are computed in different ways, in float32.
+            "not covered": _share((bound < envelope * (1 - 1e-4)) & bound.isfinite()),
+            "deviation of draws": drawn[both].double().std().item(),
+        }
+        rows.append(_row(f"givt-guidance-rejection-{name}", label, metrics))
+    return rows
+
+
+@torch.inference_mode()
+def givt_mixtures(
+    model: givt.GIVT, config: givt_sampling.GivtSamplingConfig, labels: Tensor, seed: int
+) -> tuple[density.Mixture, density.Mixture]:
+    """Return conditional and unconditional mixtures [N L] of every token of images sampled the official way."""
+    indices, labels = list(range(len(labels))), labels.to(model.device)
+    latents = givt_sampling.generate_latents(
+        model, labels, config, lambda i: givt_sampling.StreamNoise(seed, indices, i, model)
+    )
+    sequence = model.to_sequence(latents)
+    none = torch.ones_like(labels, dtype=torch.bool)
+    logits = [model(sequence, labels, dropped=dropped).flatten(0, 1) for dropped in (~none, none)]
+    conditional, unconditional = (
+        model.mixture(part, temperature=config.temperature, temp_probs=config.temp_probs) for part in logits
+    )
+    return conditional, unconditional
+
+
+def draw_by(
+    kind: type[density.GuidedDensity],
+    mixtures: tuple[density.Mixture, density.Mixture],
+    config: givt_sampling.GivtSamplingConfig,
+    seed: int,
+    model: givt.GIVT,
+) -> tuple[givt_sampling.Draw, density.GuidedDensity]:
+    """Draw every token anew, as `givt.draw_token` does, from a density of the given kind; a stream for each token."""
+    conditional, unconditional = mixtures
+    noise = givt_sampling.StreamNoise(seed, list(range(len(conditional.log_weights))), 0, model)
+    component = (conditional.log_weights + noise.gumbels()).argmax(-1)
+    plain = conditional.component(component)
+    values = plain.at(noise.normals(component))
+    density = kind(plain, unconditional.component(component), config.guidance_weight)
+    return givt_sampling.draw_guided(density, values, noise, config.num_proposals), density
+
+
+def _first(draw: givt_sampling.Draw) -> Tensor:
+    assert draw.first_accepted is not None
+    return draw.first_accepted
+
+
+def givt_no_class(study: Study) -> list[Row]:
+    """Compare a trained embedding for "no class", which guidance needs, with one left as it was initialised.
+
+    The trainer published with GIVT never passes the switch for label dropout on: in it that row gets no gradient
+    (big_vision, trainers/proj/givt/generative.py).
+    """
+    trained, untrained = "trained with label dropout", "as initialised (published trainer)"
+    if not _has_weights(study, "givt"):
+        reason = _no_weights("givt")
+        return [_not_run(f"givt-no-class-{n}", t, reason) for n, t in (("trained", trained), ("untrained", untrained))]
+    model, config = _givt(study)
+
+    def scores(model: givt.GIVT) -> list[Scores]:
+        made = (
+            givt_sampling.sample_images(model, study.bench.latents, config, study.labels, seed, show_progress=False)
+            for seed in study.seeds
+        )
+        return [study.score(p, study.labels) for p in made]
+
+    return rows_of(
+        "givt-no-class",
+        Side("trained", trained, scores(model)),
+        Side("untrained", untrained, scores(without_class_training(model, study.seed))),
+    )
+
+
+def without_class_training(model: givt.GIVT, seed: int) -> givt.GIVT:
+    """Return a copy of the model whose embedding for "no class" is drawn anew, as `nn.Embedding` is: N(0, 1)."""
+    model = copy.deepcopy(model)
+    fresh = torch.randn(model.class_emb.embedding_dim, generator=torch.Generator().manual_seed(seed))
+    model.class_emb.weight.data[-1] = fresh
+    return model
+
+
+def _givt(study: Study) -> tuple[givt.GIVT, givt_sampling.GivtSamplingConfig]:
+    config = study.bench.scale.recipe("givt").sampling
+    assert isinstance(config, givt_sampling.GivtSamplingConfig)
+    return study.bench.model("givt"), config
+
+
+def llamagen_zero_row(study: Study) -> list[Row]:
+    """Compare the class token's rotary row of LlamaGen: all zeros in the code, where no rotation is cosine 1, sine 0.
+
+    With zeros the class token's key is zero, and every element gives it the score 0, whatever the class is. The
+    weights are trained with zeros; this shows how far they rest on it.
+    """
+    official, turned = "zeros (official code)", "cosine 1, sine 0"
+    if not (_has_weights(study, "llamagen") and _has_weights(study, "vq")):
+        reason = _no_weights("llamagen or vq")
+        return [_not_run(f"llamagen-zero-row-{n}", t, reason) for n, t in (("official", official), ("rotated", turned))]
+    model: llamagen.LlamaGen = study.bench.model("llamagen")
+    config = study.bench.scale.recipe("llamagen").sampling
+    assert isinstance(config, llamagen_sampling.LlamaGenSampling)
+
+    def generate(model: llamagen.LlamaGen, seed: int) -> Tensor:
+        tokens = []
+        for indices in image_batches(study.num_images, BATCH_SIZE, show_progress=False):
+            uniforms = image_noise(seed, indices, model.num_positions, 1).uniforms[..., 0]
+            tokens.append(llamagen_sampling.generate_tokens(model, study.labels[indices], config, uniforms))
+        return torch.cat(tokens)
+
+    def scores(tokens: Tensor) -> Scores:
+        grids = tokens.unflatten(1, (model.latent_size, model.latent_size)).split(BATCH_SIZE)
+        return study.score(torch.cat([images_to_pixels(study.bench.vq.decode(g)).cpu() for g in grids]), study.labels)
+
+    tokens = [[generate(m, seed) for seed in study.seeds] for m in (model, rotated(model))]
+    differ = [_share(torch.stack(side) != torch.stack(tokens[0])) for side in tokens]
+    named = zip(("official", "rotated"), (official, turned), tokens, differ, strict=True)
+    return rows_of(
+        "llamagen-zero-row",
+        *(
+            Side(name, label, [scores(t) for t in side], {"generated tokens that differ": d})
+            for name, label, side, d in named
+        ),
+    )
+
+
+def rotated(model: llamagen.LlamaGen) -> llamagen.LlamaGen:
+    """Return a copy of the model whose class token is turned by nothing, instead of being multiplied by zero."""
+    model = copy.deepcopy(model)
+    rows = model.rotary_rows()
+    rows[: model.rotary[2], :, 0] = 1.0
+    model.rotary_rows = lambda: rows  # type: ignore[method-assign]
+    return model

@@ -1,0 +1,103 @@
+"""Discrepancies in TokenBridge's head: first element, final layer, cache."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from tokenbridge.models.layers import ModulatedBlock
+from tokenbridge.models.tokenbridge.heads import ARHead
+from tokenbridge.reproduction.discrepancies.study import BATCH_SIZE, Side, Study, _row, _share, _speed_up, rows_of
+from tokenbridge.results.schema import Row
+
+if TYPE_CHECKING:
+    from tokenbridge.models.draw import Pick
+    from tokenbridge.models.tokenbridge.model import TokenBridge
+
+
+def first_element(study: Study) -> list[Row]:
+    """Compare what the head's sequence starts with: sampling adds timestep embedding 0, training does not.
+
+    Source: models/tokenbridge.py, `_sample_channel_ar` against `forward_channel_ar`.
+    """
+    official = study.score_samples(replace(study.config, first_element="official"))
+    consistent = study.score_samples(replace(study.config, first_element="training-consistent"))
+    return rows_of(
+        "first-element",
+        Side("official", "condition + timestep embedding 0 (official sampling)", official),
+        Side("training", "condition alone (as in training)", consistent),
+    )
+
+
+def final_layer(study: Study) -> list[Row]:
+    """Compare the order of the final layer's modulation: (scale, shift) in the code, (shift, scale) in DiT.
+
+    The published weights are trained with the code's order; read in DiT's, the two trade places.
+    """
+    return rows_of(
+        "final-layer",
+        Side("official", "scale, shift (official code)", study.base_scores),
+        Side("swapped", "shift, scale (DiT's order)", study.score_samples(study.config, model=swapped(study.model))),
+    )
+
+
+def swapped(model: TokenBridge) -> TokenBridge:
+    """Return a copy of the model whose final layer takes the shift for the scale, and the scale for the shift."""
+    model = copy.deepcopy(model)
+    linear = model.head.channel_final.adaLN_modulation[1]
+    for parameter in linear.parameters():
+        parameter.data = torch.cat(parameter.data.chunk(2)[::-1])
+    return model
+
+
+def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 9) -> list[Row]:
+    """Compare the head with and without key/value cache: the paper says it can have one, the code has none.
+
+    Time is of the head alone: of `num_positions` at once, as many as there are images in a batch, and of one.
+    """
+    head = study.model.head
+    assert isinstance(head, ARHead)
+    generator = torch.Generator().manual_seed(study.seed)
+    context = torch.randn(num_positions, study.model.config.width, generator=generator).to(study.bench.device)
+    likeliest: Pick = lambda logits, place: logits.argmax(-1)  # noqa: E731
+
+    def recomputed(context: Tensor) -> Tensor:
+        return sample_without_cache(head, context, likeliest)
+
+    def cached(context: Tensor) -> Tensor:
+        return head.sample(context, likeliest)[0]
+
+    with torch.inference_mode():
+        differ = _share(recomputed(context) != cached(context))
+        speed_up = _speed_up(lambda: recomputed(context), lambda: cached(context), runs)
+        speed_up_of_one = _speed_up(lambda: recomputed(context[:1]), lambda: cached(context[:1]), runs)
+    return [
+        _row(f"head-cache-{name}", label, {"tokens that differ": d, "speed-up": many, "speed-up (one position)": one})
+        for name, label, d, many, one in (
+            ("recomputed", "whole prefix for each channel (official code)", 0.0, 1.0, 1.0),
+            ("cached", "key/value cache", differ, speed_up, speed_up_of_one),
+        )
+    ]
+
+
+def sample_without_cache(head: ARHead, context: Tensor, pick: Pick) -> Tensor:
+    """Return what `ARHead.sample` does, tokens [N, C], by running the whole prefix anew for each channel.
+
+    Source: models/tokenbridge.py, `_sample_channel_ar`.
+    """
+    condition = head.condition(context)  # [N, C, W]
+    blocks = cast("list[ModulatedBlock]", list(head.channel_blocks))
+    prefix, tokens = [condition[:, 0]], []
+    for i in range(head.num_channels):
+        x = torch.stack(prefix, dim=1) + head.channel_embed[:, : i + 1]
+        for block in blocks:
+            x = block(x, block.adaLN_modulation(condition[:, : i + 1]), is_causal=True)
+        x = head.channel_final(head.channel_norm(x), condition[:, : i + 1])
+        tokens.append(pick(head.channel_heads[i](x[:, i]), i))
+        if i < head.num_channels - 1:
+            prefix.append(head.token_embeddings[i](tokens[-1]))
+    return torch.stack(tokens, dim=1)

@@ -1,0 +1,118 @@
+"""Discrepancies in quantisation: bin edges, the Gaussian, the posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenbridge.models.tokenbridge.checkpoint import official_buffers
+from tokenbridge.reproduction.discrepancies.study import Scores, Side, Study, _not_run, _row, _share, rows_of
+from tokenbridge.results.schema import Row
+from tokenbridge.tokenizers.quantizer import ScalarQuantizer, gaussian_quantizer
+
+if TYPE_CHECKING:
+    from tokenbridge.models.tokenbridge.model import TokenBridge
+
+
+NUM_VALUES = 1_000_000  # of N(0, 1), for the quantiser alone
+
+
+def encode(study: Study) -> list[Row]:
+    """Compare the nearest codebook value, which the code takes, with the bin of equation 3, which it never uses.
+
+    The buffer `boundaries` holds the edges of the bins; halfway between two conditional means lies another value.
+    On test images, on N(0, 1), and, without decoding, on latents from a file.
+    """
+    latents = study.scaled(study.posterior.mode())
+    normal = torch.randn(NUM_VALUES, generator=torch.Generator().manual_seed(study.seed)).to(latents.device)
+    given = None if study.latents is None else read_latents(study.latents).to(latents.device)
+    quantizer, edges = study.model.quantizer, bin_edges(study.model)
+    sides: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+        "nearest": ("nearest value (official code)", quantizer.encode),
+        "boundary": ("bin between boundaries (paper)", lambda x: torch.bucketize(x, edges)),
+    }
+    rows, rows_of_given = [], []
+    for name, (label, to_tokens) in sides.items():
+        metrics = _against_nearest(quantizer, to_tokens, latents)
+        metrics |= {f"{k} (N(0, 1))": v for k, v in _against_nearest(quantizer, to_tokens, normal).items()}
+        rows.append(_row(f"encode-{name}", label, metrics | study.reconstruct(quantizer.lookup(to_tokens(latents)))))
+        name, label = f"encode-{name}-given", f"{label}, given latents"
+        if given is None:
+            rows_of_given.append(_not_run(name, label, "no latents were given (--latents FILE)"))
+        else:
+            rows_of_given.append(_row(name, label, _against_nearest(quantizer, to_tokens, given)))
+    return rows + rows_of_given
+
+
+def bin_edges(model: TokenBridge) -> Tensor:
+    """Return the inner edges [V - 1] of the bins, in latent units: the official buffer `boundaries`."""
+    config: Any = model.config
+    edges = official_buffers(model)["boundaries"] * (config.value_range / config.num_sigmas)
+    return edges[1:-1].to(model.device)
+
+
+def read_latents(path: Path) -> Tensor:
+    """Read the array `latents` of an .npz file, divided by its standard deviation, as float32.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file, or its latents are not finite or all alike.
+    """
+    try:
+        with np.load(path) as file:
+            latents = torch.from_numpy(file["latents"]).float()
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no .npz file with an array `latents` of numbers: {error}") from error
+    deviation = latents.double().std(correction=0).item()
+    if not 0 < deviation < float("inf"):
+        raise ValueError(f"The latents in {path} have the standard deviation {deviation}.")
+    return latents / deviation
+
+
+def _against_nearest(quantizer: ScalarQuantizer, to_tokens: Callable[[Tensor], Tensor], latents: Tensor) -> Scores:
+    tokens = to_tokens(latents)
+    error = (quantizer.lookup(tokens).double() - latents.double()).square().mean()
+    return {
+        "tokens that differ": _share(tokens != quantizer.encode(latents)),
+        "relative MSE": (error / latents.double().var(correction=0)).item(),
+    }
+
+
+def gaussian_fit(study: Study) -> list[Row]:
+    """Compare bins fitted to a deviation of 5/3, as the mapping of ±5 to ±3 makes them, with the latents' own 1."""
+    config: Any = study.model.config
+    latents = study.scaled(study.posterior.mode())
+    sides = {
+        "official": (config.value_range, f"fitted to a deviation of {config.value_range / config.num_sigmas:.3f}"),
+        "unit": (config.num_sigmas, "fitted to a deviation of 1, the latents' own"),
+    }
+    rows = []
+    for name, (value_range, label) in sides.items():
+        quantizer = gaussian_quantizer(config.num_levels, value_range=value_range, num_sigmas=config.num_sigmas)
+        quantizer.to(latents.device)
+        error = {"relative MSE": _against_nearest(quantizer, quantizer.encode, latents)["relative MSE"]}
+        rows.append(_row(f"gaussian-fit-{name}", label, error | study.reconstruct(quantizer(latents))))
+    return rows
+
+
+def posterior(study: Study) -> list[Row]:
+    """Compare a sample of the autoencoder's posterior, as the official code takes, with its mean; 64 levels both."""
+    quantizer = study.model.quantizer
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator(study.bench.device).manual_seed(seed)
+        return study.scaled(study.posterior.sample(generator=generator))
+
+    mean = study.scaled(study.posterior.mode())
+    samples = [study.reconstruct(quantizer(draw(seed))) for seed in study.seeds]
+    differ = _share(quantizer.encode(draw(study.seed)) != quantizer.encode(mean))
+    return rows_of(
+        "posterior",
+        Side("sample", "a sample (official code)", samples, {"tokens that differ": differ}),
+        Side("mean", "the mean", [study.reconstruct(quantizer(mean))], {"tokens that differ": 0.0}),
+    )

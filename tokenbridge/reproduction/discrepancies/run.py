@@ -1,0 +1,193 @@
+"""What each discrepancy does: the paper against its code, and the code against itself, measured at one scale.
+
+Each comparison is a function that returns a row for each side, both measured in the same run with the same seeds:
+image i of a seed has the same random numbers on all sides. Rows are called `discrepancies/<comparison>-<side>`.
+Where a score is of samples, it is the mean over several seeds; `±` is the standard deviation over the seeds, and
+`change of` the difference from the comparison's first row, seed by seed.
+
+Shape letters: N images or values, L positions, C channels, V levels, W head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenbridge.data.images import load_images
+from tokenbridge.reproduction.discrepancies.baselines import givt_guidance, givt_no_class, llamagen_zero_row
+from tokenbridge.reproduction.discrepancies.head import final_layer, first_element, head_cache
+from tokenbridge.reproduction.discrepancies.precision import latents_precision, tokens_precision
+from tokenbridge.reproduction.discrepancies.quantizing import encode, gaussian_fit, posterior, read_latents
+from tokenbridge.reproduction.discrepancies.sampling import class_labels, num_images, pixels, temperature
+from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Say, open_bench
+from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, trend_cells
+from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.weights.diffusers import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from tokenbridge.configs.schema import Scale
+
+
+COMPARISONS: dict[str, tuple[str, Callable[[Study], list[Row]]]] = {
+    "first-element": ("First element of the head's sequence", first_element),
+    "final-layer": ("Order of the final layer's modulation", final_layer),
+    "head-cache": ("Key/value cache of the head", head_cache),
+    "temperature": ("Temperature of TokenBridge-L", temperature),
+    "encode": ("Encoding: nearest value or bin", encode),
+    "gaussian-fit": ("What the Gaussian bins are fitted to", gaussian_fit),
+    "posterior": ("Posterior of the autoencoder, reconstruction with 64 levels", posterior),
+    "tokens": ("Generation in half precision, one seed, half the images", tokens_precision),
+    "latents": ("Quantising in half precision: tokens that differ from float32", latents_precision),
+    "labels": ("Class labels of the samples", class_labels),
+    "pixels": ("Images to 8 bits", pixels),
+    "num-images": ("Number of images", num_images),
+    "givt-guidance": ("GIVT: rejection sampling of the guided density", givt_guidance),
+    "givt-no-class": ("GIVT: embedding for no class", givt_no_class),
+    "llamagen-zero-row": ("LlamaGen: rotary row of the class token", llamagen_zero_row),
+}
+"""Title and function of each comparison."""
+
+
+def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
+    """Tell which changes of the Fréchet distance are within the seeds' noise: two deviations, pooled over the sides."""
+    asked = {
+        "first-element-training": "the head's first element as in training",
+        "final-layer-swapped": "the final layer's scale and shift in DiT's order",
+        "temperature-0.97": "temperature 0.97 instead of 0.96",
+        "labels-random": "labels at random instead of balanced",
+        "pixels-truncated": "pixels cut off instead of rounded",
+        "givt-no-class-untrained": "GIVT's embedding for no class untrained",
+        "llamagen-zero-row-rotated": "LlamaGen's class token with a rotary row",
+    }
+    name = f"FID-{extractor}"
+    by_side = {row.id.removeprefix("discrepancies/"): row.metrics for row in rows if row.not_run is None}
+    found = []
+    for side, text in asked.items():
+        if side not in by_side:
+            continue
+        comparison = side.rpartition("-")[0]
+        first = next(metrics for other, metrics in by_side.items() if other.startswith(f"{comparison}-"))
+        noise = math.sqrt((first[f"± {name}"] ** 2 + by_side[side][f"± {name}"] ** 2) / 2)
+        if noise > 0:
+            ratio = round(abs(by_side[side][f"change of {name}"]) / noise, 4)
+            claim = f"{text}: {name} changes by no more than the seeds' noise (in its deviations)"
+            found.append(Trend(id=f"noise-{comparison}", claim=claim, measured=ratio, relation="<=", bound=2.0))
+    return found
+
+
+def measure_discrepancies(
+    scale: Scale,
+    *,
+    weights: Path | str,
+    out: Path | str,
+    latents: Path | None = None,
+    num_images: int = 1000,
+    seed: int = 0,
+    say: Say = lambda text: print(text, file=sys.stderr),
+) -> Results:
+    """Measure every comparison at a scale; write results.json and tables.md into `out`.
+
+    Args:
+        scale: whose models and images.
+        weights: folder of the scale's models.
+        out: folder for what is made.
+        latents: real latents to quantise, .npz (see `read_latents`); rows about them are not run without.
+        num_images: samples of each seed, spread evenly over the classes.
+        seed: the first of NUM_SEEDS.
+        say: told what is going on.
+
+    Raises:
+        FileNotFoundError: weights of the autoencoder, the classifier or TokenBridge, or the latents, are missing.
+        ValueError: latents of another kind, or `num_images` is no multiple of twice the classes.
+    """
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    source = provenance.commit()  # now: what is edited while this runs has no part in it
+    if num_images < 1 or num_images % (2 * len(scale.classes)):
+        raise ValueError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
+    if latents is not None:
+        read_latents(latents)  # first: a bad file must not cost minutes
+    bench = open_bench(scale, weights)
+    study = Study(bench, num_images, seed, latents)
+    rows = []
+    for title, compare in COMPARISONS.values():
+        say(title)
+        rows += compare(study)
+    given = {} if latents is None else {f"given latents ({latents.name})": sha256_of(latents)}
+    measured = Results(
+        scale=scale.name,
+        provenance=Provenance(
+            command=provenance.command(),
+            seed=seed,
+            started=started.isoformat(timespec="seconds"),
+            wall_seconds=round(time.perf_counter() - clock, 1),
+            **source,
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            data_sha256={
+                f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
+                for split in ("train", "test")
+            }
+            | given,
+            weights_sha256={
+                f"{name}/{file.name}": sha256_of(file)
+                for name in ("vae", "vq", "classifier", MAIN_SYSTEM, "givt", "llamagen")
+                for file in (Path(weights) / name / "config.json", Path(weights) / name / WEIGHTS_FILE)
+                if file.is_file()
+            },
+            settings={
+                "num_images": num_images,
+                "num_seeds": NUM_SEEDS,
+                **{recipe.name: dataclasses.asdict(recipe.sampling) for recipe in scale.recipes if recipe.sampling},
+            },
+        ),
+        rows=rows,
+        trends=trends(rows, bench.extractor),
+    )
+    write(Path(out) / "results.json", measured)
+    write_text(Path(out) / "tables.md", to_markdown(measured))
+    return measured
+
+
+def by_comparison(results: Results) -> dict[str, list[Row]]:
+    """Return the rows of each comparison by its title."""
+    found: dict[str, list[Row]] = {title: [] for title, _ in COMPARISONS.values()}
+    for row in results.rows:
+        side = row.id.removeprefix("discrepancies/")
+        name = max((c for c in COMPARISONS if side.startswith(f"{c}-")), key=len)
+        found[COMPARISONS[name][0]].append(row)
+    return found
+
+
+def to_markdown(results: Results) -> str:
+    """Return all comparisons as one Markdown page."""
+    p = results.provenance
+    lines = [f"# What the discrepancies do, at scale {results.scale}", ""]
+    lines += [
+        f"Measured by `{p.command}` ({p.settings['num_images']:,} samples of each of {p.settings['num_seeds']} seeds, "
+        f"the first {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
+        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. "
+        "±: standard deviation over seeds. Change: from the first row, seed by seed.",
+        "",
+    ]
+    for title, rows in by_comparison(results).items():
+        run = [row for row in rows if row.not_run is None]
+        lines += [f"## {title}", ""]
+        if run:
+            columns = columns_of(run)
+            lines += [*markdown_table(["", *columns], [[r.label, *[cell(r, c) for c in columns]] for r in run]), ""]
+        lines += [f"- {row.label}: not run: {row.not_run}" for row in rows if row.not_run] + [""] * (
+            len(run) < len(rows)
+        )
+    if results.trends:
+        lines += ["## Within the seeds' noise?", ""]
+        lines += markdown_table(TREND_COLUMNS, [trend_cells(trend) for trend in results.trends])
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""Discrepancies in sampling and evaluation: temperature, labels, pixels, number of images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tokenbridge.data.images import images_to_pixels
+from tokenbridge.evaluation.metrics import extract_features, fidelity_distance, statistics_of
+from tokenbridge.reproduction.discrepancies.study import Side, Study, _share, rows_of
+from tokenbridge.results.schema import Row
+
+
+def temperature(study: Study) -> list[Row]:
+    """Compare TokenBridge-L's temperature in the README's command, 0.96, with that in table 4, 0.97."""
+    sides = {0.96: "0.96 (README)", 0.97: "0.97 (table 4)"}
+    return rows_of(
+        "temperature",
+        *(Side(f"{t}", label, study.score_samples(replace(study.config, temperature=t))) for t, label in sides.items()),
+    )
+
+
+def class_labels(study: Study) -> list[Row]:
+    """Compare balanced labels, as TokenBridge and MAR are evaluated, with labels drawn at random, as LlamaGen is."""
+
+    def random_labels(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(len(study.bench.scale.classes), (study.num_images,), generator=generator)
+
+    scores = []
+    for seed in study.seeds:
+        labels = random_labels(seed)
+        scores.append(study.score(images_to_pixels(study.images(study.generate(study.config, labels, seed))), labels))
+    return rows_of(
+        "labels",
+        Side("balanced", "balanced (TokenBridge, MAR)", study.base_scores),
+        Side("random", "drawn at random (LlamaGen)", scores),
+    )
+
+
+def llamagen_pixels(images: Tensor) -> Tensor:
+    """Turn images in [-1, 1] to uint8 by LlamaGen's rule: 127.5 x + 128, clamped, then cut (sample_c2i_ddp.py)."""
+    return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
+
+
+def truncated_pixels(images: Tensor) -> Tensor:
+    """Turn images in [-1, 1] to uint8 by cutting 255 y off, y in [0, 1], as torchvision's ToPILImage does."""
+    return ((images + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
+
+
+def pixels(study: Study) -> list[Row]:
+    """Compare ways to make 8 bits of the same images: rounded (TokenBridge, MAR), LlamaGen's, and cut off."""
+    rules = {
+        "rounded": ("rounded (TokenBridge, MAR)", images_to_pixels),
+        "llamagen": ("127.5 x + 128, cut (LlamaGen)", llamagen_pixels),
+        "truncated": ("255 y, cut", truncated_pixels),
+    }
+    rounded = [images_to_pixels(images) for images in study.base_images]
+    sides = []
+    for name, (label, rule) in rules.items():
+        made = [rule(images) for images in study.base_images]
+        differ = _share(torch.stack(made) != torch.stack(rounded))
+        scores = [study.score(p, study.labels) for p in made]
+        sides.append(Side(name, label, scores, {"pixels that differ": differ}))
+    return rows_of("pixels", *sides)
+
+
+def num_images(study: Study) -> list[Row]:
+    """Show the bias of the Fréchet distance with few images: disjoint sets of the same samples, few and many."""
+    images = torch.cat([images_to_pixels(images) for images in study.base_images])
+    features, _ = extract_features(images, study.bench.classifier)
+
+    def side(size: int) -> Side:
+        sets = [part for part in features.split(size) if len(part) == size]
+        name = f"FID-{study.bench.extractor}"
+        scores = [{name: fidelity_distance(statistics_of(part), study.reference)} for part in sets]
+        return Side(
+            str(size), f"{size:,} images, {len(sets)} set{'s' * (len(sets) > 1)}", scores, {"images": float(size)}
+        )
+
+    return rows_of("num-images", side(study.num_images // 2), side(2 * study.num_images))

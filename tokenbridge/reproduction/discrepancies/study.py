@@ -1,0 +1,210 @@
+"""What every comparison of paper and code shares: sides, seeds, rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenbridge.data.images import images_to_pixels, pixels_to_images
+from tokenbridge.evaluation.metrics import (
+    Statistics,
+    extract_features,
+    fidelity_distance,
+    inception_score,
+    statistics_of,
+)
+from tokenbridge.evaluation.reconstruct import reconstruction_metrics
+from tokenbridge.models.draw import image_batches
+from tokenbridge.models.noise import image_noise
+from tokenbridge.models.tokenbridge import sampling
+from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench
+from tokenbridge.results.schema import Row
+from tokenbridge.weights.diffusers import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from tokenbridge.models.tokenbridge.model import TokenBridge
+
+
+NUM_SEEDS = 3
+BATCH_SIZE = 250
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the comparisons share: models, images, seeds, and the samples that several of them start from."""
+
+    bench: Bench
+    num_images: int  # samples of each seed
+    seed: int  # the first of NUM_SEEDS
+    latents: Path | None = None  # real latents to quantise, see `read_latents`
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of samples."""
+        return range(self.seed, self.seed + NUM_SEEDS)
+
+    @property
+    def labels(self) -> Tensor:
+        """Balanced labels [N], class after class in turn, as the official evaluation has them."""
+        return torch.arange(self.num_images) % len(self.bench.scale.classes)
+
+    @property
+    def config(self) -> SamplingConfig:
+        """The tiny TokenBridge's own sampling settings."""
+        config = self.bench.scale.recipe(MAIN_SYSTEM).sampling
+        assert isinstance(config, SamplingConfig)
+        return config
+
+    @functools.cached_property
+    def model(self) -> TokenBridge:
+        """TokenBridge with 64 levels."""
+        model: TokenBridge = self.bench.model(MAIN_SYSTEM)
+        return model
+
+    @functools.cached_property
+    def reference(self) -> Statistics:
+        """Features of the training images."""
+        return statistics_of(extract_features(self.bench.train_pixels, self.bench.classifier)[0])
+
+    @functools.cached_property
+    def base_images(self) -> list[Tensor]:
+        """Samples of each seed by the recipe's settings, float [N, C, H, W] in [-1, 1]."""
+        return [self.images(self.generate(self.config, self.labels, seed)) for seed in self.seeds]
+
+    @functools.cached_property
+    def posterior(self) -> Any:
+        """The autoencoder's posterior of the test images."""
+        images = pixels_to_images(self.bench.test_pixels).to(self.bench.device)
+        with torch.inference_mode():
+            return self.bench.latents.autoencoder.encode(images).latent_dist
+
+    def scaled(self, raw: Tensor) -> Tensor:
+        """Return the autoencoder's latents at the scale of the generators."""
+        return (raw.float() - self.bench.latents.shift) * self.bench.latents.scale
+
+    def generate(
+        self, config: SamplingConfig, labels: Tensor, seed: int, *, model: TokenBridge | None = None
+    ) -> Tensor:
+        """Return tokens [N, L, C] of one image for each label.
+
+        Raises:
+            FloatingPointError: the model's numbers overflow.
+        """
+        model = model or self.model
+        batches = image_batches(len(labels), BATCH_SIZE, show_progress=False)
+        noise = ((i, image_noise(seed, i, model.num_positions, model.num_channels)) for i in batches)
+        tokens = torch.cat([sampling.generate_tokens(model, labels[i], config, numbers) for i, numbers in noise])
+        if int(tokens.min()) < 0:
+            raise FloatingPointError("The logits of the generator are NaN.")
+        return tokens
+
+    def images(self, tokens: Tensor) -> Tensor:
+        """Return images [N, C, H, W] in [-1, 1], on the CPU, of tokens [N, L, C]."""
+        return self.decode(self.model.to_latents(tokens))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images [N, C, H, W] in [-1, 1], on the CPU, of scaled latents."""
+        return torch.cat([self.bench.latents.images(part).cpu() for part in latents.split(BATCH_SIZE)])
+
+    def score(self, pixels: Tensor, labels: Tensor) -> Scores:
+        """Return Fréchet distance to the training images, Inception Score and class accuracy of uint8 pixels."""
+        features, logits = extract_features(pixels, self.bench.classifier)
+        return {
+            f"FID-{self.bench.extractor}": fidelity_distance(statistics_of(features), self.reference),
+            f"IS-{self.bench.extractor}": inception_score(logits, 0)[0],
+            "class accuracy": (logits.argmax(1) == labels).double().mean().item(),
+        }
+
+    def score_samples(self, config: SamplingConfig, *, model: TokenBridge | None = None) -> list[Scores]:
+        """Sample by `config` and score, for each seed."""
+        if (config, model) == (self.config, None):
+            return self.base_scores
+        tokens = [self.generate(config, self.labels, seed, model=model) for seed in self.seeds]
+        return [self.score(images_to_pixels(self.images(t)), self.labels) for t in tokens]
+
+    @functools.cached_property
+    def base_scores(self) -> list[Scores]:
+        """Scores of the recipe's own samples, for each seed."""
+        return [self.score(images_to_pixels(images), self.labels) for images in self.base_images]
+
+    def reconstruct(self, latents: Tensor) -> Scores:
+        """Return PSNR, SSIM, rFID and IS of the test images, decoded from (quantised) latents."""
+        pixels = images_to_pixels(self.decode(latents))
+        return reconstruction_metrics(
+            self.bench.test_pixels, pixels, classifier=self.bench.classifier, extractor=self.bench.extractor
+        )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison."""
+
+    name: str
+    label: str
+    scores: Sequence[Scores]  # one for each seed
+    also: Scores = dataclasses.field(default_factory=dict)  # measured once
+
+
+def rows_of(comparison: str, *sides: Side) -> list[Row]:
+    """Return a row for each side: means over seeds, their deviation, and the change from the first side."""
+    rows = []
+    for side in sides:
+        metrics: Scores = {}
+        for name in side.scores[0]:
+            values = [scores[name] for scores in side.scores]
+            metrics |= {name: statistics.fmean(values), **_deviation(name, values)}
+            if side is not sides[0] and len(sides[0].scores) == len(values) and name.startswith("FID"):
+                changes = [value - scores[name] for value, scores in zip(values, sides[0].scores, strict=True)]
+                name = f"change of {name}"
+                metrics |= {name: statistics.fmean(changes), **_deviation(name, changes)}
+        rows.append(_row(f"{comparison}-{side.name}", side.label, {**metrics, **side.also}))
+    return rows
+
+
+def _row(name: str, label: str, metrics: Scores) -> Row:
+    return Row(id=f"discrepancies/{name}", label=label, metrics={k: round(v, 8) for k, v in metrics.items()})
+
+
+def _deviation(name: str, values: Sequence[float]) -> Scores:
+    return {f"± {name}": statistics.stdev(values)} if len(values) > 1 else {}
+
+
+def _speed_up(slow: Callable[[], object], fast: Callable[[], object], runs: int) -> float:
+    """Return the ratio of median times, runs taken in turn so that both meet the same machine."""
+
+    def seconds(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    times = [(seconds(slow), seconds(fast)) for _ in range(runs + 2)][2:]
+    return statistics.median(s for s, _ in times) / statistics.median(f for _, f in times)
+
+
+def _share(differ: Tensor) -> float:
+    return differ.double().mean().item()
+
+
+def _not_run(name: str, label: str, reason: str) -> Row:
+    return Row(id=f"discrepancies/{name}", label=label, metrics={}, not_run=reason)
+
+
+def _has_weights(study: Study, name: str) -> bool:
+    return (study.bench.weights / name / WEIGHTS_FILE).is_file()
+
+
+def _no_weights(name: str) -> str:
+    return f"there are no weights of {name}; `tokenbridge train` makes them"

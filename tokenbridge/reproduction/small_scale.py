@@ -1,0 +1,294 @@
+"""Rebuild the paper's tables at one scale, from shipped or newly trained weights, and judge every row.
+
+The order is that of the paper: reconstruction (table 1), the generator's choices (table 2), systems (table 3),
+time of one prediction (table 5). Pictures and `results.json` go to one folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenbridge.data.images import images_to_pixels, load_images, pixels_to_images
+from tokenbridge.data.pictures import save_grid
+from tokenbridge.evaluation.metrics import class_accuracy, score
+from tokenbridge.evaluation.reconstruct import reconstruct_with, reconstruction_metrics
+from tokenbridge.models.givt import sampling as givt_sampling
+from tokenbridge.models.llamagen import sampling as llamagen_sampling
+from tokenbridge.models.mar import sampling as mar_sampling
+from tokenbridge.models.noise import image_noise
+from tokenbridge.models.tokenbridge import sampling
+from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.reproduction.timing import prediction_time_rows
+from tokenbridge.reproduction.trends import trends
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench, Say, open_bench
+from tokenbridge.results import markdown
+from tokenbridge.results import schema as results
+from tokenbridge.results.schema import Provenance, Results, Row
+from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.tokenizers.distortion import measure_distortion
+from tokenbridge.tokenizers.quantizer import gaussian_quantizer
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.weights.diffusers import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from tokenbridge.configs.schema import Recipe, Sampling, Scale
+
+
+LEVELS = (8, 16, 32, 64)  # table 1a
+RANGES = (2.0, 3.0, 4.0, 5.0)  # table 1b
+
+
+def reproduce(
+    scale: Scale,
+    *,
+    weights: Path | str,
+    out: Path | str,
+    reference: Path | str | None,
+    num_images: int = 2000,
+    seed: int = 0,
+    say: Say = lambda text: print(text, file=sys.stderr),
+) -> tuple[Results, Results | None]:
+    """Rebuild all tables of a scale; write results.json, tables.md and pictures into `out`.
+
+    Args:
+        scale: what to rebuild.
+        weights: folder of the scale's models.
+        out: folder for what is made.
+        reference: results to compare with; None compares with nothing.
+        num_images: samples of each system, spread evenly over the classes.
+        seed: of the samples.
+        say: told what is going on.
+
+    Returns:
+        (results, reference results or None).
+
+    Raises:
+        FileNotFoundError: weights are missing.
+        ValueError: the reference file is no result file, or `num_images` is no multiple of the classes.
+    """
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    out = Path(out)
+    if num_images < 1 or num_images % len(scale.classes):
+        raise ValueError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
+    stored = results.read(reference) if reference is not None else None  # first: a bad file must not cost minutes
+    bench = open_bench(scale, weights)
+    rows = [*reconstruction_rows(bench, out, say), *generation_rows(bench, out, num_images, seed, say)]
+    write_text(out / "tokens.json", json.dumps(golden_tokens(bench)))
+    rows += prediction_time_rows(bench, say)
+    measured = Results(
+        scale=scale.name,
+        provenance=Provenance(
+            command=provenance.command(),
+            seed=seed,
+            started=started.isoformat(timespec="seconds"),
+            wall_seconds=round(time.perf_counter() - clock, 1),
+            **provenance.commit(),
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            data_sha256={
+                f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
+                for split in ("train", "test")
+            },
+            weights_sha256={
+                f"{recipe.name}/{name}": sha256_of(file)
+                for recipe in scale.recipes
+                for name in ("config.json", WEIGHTS_FILE)
+                if (file := Path(weights) / recipe.name / name).is_file()
+            },
+            settings={
+                "num_images": num_images,
+                **{recipe.name: dataclasses.asdict(recipe.sampling) for recipe in scale.recipes if recipe.sampling},
+            },
+        ),
+        rows=rows,
+        trends=trends(rows),
+    )
+    results.write(out / "results.json", measured)
+    write_text(out / "tables.md", markdown.to_markdown(measured, stored))
+    return measured, stored
+
+
+def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
+    """Rebuild tables 1a and 1b on the test images; draw the reconstruction grid."""
+    say("Table 1: reconstruction")
+    vq = bench.vq
+    latents = bench.latents.latents(pixels_to_images(bench.test_pixels).to(bench.device)).cpu()
+
+    def measure(tokenizer: Any) -> tuple[dict[str, float], Tensor]:
+        """Return metrics and reconstructions."""
+        pixels, bits = reconstruct_with(tokenizer, bench.test_pixels)
+        metrics = reconstruction_metrics(
+            bench.test_pixels, pixels, classifier=bench.classifier, extractor=bench.extractor, bits=bits
+        )
+        return metrics, pixels
+
+    @functools.cache  # the finest levels at the widest range stand in both tables
+    def measure_quantised(levels: int, value_range: float) -> tuple[dict[str, float], Tensor]:
+        quantizer = gaussian_quantizer(levels, value_range=value_range)
+        distortion = measure_distortion(quantizer, latents).relative_mse
+        metrics, pixels = measure(LatentTokenizer(bench.latents.autoencoder, quantizer.to(bench.device)))
+        return {**metrics, "relative MSE": distortion}, pixels
+
+    continuous = measure(bench.latents)
+    measured = {
+        "table1a/vae": ("VAE, continuous", continuous),
+        **{f"table1a/ptq-{n}": (f"post-training, {n} levels", measure_quantised(n, RANGES[-1])) for n in LEVELS},
+        "table1a/vq": (f"VQ, {vq.num_codes} codes", measure(vq)),
+        "table1b/vae": ("VAE, continuous", continuous),
+        **{f"table1b/range-{r:g}": (f"range ±{r:g}", measure_quantised(LEVELS[-1], r)) for r in RANGES},
+    }
+    pictures = {"original": bench.test_pixels}
+    pictures |= {label: pixels for id_, (label, (_, pixels)) in measured.items() if id_.startswith("table1a")}
+    shown = _first_of_each_class(bench.test_labels, len(bench.scale.classes))
+    save_grid(
+        out / "reconstruction.png",
+        [pixels[shown] for pixels in pictures.values()],
+        list(pictures),
+        f"Reconstruction of {bench.scale.data} (test images)",
+        column_names=bench.scale.classes,
+    )
+    return [Row(id=id_, label=label, metrics=metrics) for id_, (label, (metrics, _)) in measured.items()]
+
+
+def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Say) -> list[Row]:
+    """Sample every generator; rebuild tables 2a, 2b, 2c and 3; draw a grid of samples for each."""
+    measured: dict[str, dict[str, float]] = {}
+    missing: dict[str, str] = {}
+    labels = torch.arange(num_images) % len(bench.scale.classes)  # class after class in turn
+    for recipe in bench.scale.recipes:
+        if recipe.sampling is None:
+            continue
+        try:
+            model = bench.model(recipe.name)
+        except FileNotFoundError as error:
+            missing[recipe.name] = f"there are no weights of {recipe.name}; `tokenbridge train` makes them"
+            say(f"Not run: {error}")
+            continue
+        say(f"Sampling {num_images} images: {recipe.name}")
+        clock = time.perf_counter()
+        pixels = sample_images(bench, recipe.kind, model, recipe.sampling, labels, seed)
+        seconds = (time.perf_counter() - clock) / num_images
+        measured[recipe.name] = {
+            **measure_samples(bench, pixels, labels),
+            "parameters": float(sum(p.numel() for p in model.parameters())),
+            "seconds per image": seconds,
+        }
+        _sample_grid(bench, out / f"samples-{recipe.name}.png", pixels, recipe.name, recipe.sampling)
+        if recipe.name == MAIN_SYSTEM:
+            assert isinstance(recipe.sampling, SamplingConfig)
+            confident = replace(recipe.sampling, position_order="confidence")
+            few = sample_images(bench, recipe.kind, model, confident, labels[: 10 * len(bench.scale.classes)], seed)
+            _sample_grid(bench, out / f"samples-{recipe.name}-confidence.png", few, recipe.name, confident)
+            # The Frechet distance falls with the number of images: as many as there are real ones, to set beside them.
+            as_many = min(num_images, len(bench.test_pixels))
+            measured["as many"] = measure_samples(bench, pixels[:as_many], labels[:as_many])
+    say(f"Scoring real {bench.scale.data}: test against training images")
+    measured["real"] = measure_samples(bench, bench.test_pixels, bench.test_labels)
+
+    def row(id_: str, label: str, name: str, *columns: str) -> Row:
+        if name not in measured:
+            reason = missing.get(name, f"scale {bench.scale.name} has no recipe {name}")
+            return Row(id=id_, label=label, metrics={}, not_run=reason)
+        values = measured[name]
+        chosen = {c: values[c] for c in columns if c in values} if columns else values
+        return Row(id=id_, label=label, metrics=chosen)
+
+    e = bench.extractor
+    short = (f"FID-{e}", f"IS-{e}", "class accuracy")
+    return [
+        row("table2a/parallel", "parallel", "parallel-64", *short),
+        row("table2a/autoregressive", "autoregressive", MAIN_SYSTEM, *short),
+        row("table2b/natural", "natural order", "tokenbridge-64-natural", *short),
+        row("table2b/frequency", "frequency order", MAIN_SYSTEM, *short),
+        row("table2c/16", "16 levels", "tokenbridge-16", *short),
+        row("table2c/64", "64 levels", MAIN_SYSTEM, *short),
+        row("table3/tokenbridge", "TokenBridge (64 levels, AR head)", MAIN_SYSTEM),
+        row("table3/tokenbridge-16", "TokenBridge (16 levels, AR head)", "tokenbridge-16"),
+        row("table3/parallel", "parallel head (64 levels)", "parallel-64"),
+        row("table3/llamagen", "LlamaGen (VQ tokens)", "llamagen"),
+        row("table3/givt", "GIVT (Gaussian mixtures)", "givt"),
+        row("table3/mar", "MAR (diffusion head)", "mar"),
+        row("table3/tokenbridge-as-many", "TokenBridge, as many as test images", "as many"),
+        row("table3/real", "real test images", "real"),
+    ]
+
+
+def sample_images(bench: Bench, kind: str, model: Any, config: Any, labels: Tensor, seed: int) -> Tensor:
+    """Generate an image for each label by any of the systems: uint8 pixels [N, C, H, W] on the CPU."""
+    if kind == "llamagen":
+        return llamagen_sampling.sample_images(
+            model, lambda tokens: images_to_pixels(bench.vq.decode(tokens)), config, labels, seed
+        )
+    systems: dict[str, Any] = {"tokenbridge": sampling, "mar": mar_sampling, "givt": givt_sampling}
+    pixels: Tensor = systems[kind].sample_images(model, bench.latents, config, labels, seed)
+    return pixels
+
+
+def golden_tokens(bench: Bench, *, num_images: int = 10, seed: int = 0) -> dict[str, list[Any]]:
+    """Return the tokens of a few images of each generator there is: what a regression test compares.
+
+    They are [N, L, C] of TokenBridge, [N, L] of LlamaGen; of MAR and GIVT, the latents [N, C, h, w] to 3 decimals.
+    """
+    labels = torch.arange(num_images) % len(bench.scale.classes)
+    return {
+        recipe.name: _golden(recipe, bench.model(recipe.name), labels, seed)
+        for recipe in bench.scale.recipes
+        if recipe.is_generator and (bench.weights / recipe.name / WEIGHTS_FILE).is_file()
+    }
+
+
+def _golden(recipe: Recipe, model: Any, labels: Tensor, seed: int) -> list[Any]:
+    indices, length = list(range(len(labels))), model.num_positions
+    config: Any = recipe.sampling
+    if recipe.kind == "tokenbridge":
+        noise = image_noise(seed, indices, length, model.num_channels)
+        values = sampling.generate_tokens(model, labels, config, noise)
+    elif recipe.kind == "llamagen":
+        values = llamagen_sampling.generate_tokens(
+            model, labels, config, image_noise(seed, indices, length, 1).uniforms[..., 0]
+        )
+    elif recipe.kind == "mar":
+        streams = mar_sampling.latent_noise(seed, indices, length, model.num_channels)
+        values = mar_sampling.generate_latents(model, labels, config, streams)
+    else:
+        values = givt_sampling.generate_latents(
+            model, labels, config, lambda i: givt_sampling.StreamNoise(seed, indices, i, model)
+        )
+    if values.is_floating_point():
+        values = values.double().round(decimals=3)
+    return values.tolist()
+
+
+def measure_samples(bench: Bench, pixels: Tensor, labels: Tensor) -> dict[str, float]:
+    """Score images against the training images, and their class accuracy."""
+    scores = score(pixels, bench.train_pixels, bench.classifier, extractor=bench.extractor).labelled()
+    kept = {name: round(value, 6) for name, value in scores.items() if "-std-" not in name}
+    return {"images": float(len(pixels)), **kept, "class accuracy": class_accuracy(pixels, labels, bench.classifier)}
+
+
+def _first_of_each_class(labels: Tensor, num_classes: int) -> list[int]:
+    return [int((labels == c).nonzero()[0, 0]) for c in range(num_classes)]
+
+
+def _sample_grid(bench: Bench, path: Path, pixels: Tensor, name: str, config: Sampling) -> None:
+    """Draw the first ten samples of each class, a row per class."""
+    classes = bench.scale.classes
+    rows = [pixels[c :: len(classes)][:10] for c in range(len(classes))]
+    settings = dataclasses.asdict(config)
+    shown = ("guidance_scale", "guidance_weight", "temperature", "num_iterations", "num_diffusion_steps")
+    words = [f"{key.replace('_', ' ')} {settings[key]}" for key in shown if key in settings]
+    if settings.get("position_order", "random") != "random":
+        words.append(f"{settings['position_order']} order")
+    save_grid(path, rows, classes, f"{name}: {', '.join(words).replace('num ', '')}")

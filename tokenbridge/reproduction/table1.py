@@ -1,0 +1,477 @@
+"""Table 1 at the paper's scale: `tokenbridge reproduce-table1`, `nox -s reproduce_table1`.
+
+What quantisation after training costs the VAE's reconstructions: rFID and Inception Score by number of levels (1a)
+and by range (1b). As reconstruction.py of YuqingWang1029/TokenBridge at 3ede281: the first 50 training images of each
+class by file name, centre-cropped as ADM does; latents are samples of the posterior; float32; rFID against the
+statistics of ADM's whole training set.
+
+Two differences: an image has one posterior sample, drawn from (seed, index), for all rows, where the official script
+draws anew for every row, without a seed. And the hub's Parquet files hold ImageNet in another order, so that their
+first 50 images of a class are others.
+
+Shape letters: N images, B batch, C latent channels, h, w latent height and width.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+
+from tokenbridge.data.images import labels_of, load_images, pixels_of, pixels_to_images, to_pixels
+from tokenbridge.evaluation.inception import InceptionWeights, find_inception, load_inception, write_random_inception
+from tokenbridge.evaluation.metrics import ISC_SPLITS
+from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
+from tokenbridge.results.compare import Verdict, compare, incomparable
+from tokenbridge.results.markdown import TITLES, cell, markdown_table, tables
+from tokenbridge.results.schema import STAND_IN as STAND_IN
+from tokenbridge.results.schema import Provenance, Results, Row, write
+from tokenbridge.results.tolerances import metric, tolerance_of
+from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
+from tokenbridge.tokenizers.quantizer import gaussian_quantizer
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import replacing, sha256_of, write_text
+from tokenbridge.weights import artifacts
+from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS
+from tokenbridge.weights.rule import RULE, rule_state
+
+FILES = (IMAGENET, KL16_VAE, INCEPTION, STATISTICS)
+IMAGE_SIZE = 256
+NUM_CLASSES = 1000
+NUM_FEATURES = 2048
+NUM_LOGITS = 1008
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; in place of ImageNet in the stand-in
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table: how latents are quantised, and what the paper measured."""
+
+    id: str
+    label: str
+    num_levels: int | None  # None keeps the latents continuous
+    value_range: float | None
+    rfid: float
+    inception_score: float
+
+    @property
+    def quantizer(self) -> tuple[int | None, float | None]:
+        """What tells one reconstruction from another; the tables share some."""
+        return self.num_levels, self.value_range
+
+    @property
+    def published(self) -> Row:
+        """The paper's row, with the metrics that ours has."""
+        metrics = {"images": float(NUM_IMAGES), "rFID-50K": self.rfid, "IS-50K": self.inception_score}
+        return Row(id=self.id, label=self.label, metrics=metrics)
+
+
+SOURCE = "arXiv 2503.16430 v1, table 1"
+RECIPES = (
+    Recipe("table1a/vae", "VAE, continuous", None, None, 1.11, 306.1),
+    Recipe("table1a/ptq-8", "post-training, 8 levels", 8, 5.0, 3.69, 250.3),
+    Recipe("table1a/ptq-16", "post-training, 16 levels", 16, 5.0, 1.33, 296.8),
+    Recipe("table1a/ptq-32", "post-training, 32 levels", 32, 5.0, 1.12, 303.8),
+    Recipe("table1a/ptq-64", "post-training, 64 levels", 64, 5.0, 1.11, 305.4),
+    Recipe("table1b/vae", "VAE, continuous", None, None, 1.11, 306.1),
+    Recipe("table1b/range-2", "range ±2", 64, 2.0, 2.26, 267.9),
+    Recipe("table1b/range-3", "range ±3", 64, 3.0, 1.22, 299.7),
+    Recipe("table1b/range-4", "range ±4", 64, 4.0, 1.13, 305.3),
+    Recipe("table1b/range-5", "range ±5", 64, 5.0, 1.11, 305.4),
+)
+QUANTIZERS = tuple(dict.fromkeys(recipe.quantizer for recipe in RECIPES))
+
+Judged = dict[str, tuple[Verdict, str]]
+
+
+def reproduce_table1(
+    *,
+    out: Path | str,
+    num_images: int = NUM_IMAGES,
+    batch_size: int = 50,
+    seed: int = 0,
+    folder: Path | str | None = None,
+    given: Mapping[str, Path | str | None] | None = None,
+    other_inception: Path | str | None = None,
+) -> tuple[Results, Judged]:
+    """Measure table 1 and compare it with the paper; write results.json and tables.md into `out`.
+
+    Args:
+        out: folder for what is written.
+        num_images: in all, spread evenly over the classes; only 50,000 are compared with the paper.
+        batch_size: images per forward pass.
+        seed: of the posterior samples.
+        folder: see `artifacts.resolve`.
+        given: files named by the user, by key of `FILES`; see `artifacts.resolve`.
+        other_inception: Inception weights that are not the published ones; scores are then labelled `-other`.
+
+    Returns:
+        The results, and (verdict, reason) by row id.
+
+    Raises:
+        MissingArtifactsError: files cannot be had; the message lists all of them.
+        ValueError: files that are not what they should be, or fewer than two images.
+    """
+    _check_number(num_images)
+    files = artifacts.resolve(_needed(other_inception), folder=folder, given=given)  # first: it takes seconds
+    inception = find_inception(files.get(INCEPTION), other=other_inception, folder=folder)
+    hashes = {key: artifacts.fingerprint(files[key], folder=folder) for key in (KL16_VAE, STATISTICS)}
+    results = measure(
+        files,
+        inception,
+        scale="paper",
+        hashes=hashes,
+        num_images=num_images,
+        num_classes=NUM_CLASSES,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    return results, _write(results, Path(out))
+
+
+def stand_in(*, out: Path | str, num_images: int | None = None, seed: int = 0) -> tuple[Results, Judged]:
+    """Run table 1 on stand-ins of the same formats, to prove the path: no result.
+
+    The VAE has its full size and the weights that the golden rule draws, Inception has random weights, and the
+    images are photographs that scikit-image ships, which the statistics are of too.
+
+    Args:
+        out: folder for results.json and tables.md, both marked as no result.
+        num_images: 2 or 3; all photographs if None.
+        seed: of the posterior samples.
+
+    Returns:
+        As `reproduce_table1`; no row is compared.
+
+    Raises:
+        ValueError: another number of images.
+    """
+    num_images = len(PHOTOGRAPHS) if num_images is None else num_images
+    _check_number(num_images)
+    with tempfile.TemporaryDirectory() as folder:
+        files, inception = write_stand_ins(Path(folder))
+        results = measure(
+            files,
+            inception,
+            scale=STAND_IN,
+            hashes={key: sha256_of(files[key]) for key in (KL16_VAE, STATISTICS)},
+            num_images=num_images,
+            num_classes=len(PHOTOGRAPHS),
+            batch_size=1,
+            seed=seed,
+        )
+    return results, _write(results, Path(out))
+
+
+def plan(
+    *,
+    num_images: int = NUM_IMAGES,
+    folder: Path | str | None = None,
+    given: Mapping[str, Path | str | None] | None = None,
+    other_inception: Path | str | None = None,
+) -> dict[str, Any]:
+    """Return what a run takes and what is missing for it; nothing is run, downloaded or hashed.
+
+    FLOP are counted on the full-size VAE, a multiplication and an addition as two; Inception's are not included.
+    """
+    _check_number(num_images)
+    encoder, decoder = vae_tflop()
+    files = artifacts.status(_needed(other_inception), folder=folder, given=given)
+    return {
+        "images": num_images,
+        "encodings": num_images,
+        "decodings": num_images * len(QUANTIZERS),
+        "TFLOP per encoding": encoder,
+        "TFLOP per decoding": decoder,
+        "TFLOP of the VAE": num_images * (encoder + decoder * len(QUANTIZERS)),
+        "GB of features": num_images * len(QUANTIZERS) * 4 * (NUM_FEATURES + NUM_LOGITS) / 1e9,
+        "files": [status.as_dict() for status in files],
+        "missing": [status.artifact.key for status in files if status.state == "missing"],
+    }
+
+
+def plan_text(planned: Mapping[str, Any]) -> str:
+    """Return a plan in words."""
+    lines = [
+        f"{planned['images']:,} images are encoded once and decoded {len(QUANTIZERS)} times: "
+        f"{planned['TFLOP of the VAE']:,.0f} TFLOP in the VAE "
+        f"({planned['TFLOP per encoding']:.3f} an encoding, {planned['TFLOP per decoding']:.3f} a decoding).",
+        f"Features wait in memory: {planned['GB of features']:.1f} GB.",
+    ]
+    for file in planned["files"]:
+        missing = file["state"] == "missing"
+        lines += [f"{file['key']}: {'MISSING, from ' + file['origin'] if missing else file['state']}"]
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def measure(
+    files: Mapping[str, Path],
+    inception: InceptionWeights,
+    *,
+    scale: str,
+    hashes: Mapping[str, str],
+    num_images: int,
+    num_classes: int,
+    batch_size: int,
+    seed: int,
+) -> Results:
+    """Reconstruct images by every quantiser and score them, on the GPU if there is one.
+
+    Args:
+        files: by key of `FILES`, without Inception's weights.
+        inception: these.
+        scale: goes into the results.
+        hashes: SHA-256 of the VAE and the statistics, for the results.
+        num_images: in all.
+        num_classes: that the images must have.
+        batch_size: images per forward pass.
+        seed: of the posterior samples.
+
+    Raises:
+        ValueError: files that are not what they should be, or too few images.
+    """
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reference = read_statistics(files[STATISTICS])  # first the files that load at once
+    network = load_inception(inception).to(device)
+    tokenizers = make_tokenizers(files[KL16_VAE], device)
+    dataset = load_images(str(files[IMAGENET]), "train")
+    chosen = choose_images(labels_of(dataset), num_images, num_classes)
+
+    digest = hashlib.sha256()
+    outputs: dict[tuple[int | None, float | None], list[tuple[Tensor, Tensor]]] = {q: [] for q in tokenizers}
+    batches = chosen.split(batch_size)
+    for number, indices in enumerate(track(batches, "Table 1", console=Console(stderr=True))):
+        pixels = to_pixels(list(dataset.select(indices.tolist())["image"]), size=IMAGE_SIZE)
+        digest.update(pixels.numpy().tobytes())
+        first = number * batch_size
+        latents = sample_latents(tokenizers[None, None], pixels, range(first, first + len(indices)), seed)
+        for key, tokenizer in tokenizers.items():
+            outputs[key].append(inception_outputs(network, reconstruct(tokenizer, latents)))
+
+    suffix = ("50K" if num_images == NUM_IMAGES else str(num_images)) if inception.published else "other"
+    metrics = {
+        key: {"images": float(num_images), **score(outputs.pop(key), reference, suffix)} for key in list(outputs)
+    }
+    return Results(
+        scale=scale,
+        provenance=Provenance(
+            command=provenance.command(),
+            seed=seed,
+            started=started.isoformat(timespec="seconds"),
+            wall_seconds=round(time.perf_counter() - clock, 1),
+            **provenance.commit(),
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            data_sha256={f"{IMAGENET}/train, as measured": digest.hexdigest()},
+            weights_sha256={**hashes, INCEPTION: inception.sha256},
+            settings={
+                "num_images": num_images,
+                "batch_size": batch_size,
+                "published Inception weights": inception.published,
+                "posterior": "sampled once per image",
+                "precision": "float32",
+                "TF32 in convolutions": torch.backends.cudnn.allow_tf32,  # PyTorch's default, as in the official run
+            },
+        ),
+        rows=[Row(id=r.id, label=r.label, metrics=metrics[r.quantizer]) for r in RECIPES],
+        trends=[],
+    )
+
+
+def choose_images(labels: Tensor, num_images: int, num_classes: int) -> Tensor:
+    """Return indices [num_images] of the first images of each class, class after class, as the official script.
+
+    Where `num_images` is no multiple of the classes, the first classes give one image more.
+
+    Raises:
+        ValueError: another number of classes, or a class that has too few images.
+    """
+    counts = torch.bincount(labels)
+    if len(counts) != num_classes or not bool((counts > 0).all()):
+        raise ValueError(f"The images are of {int((counts > 0).sum())} classes, not of {num_classes}.")
+    per_class, more = divmod(num_images, num_classes)
+    wanted = per_class + (torch.arange(num_classes) < more).long()
+    if bool((wanted > counts).any()):
+        short = int((wanted > counts).nonzero()[0])
+        raise ValueError(f"Class {short} has {counts[short]} images; {num_images:,} in all take {wanted[short]} of it.")
+    by_class = labels.argsort(stable=True)  # within a class in the order of the source: by file name
+    starts = counts.cumsum(0) - counts
+    return torch.cat([by_class[s : s + n] for s, n in zip(starts.tolist(), wanted.tolist(), strict=True)])
+
+
+def make_tokenizers(vae: Path | str, device: torch.device) -> dict[tuple[int | None, float | None], LatentTokenizer]:
+    """Return the VAE with every quantiser of the table, by (levels, range); (None, None) has none."""
+    model: Any = load_kl16(vae).to(device)
+    return {
+        (levels, value_range): LatentTokenizer(
+            model,
+            None if levels is None else gaussian_quantizer(levels, value_range=value_range or 0.0).to(device),
+        )
+        for levels, value_range in QUANTIZERS
+    }
+
+
+def sample_latents(tokenizer: LatentTokenizer, pixels: Tensor, image_indices: range, seed: int) -> Tensor:
+    """Draw the scaled latents [B, C, h, w] of uint8 images [B, 3, H, W] from the VAE's posterior.
+
+    The noise of an image depends on seed and index alone, and is drawn on the CPU for every device alike.
+    """
+    images = pixels_to_images(pixels.to(tokenizer.device))
+    posterior = tokenizer.autoencoder.encode(images).latent_dist
+    shape = tuple(posterior.mean.shape[1:])
+    draws = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for i in image_indices]
+    noise = torch.from_numpy(np.stack(draws)).to(tokenizer.device)
+    return (posterior.mean + posterior.std * noise - tokenizer.shift) * tokenizer.scale
+
+
+def reconstruct(tokenizer: LatentTokenizer, latents: Tensor) -> Tensor:
+    """Return uint8 images [B, 3, H, W] of scaled latents [B, C, h, w], quantised if the tokenizer has a quantiser.
+
+    Quirk kept: pixels are truncated, not rounded (`save_image` of the official reconstruction.py; the official
+    sampler rounds).
+    """
+    images = tokenizer.images(latents if tokenizer.quantizer is None else tokenizer.quantizer(latents))
+    return ((images + 1) / 2 * 255).to(torch.uint8)
+
+
+def inception_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features [B, 2048] and logits [B, 1008] of uint8 images [B, 3, H, W], on the CPU."""
+    features, logits = network(pixels)
+    return features.cpu(), logits.cpu()
+
+
+def score(outputs: list[tuple[Tensor, Tensor]], reference: Mapping[str, Any], suffix: str) -> dict[str, float]:
+    """Return torch-fidelity's rFID against `reference` and its Inception Score; statistics in float64.
+
+    Args:
+        outputs: of `inception_outputs`, batch by batch; N >= 2 in all.
+        reference: of `read_statistics`.
+        suffix: of the metrics' names.
+    """
+    features, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    fid = fid_statistics_to_metric(fid_features_to_statistics(features.double()), reference, verbose=False)
+    isc = isc_features_to_metric(logits, splits=min(ISC_SPLITS, len(logits)))
+    return {f"rFID-{suffix}": fid[KEY_METRIC_FID], f"IS-{suffix}": isc[KEY_METRIC_ISC_MEAN]}
+
+
+def read_statistics(path: Path | str) -> dict[str, np.ndarray]:
+    """Read mu [2048] and sigma [2048, 2048] of an ADM-style .npz, as float64.
+
+    Raises:
+        ValueError: the file is damaged, has no mu and sigma, or they are of other features or not finite.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
+    except Exception as error:  # numpy and zipfile have many ways to say that bytes are damaged
+        raise ValueError(f"{path} is no .npz file with mu and sigma ({type(error).__name__}: {error}).") from error
+    shapes = [array.shape for array in found.values()]
+    if shapes != [(NUM_FEATURES,), (NUM_FEATURES, NUM_FEATURES)]:
+        raise ValueError(f"{path} has statistics of other features: mu and sigma are {shapes[0]} and {shapes[1]}.")
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise ValueError(f"{path}: the statistics are not finite.")
+    return found
+
+
+def judge(results: Results) -> Judged:
+    """Compare each row with the paper, if it is of the paper's images, weights and number."""
+    if (reason := incomparable(results, NUM_IMAGES)) is not None:
+        return {row.id: ("not compared", reason) for row in results.rows}
+    published = {recipe.id: recipe.published for recipe in RECIPES}
+    return {row.id: compare(row, published[row.id]) for row in results.rows}
+
+
+def to_markdown(results: Results, judged: Judged) -> str:
+    """Return both tables beside the paper's, with verdicts, tolerances and where the numbers come from."""
+    published = {recipe.id: recipe.published for recipe in RECIPES}
+    p = results.provenance
+    lines = [f"# Table 1: {results.scale}", ""]
+    lines += [
+        f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
+        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. Published: {SOURCE}.",
+        "",
+    ]
+    for table, rows in tables(results).items():
+        _, rfid, isc = rows[0].metrics
+        header = ["", rfid, "published", isc, "published", "verdict"]
+        body = [
+            [
+                row.label,
+                cell(row, rfid),
+                cell(published[row.id], "rFID-50K"),
+                cell(row, isc),
+                cell(published[row.id], "IS-50K"),
+                judged[row.id][0],
+            ]
+            for row in rows
+        ]
+        lines += [f"## {TITLES[table]}", "", *markdown_table(header, body), ""]
+        said = {f"- {verdict}: {why}": None for verdict, why in (judged[row.id] for row in rows)}  # each once
+        lines += [*said, ""]
+    body = [[name, tolerance_of(metric(name)), metric(name).reason] for name in ("rFID-50K", "IS-50K")]
+    lines += ["## Tolerances", "", *markdown_table(["metric", "tolerance", "reason"], body)]
+    return "\n".join(lines)
+
+
+def vae_tflop() -> tuple[float, float]:
+    """Return the VAE's TFLOP to encode and to decode one image of 256 × 256, counted on the meta device."""
+    vae: Any = create_kl16()
+    channels, size = vae.config.latent_channels, IMAGE_SIZE // 16
+    counts = []
+    for run, shape in ((vae.encode, (1, 3, IMAGE_SIZE, IMAGE_SIZE)), (vae.decode, (1, channels, size, size))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(torch.empty(shape, device="meta"), return_dict=False)
+        counts.append(counter.get_total_flops() / 1e12)
+    return counts[0], counts[1]
+
+
+def write_stand_ins(folder: Path) -> tuple[dict[str, Path], InceptionWeights]:
+    """Write files in the formats of the real ones; return them as `measure` takes them."""
+    files = {IMAGENET: folder / "imagenet", KL16_VAE: folder / "kl16.ckpt", STATISTICS: folder / "statistics.npz"}
+    for name in PHOTOGRAPHS:
+        path = files[IMAGENET] / "train" / name / f"{name}.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(getattr(skimage.data, name)()).save(path)
+    torch.save({"model": rule_state(kl16_layout(create_kl16()), {"rule": RULE, "salt": "stand-in"})}, files[KL16_VAE])
+    write_random_inception(folder / "inception.pth")
+    inception = find_inception(other=folder / "inception.pth")
+    pixels = pixels_of(load_images(str(files[IMAGENET]), "train"), size=IMAGE_SIZE)
+    features, _ = inception_outputs(load_inception(inception), pixels)
+    with replacing(files[STATISTICS]) as temporary:
+        np.savez(temporary, **fid_features_to_statistics(features.double()))
+    return files, inception
+
+
+def _needed(other_inception: Path | str | None) -> list[str]:
+    return [key for key in FILES if key != INCEPTION or other_inception is None]
+
+
+def _check_number(num_images: int) -> None:
+    if num_images < 2:
+        raise ValueError(f"rFID needs at least 2 images, not {num_images}.")
+
+
+def _write(results: Results, out: Path) -> Judged:
+    judged = judge(results)
+    write(out / "results.json", results)
+    write_text(out / "tables.md", to_markdown(results, judged))
+    return judged

@@ -1,0 +1,399 @@
+"""A row of the paper's table 3 from published weights: sample 50,000 images, score them, compare as published.
+
+For every system: its own files, sampler, settings and published numbers (`systems.py`); one evaluation for all.
+
+Order of work: the files first (a missing one costs seconds, not hours), then the sampling run (`run.py`: many
+processes, resumed after a kill), then the scores (`evaluation.py`): FID and Inception Score against the statistics of
+the official evaluation, precision and recall against the images of ADM's reference batch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import skimage.data
+from PIL import Image
+
+from tokenbridge.evaluation import evaluate as evaluation
+from tokenbridge.evaluation import features as evaluation_features
+from tokenbridge.evaluation.inception import write_random_inception
+from tokenbridge.evaluation.reference import load_reference, make_reference
+from tokenbridge.models.registry import published_preset
+from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
+from tokenbridge.results.compare import Verdict, compare, incomparable
+from tokenbridge.results.markdown import cell, markdown_table
+from tokenbridge.results.schema import STAND_IN as STAND_IN
+from tokenbridge.results.schema import Provenance, Results, Row, write
+from tokenbridge.results.tolerances import metric, tolerance_of
+from tokenbridge.sampling.config import RunConfig
+from tokenbridge.sampling.load import STAND_IN_IMAGES, System, find_system
+from tokenbridge.sampling.plan import Plan, plan_run
+from tokenbridge.sampling.run import sampling_run, save_overview
+from tokenbridge.utils import provenance
+from tokenbridge.utils.devices import process_state
+from tokenbridge.utils.files import replacing_folder, sha256_of, write_text
+from tokenbridge.weights import artifacts
+from tokenbridge.weights.published import Preset
+
+IMAGE_SIZE = 256
+STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
+SCORES = ("FID", "IS", "precision", "recall")  # of the paper's table
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; the stand-in's reference
+
+Judged = dict[str, tuple[Verdict, str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; the rest is the preset's."""
+
+    variant: str | None = None  # of the preset's sampling settings
+    num_images: int = NUM_IMAGES
+    seed: int = 0
+    randomness: str = "per-image"
+    batch_size: int = 64
+    dtype: str | None = None
+    compiled: bool = False
+    num_bootstrap: int = 100
+    with_precision_recall: bool = True  # needs ADM's reference batch
+    labels: Literal["balanced", "random"] | None = None  # None: as the system's own evaluation
+
+    def __post_init__(self) -> None:
+        if self.num_images < 2:
+            raise ValueError(f"FID needs at least 2 images, not {self.num_images}.")
+        if self.labels not in (None, "balanced", "random"):
+            raise ValueError(f"Labels are balanced or random here, not {self.labels!r}.")
+
+    def run_config(self, system: System) -> RunConfig:
+        """Return the sampling run."""
+        randomness: Any = self.randomness
+        labels = system.labels if self.labels is None else "random" if self.labels == "random" else None
+        return RunConfig(self.num_images, labels, self.seed, randomness, self.batch_size)
+
+
+def needed_files(name: str, options: Options) -> list[str]:
+    """Return the keys of the files that a row needs: of the model, its tokenizer, and the evaluation.
+
+    Raises:
+        ValueError: a preset without published weights or settings.
+    """
+    kind, preset = published_preset(name)
+    keys = [preset.name, kind.tokenizer.key, artifacts.INCEPTION, artifacts.STATISTICS]
+    return [*keys, artifacts.REFERENCE_BATCH] if options.with_precision_recall else keys
+
+
+def reproduce_table3(
+    name: str,
+    options: Options,
+    *,
+    out: Path | str,
+    shipped: Path,
+    folder: Path | str | None = None,
+    given: Mapping[str, Path | str | None] | None = None,
+    show_progress: bool = True,
+) -> tuple[Results, Judged] | None:
+    """Sample and score a published model; write results.json, tables.md and grid.png into `out`.
+
+    Every process of a distributed run calls this; the main one scores. A second call goes on where a killed one was.
+
+    Args:
+        name: of the preset.
+        options: how.
+        out: folder of the run.
+        shipped: folder of reference results (see `samplers.find_system`).
+        folder: see `artifacts.resolve`.
+        given: files named by the user, by key; see `artifacts.resolve`.
+        show_progress: on stderr.
+
+    Returns:
+        The results, and (verdict, reason) by row id; None in all processes but the main one.
+
+    Raises:
+        MissingArtifactsError: files cannot be had; the message lists all of them.
+        ValueError: files that are not what they should be, or settings out of range.
+    """
+    kind, preset = published_preset(name)
+    state = process_state()
+    with state.main_process_first():  # one process downloads, the others find
+        files = artifacts.resolve(needed_files(name, options), folder=folder, given=given)
+    system = find_system(
+        preset.name,
+        shipped=shipped,
+        variant=options.variant,
+        weights=files[preset.name],
+        vae=files[kind.tokenizer.key],
+    )
+    references = [files[artifacts.STATISTICS]]
+    if options.with_precision_recall:
+        references.append(files[artifacts.REFERENCE_BATCH])
+    return _measure(
+        preset, system, options, Path(out), files[artifacts.INCEPTION], references, show_progress=show_progress
+    )
+
+
+def stand_in(
+    name: str, options: Options, *, out: Path | str, shipped: Path, show_progress: bool = True
+) -> tuple[Results, Judged] | None:
+    """Run the full-size model with weights drawn by the golden rule, to prove the path: no result.
+
+    Few images, iterations and resamples; Inception with random weights; statistics of photographs that scikit-image
+    ships.
+
+    Args:
+        name: of the preset.
+        options: as for `reproduce_table3`; 50,000 images, the default, become two.
+        out: folder of the run.
+        shipped: as for `reproduce_table3`.
+        show_progress: on stderr.
+    """
+    (_, preset), out = published_preset(name), Path(out)
+    if options.num_images == NUM_IMAGES:
+        options = replace(options, num_images=STAND_IN_IMAGES)
+    options = replace(options, num_bootstrap=min(options.num_bootstrap, STAND_IN_BOOTSTRAP))
+    system = find_system(preset.name, shipped=shipped, variant=options.variant).for_stand_in()
+    inception, reference = out / "stand-in" / "inception.pth", out / "stand-in" / "reference.npz"
+    if process_state().is_main_process:
+        write_random_inception(inception)
+        photographs = out / "stand-in" / "photographs"
+        with replacing_folder(photographs) as temporary:
+            for photograph in PHOTOGRAPHS:
+                path = temporary / "train" / photograph / f"{photograph}.png"
+                path.parent.mkdir(parents=True)
+                Image.fromarray(getattr(skimage.data, photograph)()).save(path)
+        make_reference(
+            str(photographs),
+            reference,
+            inception=inception,
+            image_size=system.image_size,
+            keep_images=len(PHOTOGRAPHS),
+            allow_other_inception=True,
+        )
+    process_state().wait_for_everyone()
+    return _measure(preset, system, options, out, inception, [reference], is_stand_in=True, show_progress=show_progress)
+
+
+def plan(
+    name: str,
+    options: Options,
+    *,
+    out: Path | str,
+    shipped: Path,
+    folder: Path | str | None = None,
+    given: Mapping[str, Path | str | None] | None = None,
+) -> Plan:
+    """Estimate the sampling run and list the files that are missing; nothing is run, downloaded or hashed."""
+    _, preset = published_preset(name)
+    system = find_system(preset.name, shipped=shipped, variant=options.variant)
+    config = options.run_config(system)
+    system.check(config)
+    state = process_state()
+    statuses = artifacts.status(needed_files(name, options), folder=folder, given=given)
+    return plan_run(
+        system,
+        config,
+        Path(out),
+        device=state.device,
+        dtype=system.dtype(options.dtype, state.device),
+        num_processes=state.num_processes,
+        missing=[f"{s.artifact.key}: {s.artifact.origin}" for s in statuses if s.state == "missing"],
+    )
+
+
+def judge(preset: Preset, results: Results) -> Judged:
+    """Compare the row with the paper, if it is of the paper's number of images and by its Inception weights."""
+    if (reason := incomparable(results, NUM_IMAGES)) is not None:
+        return {row.id: ("not compared", reason) for row in results.rows}
+    return {row.id: _compare_published(preset, row) for row in results.rows}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a row, under the names that it has in results."""
+
+    metrics: dict[str, float]
+    not_run: list[str]  # what was not measured, and why
+    data_sha256: dict[str, str]  # of samples and references
+
+
+def score(
+    samples: Path | str,
+    references: Sequence[Path],
+    *,
+    inception: Path,
+    num_images: int,
+    allow_other_inception: bool = False,
+    num_bootstrap: int = 100,
+    batch_size: int = 64,
+    cache: Path | str,
+) -> Scored:
+    """Score samples against each reference; where two give a score, the first one's counts.
+
+    Args:
+        samples: of `evaluation.evaluate`, as are the others.
+        references: at least one.
+        inception: torch-fidelity's file of weights.
+        num_images: of the samples; 50,000 of them have the paper's scores, others are labelled.
+        allow_other_inception: take other weights than the published ones, and label all scores with it.
+        num_bootstrap: resamples behind the interval of FID.
+        batch_size: images per forward pass.
+        cache: folder for features.
+
+    Raises:
+        ValueError: see `evaluation.evaluate`.
+    """
+    metrics: dict[str, float] = {}
+    not_run: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    for reference in references:
+        scored = evaluation.evaluate(
+            [samples],
+            reference,
+            inception=inception,
+            allow_other_inception=allow_other_inception,
+            allow_few=num_images < NUM_IMAGES,
+            # The interval belongs to the FID that is compared, which is the first reference's.
+            num_bootstrap=num_bootstrap if reference == references[0] else 0,
+            batch_size=batch_size,
+            cache=cache,
+        )
+        named = {_name(name, num_images): value for name, value in scored.rows[0].metrics.items()}
+        metrics = {**named, **metrics}
+        not_run |= {row.label: row.not_run for row in scored.rows if row.not_run is not None}
+        hashes |= scored.provenance.data_sha256
+    absent = [
+        f"{label}: {why}"
+        for label, why in not_run.items()
+        if not any(n.startswith(label.split(",")[0]) for n in metrics)
+    ]
+    return Scored(metrics, absent, hashes)
+
+
+def published_row(preset: Preset) -> Row:
+    """Return the paper's row, under the names that ours has."""
+    metrics = {f"{name}-50K": value for name, value in preset.published.items()}
+    return Row(id=f"table3/{preset.name}", label=preset.name, metrics=metrics)
+
+
+def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:
+    """Return the row beside the paper's, with the verdict, tolerances and where the numbers come from."""
+    p, published = results.provenance, published_row(preset)
+    lines = [f"# Table 3, {preset.name}: {results.scale}", ""]
+    lines += [
+        f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
+        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. Published: "
+        f"{p.settings['published']}.",
+        "",
+    ]
+    row = results.rows[0]
+    body = [[name, cell(row, name), cell(published, name)] for name in row.metrics]
+    lines += [*markdown_table(["", "measured", "published"], body), ""]
+    verdict, why = judged[row.id]
+    lines += [f"**{verdict}**: {why}.", ""]
+    lines += [f"- {note}" for note in p.settings["notes"]]
+    for reason in p.settings["not run"]:
+        lines += [f"- not run: {reason}"]
+    names = [name for name in row.metrics if name in published.metrics]
+    if names:
+        tolerances = [[name, tolerance_of(metric(name)), metric(name).reason] for name in names]
+        lines += ["", "## Tolerances", "", *markdown_table(["metric", "tolerance", "reason"], tolerances)]
+    return "\n".join(lines)
+
+
+def _compare_published(preset: Preset, row: Row) -> tuple[Verdict, str]:
+    """Compare the table's own columns; a column that was not measured is not held against the row."""
+    published = published_row(preset)
+    if not published.metrics:
+        return "not compared", f"nothing was published for {preset.name}"
+    measured = {name: value for name, value in row.metrics.items() if name in published.metrics}
+    there = published.model_copy(update={"metrics": {n: v for n, v in published.metrics.items() if n in measured}})
+    verdict, why = compare(row.model_copy(update={"metrics": measured}), there)
+    absent = sorted(published.metrics.keys() - measured.keys())
+    if absent and verdict == "reproduced":
+        return "not compared", f"{why} of those measured, but not all were: {', '.join(absent)}"
+    return verdict, why
+
+
+def _measure(
+    preset: Preset,
+    system: System,
+    options: Options,
+    out: Path,
+    inception: Path,
+    references: list[Path],
+    *,
+    is_stand_in: bool = False,
+    show_progress: bool,
+) -> tuple[Results, Judged] | None:
+    """Sample, score against each reference, and write what came out."""
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    config, state = options.run_config(system), process_state()
+    system.check(config)
+    make = system.stand_in if is_stand_in else system.load
+    # What the scores need is looked at before the hours of sampling, not after.
+    network = evaluation_features.load_inception(inception, allow_other=is_stand_in)
+    if state.is_main_process:
+        for reference in references:
+            load_reference(reference, network, cache=out / "features")
+    sampler = make(state.device, dtype=system.dtype(options.dtype, state.device), compiled=options.compiled)
+    report = sampling_run(sampler, config, out / "samples", show_progress=show_progress)
+    if not state.is_main_process:
+        return None
+    save_overview(out / "grid.png", report.samples, f"{sampler.name}, seed {options.seed}")
+    described = sampler.describe()
+    scored = score(
+        report.samples,
+        references,
+        inception=inception,
+        num_images=options.num_images,
+        allow_other_inception=is_stand_in,
+        num_bootstrap=options.num_bootstrap,
+        cache=out / "features",
+    )
+    metrics = {**scored.metrics, "parameters": float(preset.num_parameters)}
+    if report.num_made:
+        metrics["seconds per image"] = report.seconds / report.num_made
+    results = Results(
+        scale=STAND_IN if is_stand_in else "paper",
+        provenance=Provenance(
+            command=provenance.command(),
+            seed=options.seed,
+            started=started.isoformat(timespec="seconds"),
+            wall_seconds=round(time.perf_counter() - clock, 1),
+            **provenance.commit(),
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            data_sha256=scored.data_sha256,
+            weights_sha256={
+                **({} if is_stand_in else described["weights"]),
+                "inception": sha256_of(inception),
+            },
+            settings={
+                "num_images": options.num_images,
+                "published Inception weights": not is_stand_in,
+                "sampler": json.loads(json.dumps(described)),
+                "randomness": options.randomness,
+                "labels": config.labels or "balanced",
+                "published": system.kind.published,
+                "notes": list(system.kind.notes),
+                "run": report.as_json(),
+                "not run": scored.not_run,
+            },
+        ),
+        rows=[Row(id=f"table3/{preset.name}", label=sampler.name, metrics=metrics)],
+        trends=[],
+    )
+    judged = judge(preset, results)
+    write(out / "results.json", results)
+    write_text(out / "tables.md", to_markdown(preset, results, judged))
+    return results, judged
+
+
+def _name(name: str, num_images: int) -> str:
+    """Return what a score of the evaluation is called here: of 50,000 images, by the published weights, FID-50K."""
+    return f"{name}-50K" if name in SCORES and num_images == NUM_IMAGES else name

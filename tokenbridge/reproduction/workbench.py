@@ -1,0 +1,72 @@
+"""The models and images that every table of a small scale needs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenbridge.data.images import labels_of, load_images, pixels_of
+from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
+from tokenbridge.training.train import load
+
+if TYPE_CHECKING:
+    from tokenbridge.configs.schema import Scale
+    from tokenbridge.evaluation.classifier import Classifier
+
+
+MAIN_SYSTEM = "tokenbridge-64"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every table needs: the models, the images, how features are called."""
+
+    scale: Scale
+    weights: Path
+    classifier: Classifier
+    train_pixels: Tensor  # uint8 [N, C, H, W]
+    test_pixels: Tensor
+    test_labels: Tensor
+    device: torch.device
+
+    @property
+    def extractor(self) -> str:
+        """The name that scores carry."""
+        return self.scale.extractor
+
+    def model(self, name: str) -> Any:
+        """Load a model of the scale; errors as `experiment.load`."""
+        return load(self.scale.recipe(name), self.weights).to(self.device)
+
+    @functools.cached_property
+    def latents(self) -> LatentTokenizer:
+        """The autoencoder, its latents continuous."""
+        return LatentTokenizer(self.model("vae"))
+
+    @functools.cached_property
+    def vq(self) -> VQTokenizer:
+        """The VQ autoencoder."""
+        return VQTokenizer(self.model("vq"))
+
+
+def open_bench(scale: Scale, weights: Path | str) -> Bench:
+    """Load the classifier and the images of a scale.
+
+    Raises:
+        FileNotFoundError: the classifier's weights are missing.
+        ValueError: the test images are the training images.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = load(scale.recipe("classifier"), weights).to(device)
+    train, test = (load_images(scale.data, split) for split in ("train", "test"))
+    train_pixels, test_pixels = (pixels_of(d, size=scale.image_size, channels=scale.channels) for d in (train, test))
+    if torch.equal(train_pixels, test_pixels):
+        raise ValueError(f"{scale.data!r} gives the same images as training and as test set.")
+    return Bench(scale, Path(weights), classifier, train_pixels, test_pixels, labels_of(test), device)

@@ -1,0 +1,1 @@
+"""Result files: their schema, their comparison, and their tables."""

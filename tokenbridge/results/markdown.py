@@ -1,0 +1,89 @@
+"""Results as Markdown tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenbridge.results.compare import verdicts
+from tokenbridge.results.schema import Results, Row, Trend
+from tokenbridge.results.tolerances import metric, tolerance_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+TITLES = {
+    "table1a": "Table 1a. Reconstruction by quantisation levels",
+    "table1b": "Table 1b. Reconstruction by range, 64 levels",
+    "table2a": "Table 2a. Prediction of a position's channels",
+    "table2b": "Table 2b. Order of the channels",
+    "table2c": "Table 2c. Quantisation levels of the generator",
+    "table3": "Table 3. Systems",
+    "table5": "Table 5. Time to predict one position, batch 1",
+    "discrepancies": "Paper against code, and the code against itself",
+    "evaluation": "Evaluation",
+}
+
+
+def tables(results: Results) -> dict[str, list[Row]]:
+    """Group rows by table, in the order they were measured."""
+    grouped: dict[str, list[Row]] = {}
+    for row in results.rows:
+        grouped.setdefault(row.table, []).append(row)
+    return grouped
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """Return the metrics of a table's rows, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+
+
+def cell(row: Row, name: str) -> str:
+    """Format one metric of a row; a dash where it has none."""
+    return f"{row.metrics[name]:,.{metric(name).decimals}f}" if name in row.metrics else "–"
+
+
+TREND_COLUMNS = ("claim", "measured", "asked", "")
+
+
+def trend_cells(trend: Trend) -> list[str]:
+    """Format a trend for a table with `TREND_COLUMNS`."""
+    asked = f"{trend.relation} {trend.bound:.3g}"
+    return [trend.claim, f"{trend.measured:.3g}", asked, "holds" if trend.holds else "does not hold"]
+
+
+def to_markdown(results: Results, reference: Results | None) -> str:
+    """Return all tables, the trends, the tolerances and the provenance as one Markdown page."""
+    judged = verdicts(results, reference)
+    p = results.provenance
+    lines = [f"# Results at scale {results.scale}", ""]
+    lines += [
+        f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
+        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}.",
+        "",
+    ]
+    for table, rows in tables(results).items():
+        columns = columns_of(rows)
+        lines += [f"## {TITLES.get(table, table)}", ""]
+        header = ["", *columns, "verdict"]
+        body = [[r.label, *[cell(r, c) for c in columns], judged[r.id][0]] for r in rows]
+        lines += [*markdown_table(header, body), ""]
+        said = ("not reproduced", "not run")
+        lines += [f"- {r.label}: {judged[r.id][0]}: {judged[r.id][1]}" for r in rows if judged[r.id][0] in said]
+        lines += [""]
+    absent = judged.keys() - {row.id for row in results.rows}
+    lines += [f"- {id_}: {': '.join(judged[id_])}" for id_ in sorted(absent)] + [""] * bool(absent)
+    if results.trends:
+        lines += ["## The paper's argument at this scale", ""]
+        lines += [*markdown_table(TREND_COLUMNS, [trend_cells(t) for t in results.trends]), ""]
+    lines += ["## Tolerances", ""]
+    used = columns_of(results.rows)
+    body = [[name, tolerance_of(metric(name)), metric(name).reason] for name in used]
+    lines += markdown_table(["metric", "tolerance", "reason"], body)
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table; the first column is left-aligned, the others right-aligned."""
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(line)} |" for line in [header, alignment, *body]]

@@ -1,0 +1,147 @@
+"""Results, their comparison with stored ones, and the tables people read.
+
+A result file (`results.json`) holds rows of metrics with their provenance. Each row is compared, metric by metric,
+with the row of the same id in a reference file: "reproduced" within the stated tolerances, else "not reproduced".
+
+A file carries the SHA-256 of its own contents. That detects damage and careless edits, not forgery: who changes a
+number on purpose can compute the digest anew. What speaks against a forged file is measuring again, and the hashes of
+weights, images and tokens that it must name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokenbridge.results.tolerances import metric
+from tokenbridge.utils.files import write_json
+
+SCHEMA = "tokenbridge-results/1"
+STAND_IN = "stand-in: no result"  # scale of what random weights gave
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Row(_Strict):
+    """One row of one table: what was measured, or why it was not."""
+
+    id: str  # "table2a/ar": table, then the row's own name
+    label: str  # what the table shows
+    metrics: dict[str, float]  # by name; units are in `METRICS`
+    not_run: str | None = None  # the reason, if it was not run
+
+    @property
+    def table(self) -> str:
+        """The table this row belongs to."""
+        return self.id.split("/")[0]
+
+
+class Trend(_Strict):
+    """A claim about the rows, in words, with the number that decides it."""
+
+    id: str
+    claim: str
+    measured: float
+    bound: float
+    relation: Literal[">=", "<="]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the measured number keeps the bound."""
+        return self.measured >= self.bound if self.relation == ">=" else self.measured <= self.bound
+
+
+class Provenance(_Strict):
+    """Where the numbers come from."""
+
+    command: str
+    seed: int
+    started: str  # UTC, ISO 8601
+    wall_seconds: float
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    data_sha256: dict[str, str]
+    weights_sha256: dict[str, str]
+    settings: dict[str, Any]  # number of images, sampling settings of each system
+
+
+class Results(_Strict):
+    """Everything a run measured."""
+
+    schema_version: Literal["tokenbridge-results/1"] = "tokenbridge-results/1"
+    scale: str
+    provenance: Provenance
+    rows: list[Row]
+    trends: list[Trend]
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a result file's contents, all but the digest itself, as canonical JSON.
+
+    Raises:
+        ValueError: it holds NaN or infinity.
+    """
+    rest = {key: part for key, part in value.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write(path: Path | str, results: Results) -> None:
+    """Write a result file with the digest of its contents; it appears whole or not at all.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    value = results.model_dump(mode="json")
+    write_json(path, {**value, "sha256": digest_of(value)})
+
+
+def read(path: Path | str) -> Results:
+    """Read a result file.
+
+    Raises:
+        ValueError: it is not there, a folder, truncated, of another schema, changed after it was written, has a row
+            twice, or metrics that are NaN, infinite, unknown or impossible.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        sha256 = value.pop("sha256", None) if isinstance(value, dict) else None
+        results = Results.model_validate(value)
+        found = digest_of(value)
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no result file {path}.") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; name a result file (results.json) in it.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON (cut off?): {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "all of it"
+        raise ValueError(f"{path} is no {SCHEMA} file: {where}: {first['msg']}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} holds a number that is NaN or infinite.") from error
+    if sha256 is None:
+        raise ValueError(f"{path} has no digest of its contents (field sha256): it is not as it was written.")
+    if sha256 != found:
+        raise ValueError(f"{path} was changed after it was written: its contents have digest {found}, not {sha256}.")
+    ids = [row.id for row in results.rows]
+    if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
+        raise ValueError(f"{path} has rows twice: {', '.join(twice)}.")
+    for row in results.rows:
+        for name, value in row.metrics.items():
+            try:
+                m = metric(name)
+            except KeyError as error:
+                raise ValueError(f"{path} has an unknown metric {name!r}.") from error
+            if not m.low - m.absolute <= value <= m.high:
+                raise ValueError(f"{path}: {row.id} has {name} {value:g}, which no measurement can give.")
+    return results

@@ -1,0 +1,1 @@
+"""Sampling runs: a model by name, many images, many processes, resumable."""

@@ -1,0 +1,86 @@
+"""What a sampling run makes: how many images, of which classes, by which random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Randomness = Literal["per-image", "official"]
+Format = Literal["png", "npz"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run makes, beside the sampler's own settings."""
+
+    num_images: int
+    # One an image; balanced if None (`balanced_labels`); or drawn at random, every class as likely as another.
+    labels: tuple[int, ...] | Literal["random"] | None = None
+    seed: int = 0
+    randomness: Randomness = "per-image"
+    batch_size: int = 16  # images at a time in each process
+    format: Format = "png"
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"The number of images must be at least 1, not {self.num_images}.")
+        if self.batch_size < 1:
+            raise ValueError(f"The batch size must be at least 1, not {self.batch_size}.")
+        if self.seed < 0:
+            raise ValueError(f"A seed is at least 0, not {self.seed}.")
+        if self.randomness not in get_args(Randomness):
+            raise ValueError(f"Unknown randomness {self.randomness!r}; there are {', '.join(get_args(Randomness))}.")
+        if self.format not in get_args(Format):
+            raise ValueError(f"Unknown format {self.format!r}; there are {', '.join(get_args(Format))}.")
+        if isinstance(self.labels, tuple) and len(self.labels) != self.num_images:
+            raise ValueError(f"There are {len(self.labels)} labels for {self.num_images} images.")
+
+    @property
+    def draws_labels(self) -> bool:
+        """Whether labels come from the stream that the images come from, and are not known beforehand."""
+        return self.labels == "random" and self.randomness == "official"
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the run is cut into."""
+        return -(-self.num_images // self.batch_size)
+
+    def batch(self, number: int) -> range:
+        """Return the image numbers of a batch."""
+        start = number * self.batch_size
+        return range(start, min(start + self.batch_size, self.num_images))
+
+
+def balanced_labels(num_images: int, num_classes: int) -> tuple[int, ...]:
+    """Return the labels of the official evaluation: every class equally often, class after class.
+
+    The official engine (engine_tokenbridge.py) wants a multiple of the classes; for other numbers, counts here differ
+    by 1 at most.
+    """
+    return tuple(i * num_classes // num_images for i in range(num_images))
+
+
+def random_labels(num_images: int, num_classes: int, seed: int) -> tuple[int, ...]:
+    """Return independent random labels, from a stream of the seed's own: no image's stream is this one."""
+    stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
+    return tuple(stream.integers(num_classes, size=num_images).tolist())
+
+
+def run_labels(config: RunConfig, num_classes: int) -> Tensor | None:
+    """Return the labels [N] of a run; None if they are drawn as the images are (`RunConfig.draws_labels`).
+
+    Raises:
+        ValueError: labels that are no classes of the system.
+    """
+    if config.draws_labels:
+        return None
+    if config.labels == "random":
+        return torch.tensor(random_labels(config.num_images, num_classes, config.seed))
+    labels = torch.tensor(config.labels or balanced_labels(config.num_images, num_classes))
+    if strange := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
+        raise ValueError(f"There is no class {strange[0]}; the labels are 0 to {num_classes - 1}.")
+    return labels

@@ -1,0 +1,246 @@
+"""TokenBridge as a diffusers pipeline: from class names and seeds to PIL images, saved as one folder.
+
+The top of the library: weights, loop and decoder are those of `generator`, `sampling` and `tokenizers`; an image is
+the one that `sampling.sample_images` makes from the same seed and label.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+
+from tokenbridge.data.images import images_to_pixels, to_pil
+from tokenbridge.models.noise import ImageNoise, image_noise
+from tokenbridge.models.tokenbridge.checkpoint import load_tokenbridge
+from tokenbridge.models.tokenbridge.model import TokenBridge
+from tokenbridge.models.tokenbridge.presets import PRESETS
+from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.tokenizers.kl16 import load_kl16
+from tokenbridge.utils.files import replacing_folder
+from tokenbridge.weights.official import check_replaceable
+from tokenbridge.weights.published import find_preset
+
+NUM_SUGGESTED = 5  # class names in an error message
+
+
+class TokenBridgePipeline(DiffusionPipeline):
+    """Class-conditional image generation.
+
+    `save_pretrained` and `from_pretrained` go through a folder with the sub-folders `transformer` and `vae`; the
+    class names and the default sampling settings lie in its `model_index.json`.
+
+    Args:
+        transformer: generates the tokens.
+        vae: decodes the latents; its `scaling_factor` is that of the latents.
+        id2label: names by class number, synonyms separated by commas; None takes numbers only.
+        sampling: fields of `SamplingConfig`: the defaults of a call, and what a call cannot change (guidance
+            schedule, position order, first element); None takes those of `SamplingConfig` itself.
+
+    Raises:
+        ValueError: components that do not fit each other or lack weights, names of classes that are not there.
+    """
+
+    transformer: TokenBridge
+    vae: AutoencoderKL
+
+    def __init__(
+        self,
+        transformer: TokenBridge,
+        vae: AutoencoderKL,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        sampling: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, module in (("transformer", transformer), ("vae", vae)):
+            # diffusers only warns of tensors that a folder lacks, and leaves them on the meta device.
+            if absent := [key for key, value in module.named_parameters() if value.is_meta]:
+                raise ValueError(f"The {name} lacks {len(absent)} weights: {', '.join(absent[:3])}.")
+        if vae.config.latent_channels != transformer.num_channels:
+            raise ValueError(
+                f"The VAE has {vae.config.latent_channels} latent channels, the transformer {transformer.num_channels}."
+            )
+        names = {int(number): name for number, name in (id2label or {}).items()}  # JSON has made them text
+        if unknown := sorted(set(names) - set(range(transformer.num_classes))):
+            raise ValueError(f"Class {unknown[0]} has a name; the transformer has {transformer.num_classes} classes.")
+        self.register_modules(transformer=transformer.eval(), vae=vae.eval())
+        self.register_to_config(id2label=names, sampling=asdict(SamplingConfig(**(sampling or {}))))
+
+    def register_modules(self, **modules: Any) -> None:
+        """Record the components' classes by names that do not depend on where the code lies in this package."""
+        super().register_modules(**modules)
+        self.register_to_config(transformer=("tokenbridge", "TokenBridge"))
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """Read a saved configuration, whose class names may be of this or of an earlier layout of the package.
+
+        diffusers looks for a class in the module that the configuration names, and needs `ModelMixin` beside it.
+        """
+        loaded = super().load_config(*arguments, **options)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        library, name = config.get("transformer") or (None, None)
+        if name == "TokenBridge" and str(library).partition(".")[0] == "tokenbridge":
+            config["transformer"] = [TokenBridge.__module__, name]
+        return loaded
+
+    @classmethod
+    def from_preset(
+        cls, name: str, checkpoint: Path | str, vae: Path | str, *, variant: str | None = None, ema: bool = True
+    ) -> TokenBridgePipeline:
+        """Build the pipeline of a published model from its official files.
+
+        Args:
+            name: of the preset.
+            checkpoint: `checkpoint-last.pth`, or its folder.
+            vae: `kl16.ckpt`.
+            variant: of the preset's sampling settings, as `Preset.sampling_config`. Where none were published
+                (tokenbridge-b), those of `SamplingConfig` itself.
+            ema: see `official.load_checkpoint`.
+
+        Raises:
+            FileNotFoundError: a file is not there.
+            ValueError: an unknown preset or variant, or as `official.load_tokenbridge` and `load_kl16`.
+        """
+        preset = find_preset(name, PRESETS)
+        published = variant is not None or preset.sampling
+        return cls(
+            transformer=load_tokenbridge(checkpoint, name, ema=ema),
+            vae=load_kl16(vae),
+            id2label=imagenet_labels() if preset.official_name else None,
+            sampling=asdict(preset.sampling_config(variant)) if published else None,
+        )
+
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        *,
+        seed: int | Sequence[int] = 0,
+        guidance_scale: float | None = None,
+        num_iterations: int | None = None,
+        temperature: float | None = None,
+        output_type: Literal["pil", "np", "pt"] = "pil",
+    ) -> ImagePipelineOutput:
+        """Generate one image for each label, all in one batch.
+
+        Randomness does not come from a `torch.Generator`: every image has a stream of its own, made from
+        (seed, index), so that it is the same in any batch and on any device, beyond float rounding.
+
+        Args:
+            class_labels: numbers, or names (see `class_number`).
+            seed: image i has the stream (seed, i). With a seed for each image, image i has (seed[i], 0): the image
+                that this seed gives alone.
+            guidance_scale: at least 0; 1 is no guidance. This and the next two: the pipeline's own if None.
+            num_iterations: between 1 and the number of positions.
+            temperature: at least 0; 0 takes the likeliest token.
+            output_type: ``"pil"``; or floats in [0, 1], not rounded: ``"np"`` [B, H, W, C], ``"pt"`` [B, C, H, W].
+
+        Returns:
+            `images`, in the order of the labels.
+
+        Raises:
+            ValueError: no labels, unknown, ambiguous or out of range, settings out of range, seeds of another number.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"Unknown output type {output_type!r}; there are 'pil', 'np' and 'pt'.")
+        labels = self.class_numbers(class_labels)
+        if not labels:
+            raise ValueError("The number of images must be at least 1.")
+        given = {"guidance_scale": guidance_scale, "num_iterations": num_iterations, "temperature": temperature}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        config = replace(SamplingConfig(**self.config.sampling), **changes)
+        noise = self._noise(seed, len(labels))
+        with self.progress_bar(total=config.num_iterations) as bar:
+            tokens = generate_tokens(self.transformer, torch.tensor(labels), config, noise, on_iteration=bar.update)
+        if int(tokens.min()) < 0:
+            raise FloatingPointError("The logits are NaN: these weights or this precision do not work.")
+        images = LatentTokenizer(self.vae).images(self.transformer.to_latents(tokens))
+        if output_type == "pil":
+            return ImagePipelineOutput(to_pil(images_to_pixels(images)))
+        images = (images + 1) / 2
+        return ImagePipelineOutput(images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy())
+
+    def class_numbers(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
+        """Return class numbers for labels, of which each may be a number or a name.
+
+        Raises:
+            ValueError: as `class_number`.
+        """
+        labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
+        names = self.config.id2label
+        return [class_number(label, names) if isinstance(label, str) else operator.index(label) for label in labels]
+
+    def _noise(self, seed: int | Sequence[int], num_images: int) -> ImageNoise:
+        sizes = self.transformer.num_positions, self.transformer.num_channels
+        if isinstance(seed, int):
+            return image_noise(seed, list(range(num_images)), *sizes)
+        if len(seed) != num_images:
+            raise ValueError(f"There are {len(seed)} seeds for {num_images} images.")
+        noises = [image_noise(each, [0], *sizes) for each in seed]
+        return ImageNoise(torch.cat([n.orders for n in noises]), torch.cat([n.uniforms for n in noises]))
+
+
+def class_number(name: str, id2label: Mapping[int, str]) -> int:
+    """Return the number of the class called `name`.
+
+    Case matters only where two classes differ by nothing else: of ImageNet's, "Cardigan" (a dog) and "cardigan".
+
+    Args:
+        name: a class name or one of its synonyms.
+        id2label: names by class number, synonyms separated by commas.
+
+    Raises:
+        ValueError: there is no such class; the message has names like it. Or there are several.
+    """
+    name = name.strip()
+    synonyms = [(synonym.strip(), number) for number, label in id2label.items() for synonym in label.split(",")]
+    found = {number: synonym for synonym, number in synonyms if synonym == name}
+    found = found or {number: synonym for synonym, number in synonyms if synonym.casefold() == name.casefold()}
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        several = " or ".join(f"class {number} ({synonym})" for number, synonym in found.items())
+        raise ValueError(f"The class name {name!r} may mean {several}; give the number.")
+    if not id2label:
+        raise ValueError(f"This model's classes have no names; give a number instead of {name!r}.")
+    spellings = {synonym.casefold(): synonym for synonym, _ in synonyms}
+    within = [spelling for spelling in spellings if name and name.casefold() in spelling]
+    near = within + difflib.get_close_matches(name.casefold(), spellings, n=NUM_SUGGESTED)
+    suggested = [repr(spellings[spelling]) for spelling in dict.fromkeys(near)][:NUM_SUGGESTED]
+    raise ValueError(f"There is no class {name!r}" + (f"; near it: {', '.join(suggested)}." if suggested else "."))
+
+
+def imagenet_labels() -> dict[int, str]:
+    """Return the names of ImageNet's 1,000 classes, as torchvision ships them: one for each, all different."""
+    from torchvision.models import ResNet50_Weights
+
+    return dict(enumerate(ResNet50_Weights.IMAGENET1K_V1.meta["categories"]))
+
+
+def convert_pipeline(
+    checkpoint: Path | str, vae: Path | str, folder: Path | str, name: str, *, ema: bool = True
+) -> None:
+    """Write published files as one pipeline folder, which `TokenBridgePipeline.from_pretrained` reads.
+
+    Args:
+        checkpoint: `checkpoint-last.pth`, or its folder.
+        vae: `kl16.ckpt`.
+        folder: what to write; whole or not at all, replacing what is there.
+        name: of the preset.
+        ema: see `official.load_checkpoint`.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: as `TokenBridgePipeline.from_preset` and `official.check_replaceable`.
+    """
+    check_replaceable(folder, TokenBridgePipeline.config_name)
+    pipeline = TokenBridgePipeline.from_preset(name, checkpoint, vae, ema=ema)
+    with replacing_folder(folder) as temporary:
+        pipeline.save_pretrained(temporary)

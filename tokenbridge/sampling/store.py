@@ -1,0 +1,110 @@
+"""Images of a run on the disk: PNG files, or one .npz in ADM's format."""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenbridge.data.pictures import save_images
+from tokenbridge.sampling.config import RunConfig
+from tokenbridge.utils.files import replacing
+
+
+def first_of_npz(samples: Path, num_images: int) -> Tensor:
+    """Return the first images [n, C, H, W] without reading the others: 50,000 do not fit into memory."""
+    with zipfile.ZipFile(samples) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        shape = (min(num_images, shape[0]), *shape[1:])
+        pixels = np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
+    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+
+
+class PngFolder:
+    """Images as PNG files of a folder."""
+
+    def __init__(self, folder: Path, config: RunConfig, name: str | None) -> None:
+        self.samples = self.pieces = folder / (name or "images")
+        self.config = config
+
+    def present(self) -> set[int]:
+        """Return the numbers of the images that are there."""
+        names = (path.name for path in self.samples.glob("*.png"))
+        return {int(name[:-4]) for name in names if re.fullmatch(r"\d{6,}\.png", name)}
+
+    def write(self, number: int, pixels: Tensor, present: set[int]) -> None:
+        """Write the images of a batch, except those that were there."""
+        rows = [row for row, index in enumerate(self.config.batch(number)) if index not in present]
+        save_images(self.samples, pixels[rows], [self.config.batch(number)[row] for row in rows])
+
+    def finish(self, labels: NDArray[Any] | None) -> None:
+        """Nothing is left to do: the folder is the result."""
+
+
+class Npz:
+    """Images as one .npz in ADM's format, put together from a part for every batch."""
+
+    def __init__(self, folder: Path, config: RunConfig, name: str | None) -> None:
+        self.samples = folder / f"{name or 'samples'}.npz"
+        self.pieces = folder / "parts"
+        self.config = config
+
+    def _part(self, number: int) -> Path:
+        return self.pieces / f"{number:06d}.npy"
+
+    def present(self) -> set[int]:
+        """Return the numbers of the images that are there."""
+        if self.samples.exists():
+            return set(range(self.config.num_images))
+        done = (number for number in range(self.config.num_batches) if self._part(number).exists())
+        return {index for number in done for index in self.config.batch(number)}
+
+    def write(self, number: int, pixels: Tensor, present: set[int]) -> None:
+        """Write the part of a batch."""
+        pixels = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()  # [B, H, W, 3]
+        with replacing(self._part(number)) as temporary, temporary.open("wb") as file:
+            _write_npy(file, pixels.shape, [pixels.numpy()])
+
+    def finish(self, labels: NDArray[Any] | None) -> None:
+        """Put the parts together, one at a time, and remove them."""
+        paths = [self._part(number) for number in range(self.config.num_batches)]
+        if not self.samples.exists():
+            parts = (np.load(path, allow_pickle=False) for path in paths)
+            shape = (self.config.num_images, *np.load(paths[0], allow_pickle=False, mmap_mode="r").shape[1:])
+            with replacing(self.samples) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    _write_npy(file, shape, parts)
+                if labels is not None:
+                    with archive.open("arr_1.npy", "w") as file:
+                        _write_npy(file, labels.shape, [labels])
+        remove(paths)
+        if self.pieces.exists():
+            self.pieces.rmdir()
+
+
+STORES: dict[str, type[PngFolder] | type[Npz]] = {"png": PngFolder, "npz": Npz}
+
+
+def _write_npy(file: IO[bytes], shape: Sequence[int], chunks: Iterable[NDArray[Any]]) -> None:
+    """Write an array piece by piece along its first axis; numpy's own writer hides what the disk says."""
+    header: dict[str, Any] | None = None
+    for chunk in chunks:
+        if header is None:
+            header = {**np.lib.format.header_data_from_array_1_0(chunk), "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(chunk.tobytes())
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files, those that are gone already included."""
+    for path in list(paths):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,180 @@
+"""Image tokenizers: pixels to tokens and back.
+
+- `LatentTokenizer`: any diffusers autoencoder with a scalar quantiser put on its latents after training; the
+  paper's tokenizer is KL-16 with a Gaussian quantiser of 64 levels.
+- `VQTokenizer`: a VQ autoencoder (diffusers' VQModel), whose codebook is trained with it: the counterpart.
+
+Both take and return images [B, 3 or 1, H, W] in [-1, 1].
+Shape letters: B batch, C latent channels, h, w latent height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+
+from tokenbridge.tokenizers.quantizer import ScalarQuantizer
+
+
+class Tokenizer(Protocol):
+    """What `reconstruct` and the tables need of a tokenizer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where images and tokens must be."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the integer tokens of images."""
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return the images [B, C, H, W] in [-1, 1] of tokens."""
+        ...
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode images."""
+        ...
+
+    def bits_per_image(self, tokens: Tensor) -> float:
+        """Return what storing one image's tokens takes, without entropy coding."""
+        ...
+
+
+class LatentTokenizer:
+    """A continuous autoencoder, and a quantiser on its scaled latents.
+
+    The latents' scale travels with the autoencoder (`scaling_factor`, `shift_factor` in its diffusers
+    configuration): latents here are (autoencoder latents - shift) * scale, of about unit variance.
+
+    Args:
+        autoencoder: AutoencoderKL, AutoencoderTiny or another diffusers autoencoder with `encode` and `decode`.
+        quantizer: acts on the scaled latents; None keeps them continuous (then only `reconstruct` works).
+    """
+
+    def __init__(self, autoencoder: Any, quantizer: ScalarQuantizer | None = None) -> None:
+        self.autoencoder = autoencoder.eval()
+        self.quantizer = quantizer
+        self.scale = float(getattr(autoencoder.config, "scaling_factor", None) or 1.0)
+        self.shift = float(getattr(autoencoder.config, "shift_factor", None) or 0.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.autoencoder.parameters()).device
+
+    @torch.inference_mode()
+    def latents(self, images: Tensor) -> Tensor:
+        """Return the scaled latents [B, C, h, w] of images; the posterior's mean where there is a posterior."""
+        output = self.autoencoder.encode(images.to(self.autoencoder.dtype))
+        if hasattr(output, "latent_dist"):
+            raw = output.latent_dist.mode()
+        else:
+            raw = output.latents if hasattr(output, "latents") else output.latent  # AutoencoderDC says `latent`
+        return (raw.float() - self.shift) * self.scale
+
+    @torch.inference_mode()
+    def images(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents [B, C, h, w] to images, clamped to [-1, 1]."""
+        raw = (latents / self.scale + self.shift).to(self.autoencoder.dtype)
+        return self.autoencoder.decode(raw).sample.float().clamp(-1, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the tokens [B, C, h, w] of images."""
+        return self._quantizer().encode(self.latents(images))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return the images of tokens [B, C, h, w]."""
+        return self.images(self._quantizer().decode(tokens))
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode images, through the quantiser if there is one."""
+        latents = self.latents(images)
+        return self.images(latents if self.quantizer is None else self.quantizer(latents))
+
+    def bits_per_image(self, tokens: Tensor) -> float:
+        """Return log2(levels) for each of an image's tokens."""
+        return tokens[0].numel() * math.log2(self._quantizer().num_levels)
+
+    def _quantizer(self) -> ScalarQuantizer:
+        if self.quantizer is None:
+            raise ValueError("This tokenizer has no quantiser; it reconstructs, but has no tokens.")
+        return self.quantizer
+
+
+class VQTokenizer:
+    """A VQ autoencoder: one token per position, an index into its trained codebook.
+
+    Args:
+        model: diffusers' VQModel.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self.num_codes = int(model.config.num_vq_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the tokens [B, h, w] of images."""
+        latents = self.model.encode(images).latents
+        _, _, (_, _, indices) = self.model.quantize(latents)
+        return indices.view(latents.shape[0], *latents.shape[2:])
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return the images of tokens [B, h, w], clamped to [-1, 1].
+
+        Raises:
+            ValueError: tokens outside the codebook.
+        """
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.num_codes):
+            raise ValueError(f"Tokens must be in [0, {self.num_codes}).")
+        latents = self.model.quantize.embedding(tokens).permute(0, 3, 1, 2)
+        return self.model.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode images."""
+        return self.decode(self.encode(images))
+
+    def bits_per_image(self, tokens: Tensor) -> float:
+        """Return log2(codes) for each of an image's tokens."""
+        return tokens[0].numel() * math.log2(self.num_codes)
+
+
+def autoencoder_loss(model: Any, images: Tensor, *, kl_weight: float) -> Tensor:
+    """Return the loss of a KL autoencoder: squared error + kl_weight * KL(posterior, N(0, 1)), each per pixel.
+
+    Args:
+        model: diffusers' AutoencoderKL.
+        images: [B, C, H, W] in [-1, 1].
+        kl_weight: small values leave all latent channels in use, large ones shut most of them.
+    """
+    posterior = model.encode(images).latent_dist
+    reconstruction = model.decode(posterior.sample()).sample
+    kl = posterior.kl().mean() / images[0].numel()
+    return F.mse_loss(reconstruction, images) + kl_weight * kl
+
+
+def vq_loss(model: Any, images: Tensor) -> Tensor:
+    """Return the loss of a VQ autoencoder: squared error per pixel, codebook and commitment terms."""
+    output = model(images)
+    return F.mse_loss(output.sample, images) + output.commit_loss.mean()
+
+
+def sample_posterior(moments: Tensor) -> Tensor:
+    """Draw latents [B, C, h, w] from moments [B, 2C, h, w] (mean, log-variance) of a KL autoencoder.
+
+    The generators are trained on posterior samples, as the official engine does. The log-variance is clamped to
+    [-30, 20] by diffusers, as in the official class.
+    """
+    return DiagonalGaussianDistribution(moments).sample()

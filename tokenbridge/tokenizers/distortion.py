@@ -1,0 +1,62 @@
+"""What a quantiser costs on given latents."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from tokenbridge.tokenizers.quantizer import ScalarQuantizer, lloyd_max_quantizer
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """What quantising given latents costs; squared errors in squared latent units."""
+
+    num_levels: int
+    mse: float  # mean squared error
+    variance: float  # of the latents
+    relative_mse: float  # mse / variance
+    snr_db: float  # 10 log10(variance / mse)
+    entropy_bits: float  # empirical entropy of the tokens, bits per dimension
+    bits_per_dimension: float  # log2 V, what storing a token takes
+    lloyd_max_relative_mse: float  # the best V levels on these latents
+    rate_distortion_relative_mse: float  # 2^(-2 log2 V): no code at this rate does better on Gaussian latents
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the fields as a plain dict."""
+        return asdict(self)
+
+
+def measure_distortion(quantizer: ScalarQuantizer, latents: Tensor) -> Distortion:
+    """Measure what `quantizer` does to `latents`, beside the Lloyd-Max optimum and the rate-distortion bound.
+
+    The Lloyd-Max codebook is fitted to these very latents, one for all channels, whatever the quantiser has.
+    """
+    latents = latents.detach().to("cpu", torch.float32)
+    quantizer = copy.deepcopy(quantizer).to("cpu")  # the caller's stays where it is
+    tokens = quantizer.encode(latents)
+    variance = latents.double().var(correction=0).item()
+    if variance == 0:
+        raise ValueError("The latents are all equal; distortion is undefined.")
+    mse = _mse(quantizer.lookup(tokens), latents)
+    best = lloyd_max_quantizer(latents, quantizer.num_levels)
+    frequencies = torch.bincount(tokens.flatten(), minlength=quantizer.num_levels).double() / tokens.numel()
+    return Distortion(
+        num_levels=quantizer.num_levels,
+        mse=mse,
+        variance=variance,
+        relative_mse=mse / variance,
+        snr_db=10 * math.log10(variance / mse) if mse > 0 else math.inf,
+        entropy_bits=torch.special.entr(frequencies).sum().item() / math.log(2),
+        bits_per_dimension=math.log2(quantizer.num_levels),
+        lloyd_max_relative_mse=_mse(best(latents), latents) / variance,
+        rate_distortion_relative_mse=quantizer.num_levels**-2.0,
+    )
+
+
+def _mse(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).square().mean().item()

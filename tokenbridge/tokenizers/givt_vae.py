@@ -1,0 +1,121 @@
+"""GIVT's VAE: a convolutional autoencoder with a Gaussian posterior.
+
+Source: google-research/big_vision at 0127fb6, models/proj/givt (cnn.py, vae.py), after MaskGIT's VQ-GAN. diffusers'
+autoencoders cannot be made to compute it (other residual blocks, pooling), but it answers like one: `encode` gives
+a posterior, `decode` a sample, so that `LatentTokenizer` takes it.
+
+Shape letters: B batch, C channels of the latents, H, W height and width of images, h, w of latents.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    pass
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"swish": nn.SiLU, "relu": nn.ReLU}
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    """Return the normalisation: 32 groups, flax's epsilon."""
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Residual block of two convolutions; it may change the width."""
+
+    def __init__(self, width_in: int, width: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            group_norm(width_in),
+            activation(),
+            nn.Conv2d(width_in, width, 3, padding=1, bias=False),
+            group_norm(width),
+            activation(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+        )
+        self.mix = nn.Conv2d(width, width, 1, bias=False) if width != width_in else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x [B, C, H, W].
+
+        Quirk kept: where the width changes, what is added to the branch is a projection of the BRANCH, not of x
+        (cnn.py, ResBlock), so that there is no path around the convolutions.
+        """
+        y = self.branch(x)
+        return y + (x if self.mix is None else self.mix(y))
+
+
+class GivtVAE(ModelMixin, ConfigMixin):
+    """Autoencoder of images [B, 3, H, W] in [-1, 1], latents [B, C, h, w].
+
+    Args:
+        latent_channels: C.
+        width: of the first level.
+        width_multipliers: width of each level, from the finest; each but the last halves height and width.
+        num_res_blocks: residual blocks of a level, and of the middle.
+        image_channels: channels of an image.
+        activation: ``"swish"`` or ``"relu"``.
+        conv_downsample: halve by a 4 × 4 convolution instead of the mean of 2 × 2.
+        unit_images: map images to [0, 1] and back inside, and limit the posterior's log-variance to [-30, 20]
+            (official `malib_ckpt`, of the published weights).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        width: int = 128,
+        width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        image_channels: int = 3,
+        activation: Literal["swish", "relu"] = "swish",
+        conv_downsample: bool = False,
+        unit_images: bool = True,
+    ) -> None:
+        super().__init__()
+        self.unit_images = unit_images
+        act = ACTIVATIONS[activation]
+        widths = [width * multiplier for multiplier in width_multipliers]
+
+        def blocks(width_in: int, width: int) -> list[nn.Module]:
+            return [ResBlock(width if i else width_in, width, act) for i in range(num_res_blocks)]
+
+        down: list[nn.Module] = [nn.Conv2d(image_channels, width, 3, padding=1, bias=False), *blocks(width, widths[0])]
+        for finer, coarser in pairwise(widths):
+            # At an odd edge the mean is of the pixels that are there.
+            pool = nn.Conv2d(finer, finer, 4, 2, 1) if conv_downsample else nn.AvgPool2d(2, ceil_mode=True)
+            down += [pool, *blocks(finer, coarser)]
+        last = widths[-1]
+        down += [*blocks(last, last), group_norm(last), act(), nn.Conv2d(last, 2 * latent_channels, 1)]
+        self.encoder = nn.Sequential(*down)
+
+        up: list[nn.Module] = [nn.Conv2d(latent_channels, last, 3, padding=1), *blocks(last, last), *blocks(last, last)]
+        for coarser, finer in pairwise(reversed(widths)):
+            up += [nn.Upsample(scale_factor=2), nn.Conv2d(coarser, coarser, 3, padding=1), *blocks(coarser, finer)]
+        up += [group_norm(widths[0]), act(), nn.Conv2d(widths[0], image_channels, 3, padding=1)]
+        self.decoder = nn.Sequential(*up)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Return the posterior's mean and log-variance [B, 2 C, h, w] of images, the latter without limits."""
+        return self.encoder((images + 1) / 2 if self.unit_images else images)
+
+    def encode(self, images: Tensor) -> AutoencoderKLOutput:
+        """Return the posterior (`latent_dist`) of images [B, 3, H, W] in [-1, 1].
+
+        diffusers limits its log-variance to [-30, 20], as the official code does with `malib_ckpt`.
+        """
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(self.moments(images)))
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """Return the images (`sample`) of latents [B, C, h, w], in [-1, 1]."""
+        images = self.decoder(latents)
+        return DecoderOutput(sample=(2 * images - 1 if self.unit_images else images).clamp(-1, 1))

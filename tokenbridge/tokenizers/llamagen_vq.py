@@ -1,0 +1,253 @@
+"""LlamaGen's VQ tokenizers: VQ-16 (the published models' own) and VQ-8, on diffusers' encoder and decoder.
+
+Official code: FoundationVision/LlamaGen at ce98ec4, tokenizer/tokenizer_image/vq_model.py. diffusers' VQModel has
+neither the l2-normalised codebook nor sides of different depth; its Encoder and Decoder fit.
+
+Shape letters: B batch, C channels of a code, V codes, h, w height and width of the token grid.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from tokenbridge.tokenizers.kl16 import LDM_WORDS
+from tokenbridge.weights.official import Layout, Place, State, WrongStateError, load_official, to_official
+from tokenbridge.weights.published import Preset
+from tokenbridge.weights.torch_files import load_weights
+
+
+class LlamaGenVQ(ModelMixin, ConfigMixin):
+    """VQ autoencoder: one token per position, the code nearest in direction. A `Tokenizer` (tokenizers.py).
+
+    Args:
+        num_codes: V.
+        code_channels: C.
+        l2_norm: compare directions: latents and codes are normalised whenever they are used; stored codes are not.
+        encoder_multipliers: width of each encoder level over 128; a level halves height and width, the last does not.
+        decoder_multipliers: the same for the decoder, which runs them from the last.
+        latent_channels: between encoder or decoder and the codes.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_codes: int = 16384,
+        code_channels: int = 8,
+        l2_norm: bool = True,
+        encoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+        decoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+        latent_channels: int = 256,
+    ) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+        self.l2_norm = l2_norm
+        down = ("DownEncoderBlock2D",) * (len(encoder_multipliers) - 1)
+        up = ("UpDecoderBlock2D",) * (len(decoder_multipliers) - 1)
+        self.encoder = Encoder(
+            out_channels=latent_channels,
+            down_block_types=(*down, "AttnDownEncoderBlock2D"),
+            block_out_channels=tuple(128 * m for m in encoder_multipliers),
+            double_z=False,
+        )
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            up_block_types=("AttnUpDecoderBlock2D", *up),
+            block_out_channels=tuple(128 * m for m in decoder_multipliers),
+        )
+        self.quant_conv = nn.Conv2d(latent_channels, code_channels, 1)
+        self.post_quant_conv = nn.Conv2d(code_channels, latent_channels, 1)
+        codes = torch.empty(num_codes, code_channels).uniform_(-1 / num_codes, 1 / num_codes)
+        self.embedding = nn.Parameter(self.normalise(codes, dim=-1))
+
+    def normalise(self, x: Tensor, *, dim: int) -> Tensor:
+        """Scale to length 1 along `dim`, if this tokenizer does."""
+        return F.normalize(x, dim=dim) if self.l2_norm else x
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes [V, C] as they are used."""
+        return self.normalise(self.embedding, dim=-1)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Return the latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1], before any normalisation."""
+        return self.quant_conv(self.encoder(images))
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Return the tokens [B, h, w] of latents [B, C, h, w]: the nearest code, of equally near ones the first."""
+        x = self.normalise(latents.movedim(1, -1), dim=-1)
+        codes = self.codebook
+        # Squared distances, the sum in the official order: what rounding decides, it decides alike.
+        distances = x.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * (x @ codes.T)
+        return distances.argmin(-1)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Return the codes [B, C, h, w] of tokens [B, h, w]."""
+        return F.embedding(tokens, self.codebook).movedim(-1, 1)
+
+    def raw_images(self, codes: Tensor) -> Tensor:
+        """Decode codes [B, C, h, w] to images, not clamped."""
+        return self.decoder(self.post_quant_conv(codes))
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the tokens [B, h, w] of images [B, 3, H, W] in [-1, 1]."""
+        return self.nearest(self.latents(images.to(self.dtype)))
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return the images of tokens [B, h, w], clamped to [-1, 1].
+
+        Raises:
+            ValueError: tokens outside the codebook.
+        """
+        return self._decode(tokens).clamp(-1, 1)
+
+    @torch.inference_mode()
+    def pixels(self, tokens: Tensor, *, size: int = 256) -> Tensor:
+        """Return the uint8 pixels [B, 3, size, size] of generated tokens, as the published evaluations made them.
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        return official_pixels(self._decode(tokens), size)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode images."""
+        return self.decode(self.encode(images))
+
+    def bits_per_image(self, tokens: Tensor) -> float:
+        """Return log2(codes) for each of an image's tokens."""
+        return tokens[0].numel() * math.log2(self.num_codes)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.num_codes):
+            raise ValueError(f"Tokens must be in [0, {self.num_codes}).")
+        return self.raw_images(self.lookup(tokens)).float()
+
+
+# diffusers' words and LlamaGen's where these are not LDM's. Both count the decoder's levels in the order they run.
+_WORDS = (
+    ("down_blocks.", "conv_blocks."),
+    ("up_blocks.", "conv_blocks."),
+    ("mid_block.resnets.0.", "mid.0."),
+    ("mid_block.attentions.0.", "mid.1."),
+    ("mid_block.resnets.1.", "mid.2."),
+    (".resnets.", ".res."),
+    ("embedding", "quantize.embedding.weight"),
+)
+
+
+def official_pixels(images: Tensor, size: int) -> Tensor:
+    """Scale images [B, 3, H, W] to [size, size] and map them to uint8 pixels, as the official evaluation does.
+
+    Quirks kept (sample_c2i_ddp.py): bicubic scaling without anti-aliasing, of images that were not clamped; then
+    127.5 x + 128, cut off: what `data.images_to_pixels` rounds to, but where x lies half-way, always up.
+    """
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic")
+    return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------- published models and their files
+
+USAGE = "quantize.codebook_used"  # buffer of the official class: the last codes of its training, of no further use
+USAGE_SIZE = 65536
+
+# README.md of FoundationVision/LlamaGen at ce98ec4, table "VQ-VAE models".
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="llamagen-vq16",
+            model={"encoder_multipliers": (1, 1, 2, 2, 4), "decoder_multipliers": (1, 1, 2, 2, 4)},
+            num_parameters=71_883_403,
+            official_name="VQ-16",
+            published={"rFID": 2.19, "rFID 384 px": 0.94},
+        ),
+        Preset(
+            name="llamagen-vq8",
+            model={"encoder_multipliers": (1, 2, 2, 4), "decoder_multipliers": (1, 2, 2, 4)},
+            num_parameters=70_109_835,
+            official_name="VQ-8",
+            published={"rFID": 0.59},
+        ),
+    )
+}
+
+CHECKPOINTS = {"llamagen-vq16": "vq_ds16_c2i.pt", "llamagen-vq8": "vq_ds8_c2i.pt"}
+"""Published file of each preset, at huggingface.co/FoundationVision/LlamaGen (MIT licence)."""
+
+
+def create_vq(name: str = "llamagen-vq16", **changes: Any) -> LlamaGenVQ:
+    """Build a preset on the meta device, in evaluation mode: sizes without memory.
+
+    Args:
+        name: of the preset.
+        changes: keyword arguments of `LlamaGenVQ` that replace the preset's.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Unknown tokenizer {name!r}; there are {', '.join(PRESETS)}.")
+    with torch.device("meta"):
+        return LlamaGenVQ(**{**PRESETS[name].model, **changes}).eval()
+
+
+def vq_layout(vq: LlamaGenVQ) -> Layout:
+    """Return the official name, shape and place of every parameter."""
+    places = {}
+    for name, parameter in vq.named_parameters():
+        official = name
+        for ours, theirs in (*_WORDS, *LDM_WORDS):
+            official = official.replace(ours, theirs)
+        # Their attention projections are 1 x 1 convolutions.
+        ones = (1, 1) if official.endswith((".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")) else ()
+        places[official] = Place(name, (*parameter.shape, *ones))
+    return Layout(places, "LlamaGenVQ")
+
+
+def vq_to_official(vq: LlamaGenVQ) -> State:
+    """Return the official state dict of `vq`, which the official class loads with `strict=True`.
+
+    Its record of codes used in training is zero, as in a new model: it is not kept here.
+    """
+    return to_official(vq, vq_layout(vq)) | {USAGE: torch.zeros(USAGE_SIZE)}
+
+
+def load_official_vq(vq: LlamaGenVQ, state: State) -> None:
+    """Put an official state dict into `vq`, which may be on the meta device, without copying a tensor.
+
+    Raises:
+        ValueError: as `official.from_official`; a record of used codes of another size.
+    """
+    usage = state.get(USAGE)
+    if usage is not None and usage.shape != (USAGE_SIZE,):
+        raise ValueError(f"{USAGE} has the shape {list(usage.shape)} instead of [{USAGE_SIZE}].")
+    load_official(vq, {name: value for name, value in state.items() if name != USAGE}, vq_layout(vq))
+
+
+def load_vq(path: Path | str, name: str = "llamagen-vq16") -> LlamaGenVQ:
+    """Load a published tokenizer (`vq_ds16_c2i.pt`), in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as `load_weights` and `load_official_vq`; the message begins with the path.
+    """
+    vq, state = create_vq(name), load_weights(path)
+    try:
+        load_official_vq(vq, state)
+    except WrongStateError as error:
+        raise WrongStateError(f"{path}: {error}", error.shapes) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return vq

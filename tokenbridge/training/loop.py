@@ -1,0 +1,288 @@
+"""One training loop for every model here: autoencoders, classifier and generators.
+
+AdamW with warm-up and cosine decay, gradient clipping, exponential moving average (diffusers' EMAModel),
+devices, processes and mixed precision by accelerate.
+
+Every random draw of a step (which images, noise, masks, dropout) is a function of (seed, step, rank), so a run
+that is killed and resumed makes the same weights as one that was not, and no generator state needs saving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenbridge.configs.schema import LOG_EVERY, TrainingConfig
+from tokenbridge.utils.files import replacing, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from datasets import Dataset
+
+    Batch = dict[str, Tensor]
+    Loss = Callable[[nn.Module, Batch], Tensor]
+    """Loss of a model on one batch: a scalar tensor to minimise."""
+
+
+SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
+
+
+class _Step(nn.Module):
+    """A model and its loss as one module, so that accelerate sees the whole step, whatever the loss calls."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the scalar loss."""
+        return self.loss(self.model, batch)
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up from 0, then half a cosine to 0 at `num_steps`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Return an independent 64-bit seed for every (seed, step, rank)."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Return which images make up one step: consecutive pieces of one fresh permutation per pass.
+
+    A batch that reaches over the end of a pass takes its rest from the next permutation.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    passes = places // num_images
+    orders = {p: np.random.default_rng((seed, int(p))).permutation(num_images) for p in np.unique(passes)}
+    return np.array([orders[p][i] for p, i in zip(passes, places % num_images, strict=True)])
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    loss: Loss,
+    config: TrainingConfig,
+    folder: Path | str,
+    *,
+    name: str = "model",
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Train `model` in place and leave its EMA weights in it.
+
+    Writes `checkpoint.pt` (to resume from), `loss.json` and `loss.png` into `folder`. A folder with a checkpoint
+    of the same run is resumed; one with a checkpoint of another run is refused.
+
+    Args:
+        model: the model to train; `loss` calls it.
+        dataset: rows of tensors (`with_format("torch")`); a batch is a dict of stacked columns.
+        loss: scalar loss of (model, batch); it may draw from torch's global generator.
+        config: optimiser settings.
+        folder: where checkpoints and the loss curve go.
+        name: what the progress bar calls the model.
+        show_progress: draw a progress bar on stderr.
+
+    Returns:
+        The training log: configuration, loss curve [(step, loss)], seconds, device.
+
+    Raises:
+        ValueError: the folder holds a checkpoint of another run.
+        FloatingPointError: the loss became NaN or infinite (the last checkpoint is kept).
+    """
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+    folder = Path(folder)
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer: Any = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=config.betas,
+    )
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"{config.batch_size} images a step cannot be shared by {accelerator.num_processes} processes."
+        )
+    step_loss, optimizer = accelerator.prepare(_Step(model, loss), optimizer)
+    ema = EMAModel(list(model.parameters()), decay=config.ema_decay)
+    ema.to(accelerator.device)
+
+    fingerprint = _fingerprint(model, dataset, loss, config)
+    checkpoint = folder / "checkpoint.pt"
+    first_step, curve, seconds = _resume(checkpoint, fingerprint, model, optimizer, ema)
+
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    progress = _progress(show_progress and accelerator.is_main_process, name, first_step, config.num_steps)
+    start = time.perf_counter()
+    model.train()
+    recent: list[Tensor] = []
+    with progress as advance:
+        for step in range(first_step, config.num_steps):
+            rows = batch_indices(len(dataset), config.batch_size, config.seed, step)[rank::world_size]
+            batch = {key: value.to(accelerator.device) for key, value in dataset[rows.tolist()].items()}
+            torch.manual_seed(step_seed(config.seed, step, rank))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            value = step_loss(batch)
+            accelerator.backward(value)
+            accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.step(model.parameters())
+            recent.append(value.detach())
+
+            done = step + 1
+            if done % LOG_EVERY == 0 or done == config.num_steps:
+                mean = accelerator.reduce(
+                    torch.stack(recent).mean(), "mean"
+                ).item()  # the only synchronisation of the loop
+                recent.clear()
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"The loss of {name} became {mean} by step {done}.")
+                curve.append((done, mean))
+                advance(done, mean)
+            if done % config.checkpoint_every == 0 or done == config.num_steps:
+                total = seconds + time.perf_counter() - start
+                if accelerator.is_main_process:
+                    _save(checkpoint, fingerprint, model, optimizer, ema, done, curve, total)
+                accelerator.wait_for_everyone()
+    ema.copy_to(model.parameters())
+    model.eval()
+    log = {
+        "config": dataclasses.asdict(config),
+        "num_images_seen": config.num_steps * config.batch_size,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds + time.perf_counter() - start, 1),
+        "device": str(accelerator.device),
+        "loss": curve,
+    }
+    if accelerator.is_main_process:
+        write_json(folder / "loss.json", log)
+        _plot(folder / "loss.png", curve, name)
+    return log
+
+
+def _fingerprint(model: nn.Module, dataset: Dataset, loss: Loss, config: TrainingConfig) -> str:
+    """Identify a run by its model's shapes, its settings, its loss's settings, and the data of its first step."""
+    shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
+    model_config = dict(getattr(model, "config", {}))
+    settings = [shapes, model_config, getattr(loss, "keywords", {}), len(dataset), dataclasses.asdict(config)]
+    digest = hashlib.sha256(json.dumps(settings, default=str).encode())
+    first = dataset[batch_indices(len(dataset), config.batch_size, config.seed, 0).tolist()]
+    for name, value in sorted(first.items()):
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(
+    path: Path,
+    fingerprint: str,
+    model: nn.Module,
+    optimizer: Any,
+    ema: Any,
+    step: int,
+    curve: list[tuple[int, float]],
+    seconds: float,
+) -> None:
+    state = {
+        "fingerprint": fingerprint,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": ema.state_dict(),
+        "step": step,
+        "curve": curve,
+        "seconds": seconds,
+    }
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _resume(
+    path: Path, fingerprint: str, model: nn.Module, optimizer: Any, ema: Any
+) -> tuple[int, list[tuple[int, float]], float]:
+    """Load a checkpoint, if there is one: return the first step to do, the curve so far, the seconds so far."""
+    if not path.exists():
+        return 0, [], 0.0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["fingerprint"]
+    except Exception as error:  # cut off, empty, or another file: each raises a type of its own
+        raise ValueError(f"{path} is damaged, or no checkpoint; remove it to start again.") from error
+    if found != fingerprint:
+        raise ValueError(
+            f"{path} belongs to another run (other model, data or settings). "
+            "Train into an empty folder, or remove that checkpoint."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    ema.load_state_dict(state["ema"])
+    ema.to(next(model.parameters()).device)
+    return state["step"], [(int(s), float(v)) for s, v in state["curve"]], float(state["seconds"])
+
+
+@contextmanager
+def _progress(show: bool, name: str, first_step: int, num_steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Yield `advance(step, loss)`: a bar with loss and time left on a terminal, now and then a line elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not show:
+        yield lambda step, loss: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(f"train {name}", completed=first_step, total=num_steps, loss=math.nan)
+            yield lambda step, loss: bar.update(task, completed=step, loss=loss)
+    else:
+        start = last = time.perf_counter()
+
+        def tell(step: int, loss: float) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if now - last >= SECONDS_BETWEEN_LINES or step == num_steps:
+                last = now
+                left = (now - start) / (step - first_step) * (num_steps - step) / 60
+                text = f"train {name}: step {step} of {num_steps}, loss {loss:.4f}, {left:.1f} min left"
+                print(text, file=sys.stderr, flush=True)
+
+        yield tell
+
+
+def _plot(path: Path, curve: list[tuple[int, float]], name: str) -> None:
+    """Draw the loss curve."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*curve, strict=True), linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss", title=f"Training loss of {name}")
+    axes.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

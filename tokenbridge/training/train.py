@@ -1,0 +1,250 @@
+"""Train, save and load the models of a scale, in the order they depend on one another.
+
+A folder of models has one sub-folder per recipe, in diffusers' format: `config.json` and safetensors, half
+precision on disk, float32 when loaded. A training run's checkpoint and loss curve go into
+a run folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor, nn
+
+from tokenbridge.data.images import labels_of, load_images, pixels_to_images, to_pixels
+from tokenbridge.data.latents import cache_latents
+from tokenbridge.evaluation.classifier import Classifier, classifier_loss
+from tokenbridge.models.givt.model import GIVT, givt_loss
+from tokenbridge.models.llamagen.model import LlamaGen, llamagen_loss
+from tokenbridge.models.mar.model import MAR, mar_loss
+from tokenbridge.models.tokenbridge.model import TokenBridge, generator_loss
+from tokenbridge.models.tokenbridge.orders import channel_order
+from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
+from tokenbridge.training.loop import train
+from tokenbridge.utils import provenance
+from tokenbridge.utils.files import sha256_of, write_json
+from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model, save_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from tokenbridge.configs.schema import Recipe, Scale
+
+
+MODEL_CLASSES: dict[str, Any] = {
+    "autoencoder": AutoencoderKL,
+    "vq": VQModel,
+    "classifier": Classifier,
+    "tokenbridge": TokenBridge,
+    "mar": MAR,
+    "givt": GIVT,
+    "llamagen": LlamaGen,
+}
+
+
+def build(recipe: Recipe, **overrides: Any) -> Any:
+    """Return the recipe's model, initialised from its training seed; `overrides` go to its class."""
+    torch.manual_seed(recipe.training.seed)
+    return MODEL_CLASSES[recipe.kind](**recipe.model, **overrides)
+
+
+def load(recipe: Recipe, weights: Path | str) -> Any:
+    """Load the recipe's model from a folder of models, float32, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the model is not there; the message says where it should be and how to make it.
+        ValueError: what is there is not whole, or another model.
+    """
+    try:
+        return load_model(MODEL_CLASSES[recipe.kind], Path(weights) / recipe.name, recipe.model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The model {recipe.name!r} is missing. {error} Train it with `tokenbridge train`, or name the folder that "
+            "holds it with --weights."
+        ) from error
+
+
+def train_recipe(
+    scale: Scale, name: str, *, weights: Path | str, runs: Path | str, show_progress: bool = True
+) -> dict[str, Any]:
+    """Train one model of a scale; save it to `weights/name` and its log to `runs/name`.
+
+    A generator needs in `weights` the scale's tokenizer: the VQ autoencoder for LlamaGen, the autoencoder for all else.
+
+    Returns:
+        The training log (see `training.train`).
+    """
+    recipe = scale.recipe(name)
+    runs = Path(runs) / name
+    changes: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if not recipe.is_generator:
+        dataset = images_of(scale, "train")
+    elif recipe.kind == "llamagen":
+        dataset = tokens_of(scale, weights)
+        options = {"with_mirrored": scale.with_mirrored}
+    else:
+        dataset = latents_of(scale, weights, runs.parent / "latents")
+        options = {"scaling": _autoencoder_scaling(scale, weights), "with_mirrored": scale.with_mirrored}
+        if recipe.kind == "tokenbridge":
+            latents = _some_latents(dataset)
+            changes["channel_order"] = channel_order(recipe.channel_order, recipe.model["num_channels"], latents)
+    model = build(recipe, **changes)
+    loss = functools.partial(STEPS[recipe.kind], **options, **recipe.loss)
+    log = train(model, dataset, loss, recipe.training, runs, name=name, show_progress=show_progress)
+    log |= {
+        "recipe": {
+            "model": recipe.model,
+            "loss": recipe.loss,
+            "channel_order": recipe.channel_order,
+            "data": scale.data,
+        },
+        "command": provenance.command(),
+        **provenance.commit(),
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(),
+    }
+    if recipe.kind == "autoencoder":
+        model.register_to_config(scaling_factor=_measure_scaling(model, dataset))
+    if PartialState().is_main_process:
+        write_json(runs / "loss.json", log)
+        save_model(model, Path(weights) / name)
+    PartialState().wait_for_everyone()
+    return log
+
+
+def images_of(scale: Scale, split: str) -> Dataset:
+    """Return a split as rows of `images` float32 [C, H, W] in [-1, 1] and `labels`."""
+
+    def transform(batch: dict[str, Any]) -> dict[str, Any]:
+        pixels = to_pixels(batch["image"], size=scale.image_size, channels=scale.channels)
+        return {"images": pixels_to_images(pixels), "labels": torch.tensor(batch["label"])}
+
+    return labelled_images(scale, split).with_transform(transform)
+
+
+def labelled_images(scale: Scale, split: str) -> Dataset:
+    """Return a split of the scale's images; every one must have a label of the scale's classes.
+
+    Raises:
+        ValueError: there are no labels, or labels of other classes.
+    """
+    dataset = load_images(scale.data, split)
+    labels = labels_of(dataset)
+    if not (0 <= int(labels.min()) and int(labels.max()) < len(scale.classes)):
+        raise ValueError(
+            f"{scale.data!r} has the labels {int(labels.min())} to {int(labels.max())}, but scale {scale.name} has "
+            f"{len(scale.classes)} classes."
+        )
+    return dataset
+
+
+def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
+    """Return the moments of the training images, encoded by the autoencoder in `weights`; cached under `folder`."""
+    autoencoder = load(scale.recipe("vae"), weights)
+    if torch.cuda.is_available():
+        autoencoder.cuda()
+    images = labelled_images(scale, "train")
+    # Latents of another autoencoder or of other images must never be taken for these.
+    options: dict[str, Any] = {
+        "image_size": scale.image_size,
+        "channels": scale.channels,
+        "with_mirrored": scale.with_mirrored,
+    }
+    what = [sha256_of(Path(weights) / "vae" / WEIGHTS_FILE), scale.data, len(images), options]
+    name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    with PartialState().main_process_first():
+        return cache_latents(autoencoder, images, folder / name, **options)
+
+
+@torch.inference_mode()
+def tokens_of(scale: Scale, weights: Path | str) -> Dataset:
+    """Return the tokens of the training images by the VQ autoencoder in `weights`.
+
+    Columns: `tokens` int64 [L] in raster order, `tokens_mirrored` likewise (if the scale has mirrored images), `label`.
+    """
+    from datasets import Dataset
+
+    vq = load(scale.recipe("vq"), weights)
+    tokenizer = VQTokenizer(vq.cuda() if torch.cuda.is_available() else vq)
+    columns: dict[str, list[Tensor]] = {"tokens": [], "label": []}
+    for batch in images_of(scale, "train").iter(64):
+        images = batch["images"].to(tokenizer.device)
+        columns["tokens"].append(tokenizer.encode(images).flatten(1).cpu())
+        if scale.with_mirrored:
+            columns.setdefault("tokens_mirrored", []).append(tokenizer.encode(images.flip(-1)).flatten(1).cpu())
+        columns["label"].append(batch["labels"])
+    return Dataset.from_dict({name: torch.cat(parts).numpy() for name, parts in columns.items()}).with_format("torch")
+
+
+def _some_latents(dataset: Dataset) -> Tensor:
+    """Return posterior samples [N, C, h, w] of at most 4,096 images, to measure the channel order on.
+
+    Samples, not means: a channel that the autoencoder has shut is white noise to the generator.
+    """
+    torch.manual_seed(0)
+    return sample_posterior(dataset.shuffle(seed=0)[: min(4096, len(dataset))]["moments"])
+
+
+def _autoencoder_step(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    return autoencoder_loss(model, batch["images"], **options)
+
+
+def _vq_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return vq_loss(model, batch["images"])
+
+
+def _classifier_step(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return classifier_loss(model, batch["images"], batch["labels"])
+
+
+def _latent_step(
+    latent_loss: Any, model: Any, batch: dict[str, Tensor], *, scaling: float, with_mirrored: bool, **options: Any
+) -> Tensor:
+    moments = _half_mirrored(batch, "moments") if with_mirrored else batch["moments"]
+    return latent_loss(model, sample_posterior(moments) * scaling, batch["label"], **options)
+
+
+def _token_step(model: Any, batch: dict[str, Tensor], *, with_mirrored: bool, **options: Any) -> Tensor:
+    tokens = _half_mirrored(batch, "tokens") if with_mirrored else batch["tokens"]
+    return llamagen_loss(model, tokens, batch["label"], **options)
+
+
+def _half_mirrored(batch: dict[str, Tensor], column: str) -> Tensor:
+    """Return a column with the mirrored image's value in the place of half of the images' own."""
+    values = batch[column]
+    mirror = torch.rand(len(values), *[1] * (values.ndim - 1), device=values.device) < 0.5
+    return torch.where(mirror, batch[f"{column}_mirrored"], values)
+
+
+STEPS: dict[str, Any] = {
+    "autoencoder": _autoencoder_step,
+    "vq": _vq_step,
+    "classifier": _classifier_step,
+    "tokenbridge": functools.partial(_latent_step, generator_loss),
+    "mar": functools.partial(_latent_step, mar_loss),
+    "givt": functools.partial(_latent_step, givt_loss),
+    "llamagen": _token_step,
+}
+"""Loss of a model of each kind on one batch of its data set."""
+
+
+def _autoencoder_scaling(scale: Scale, weights: Path | str) -> float:
+    return float(load(scale.recipe("vae"), weights).config.scaling_factor)
+
+
+@torch.inference_mode()
+def _measure_scaling(autoencoder: Any, dataset: Dataset) -> float:
+    """Return 1 / standard deviation of posterior samples over the training images (at most 4,096 of them)."""
+    torch.manual_seed(0)
+    device = next(autoencoder.parameters()).device
+    batches = dataset.shuffle(seed=0).select(range(min(4096, len(dataset)))).iter(256)
+    latents = [autoencoder.encode(batch["images"].to(device)).latent_dist.sample().cpu() for batch in batches]
+    return round(1 / torch.cat(latents).std().item(), 4)

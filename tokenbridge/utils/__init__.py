@@ -1,0 +1,1 @@
+"""Files, provenance, devices, console output."""

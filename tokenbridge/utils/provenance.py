@@ -1,0 +1,129 @@
+"""Where a number comes from: command, commit, versions, hardware, hashes. And what cannot work here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PACKAGES = (
+    "tokenbridge",
+    "torch",
+    "torchvision",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "torch-fidelity",
+    "clean-fid",
+    "numpy",
+    "scipy",
+    "mlxtend",
+)
+
+
+class EnvironmentProblemError(RuntimeError):
+    """Installed packages that cannot work together; the message says how to mend it."""
+
+
+def check_environment() -> None:
+    """Check that torchvision loads beside torch, which diffusers and torch-fidelity need.
+
+    Raises:
+        EnvironmentProblemError: they do not fit, with one sentence on what is installed and how to mend it.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise EnvironmentProblemError(
+            f"torchvision {_version('torchvision')} does not load beside torch {_version('torch')} ({reason}); "
+            "install a pair built for each other, for example with "
+            f"`{sys.executable} -m pip install --force-reinstall torch torchvision`, both from the same index "
+            "(a CPU-only torch wheel does not fit the torchvision of the default index)."
+        ) from error
+
+
+def command() -> str:
+    """Return the command line that is running, without the path of the interpreter."""
+    program = Path(sys.argv[0]).name
+    return " ".join(["tokenbridge" if program == "__main__.py" else program, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def hardware() -> dict[str, Any]:
+    """Return processor, cores, memory and accelerators of this machine."""
+    import psutil
+    import torch
+
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def busy_seconds() -> float:
+    """Return the processor seconds since the machine's start of all but this process and its ended children."""
+    import psutil
+
+    times, own = psutil.cpu_times(), os.times()
+    of_own = own.user + own.system + own.children_user + own.children_system
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - of_own
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        return match.group(1)
+    return platform.processor() or "unknown"
+
+
+@functools.cache
+def commit() -> dict[str, Any]:
+    """Return the commit of the source tree and whether it has uncommitted changes; nulls outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)  # noqa: S603, S607
+        return result.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return {"commit": None, "dirty": None}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def hash_of_dataset(dataset: Dataset) -> str:
+    """Return a SHA-256 over the decoded pixels and labels of a data set, in order."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        image = row["image"]
+        digest.update(f"{image.mode}{image.size}{row.get('label')}".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
