@@ -21,7 +21,6 @@ import yaml
 from conftest import ROOT, error_of
 
 from tokenbridge.audit.expected import write_expected
-from tokenbridge.cli import main as cli
 from tokenbridge.configs import scales as recipes
 from tokenbridge.configs.schema import Scale
 from tokenbridge.configs.tiny import TINY
@@ -37,6 +36,7 @@ from tokenbridge.reproduction.trends import trends
 from tokenbridge.results import schema as results
 from tokenbridge.results.schema import Results, Row, read
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer
+from tokenbridge.utils.files import reference_folder
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from conftest import Run
 
-SHIPPED = cli.reference_folder()
+SHIPPED = reference_folder()
 GOLDENS = ("tokenbridge-quantizer-64", "tokenbridge-head-sampling-logits", "kl16-vae")
 MODELS = ("vae", "vq", "classifier", "tokenbridge-64")
 CLAIMS = [

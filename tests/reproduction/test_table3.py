@@ -22,11 +22,11 @@ from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.table3 import Options, judge, published_row, reproduce_table3
 from tokenbridge.results.schema import STAND_IN, Results, Row, read
 from tokenbridge.tokenizers.kl16 import create_kl16
-from tokenbridge.utils.files import sha256_of
+from tokenbridge.utils.files import reference_folder, sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, MissingArtifactsError
 
-SHIPPED = cli.reference_folder()
+SHIPPED = reference_folder()
 NUM_IMAGES = 6
 
 

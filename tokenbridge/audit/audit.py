@@ -27,6 +27,7 @@ from tokenbridge.audit.samples import score_samples
 from tokenbridge.audit.verdicts import VERDICTS, Audit, _effect, _evidence, _judge
 from tokenbridge.results import schema as result_files
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import reference_folder
 from tokenbridge.weights import artifacts
 
@@ -62,9 +63,7 @@ def audit_claims(
     """
     shipped = Path(shipped) if shipped is not None else reference_folder()
     if unknown := set(fail_on) - {WORSE, *VERDICTS}:
-        raise ValueError(
-            f"The gate fails on {WORSE!r} or on verdicts ({', '.join(VERDICTS)}), not on {min(unknown)!r}."
-        )
+        raise UserError(f"The gate fails on {WORSE!r} or on verdicts ({', '.join(VERDICTS)}), not on {min(unknown)!r}.")
     ledger = read_ledger(shipped / "paper")
     expected = read_expected(shipped / "paper" / "expected.json") if WORSE in fail_on else {}
     if row is not None:
@@ -123,7 +122,7 @@ def audit_samples(
     shipped = Path(shipped) if shipped is not None else reference_folder()
     claims = {claim.id: claim for claim in read_ledger(shipped / "paper").claims}
     if claim_id not in claims:
-        raise ValueError(f"There is no claim {claim_id!r}; `tokenbridge audit` lists them.")
+        raise UserError(f"There is no claim {claim_id!r}; `tokenbridge audit` lists them.")
     claim = claims[claim_id]
     measured = score_samples(
         samples,
@@ -149,5 +148,5 @@ def _all_checks() -> Checks:
 
 def _run_check(checks: Checks, name: str) -> float:
     if name not in checks:
-        raise ValueError(f"A claim or discrepancy names the check {name!r}, which there is not.")
+        raise UserError(f"A claim or discrepancy names the check {name!r}, which there is not.")
     return float(checks[name]())

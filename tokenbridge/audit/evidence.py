@@ -19,6 +19,7 @@ from tokenbridge.results import schema as result_files
 from tokenbridge.results.compare import incomparable, verdicts
 from tokenbridge.results.schema import Results, Trend
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, STATISTICS
@@ -99,21 +100,21 @@ def check_hashes(name: str, results: Results, folders: Sequence[Path], folder: P
     if results.scale in SCALES:
         known = {n: {sha256_of(f / n) for f in folders if (f / n).is_file()} for n in p.weights_sha256}
         if not known:
-            raise ValueError(f"{name} does not say what weights it was measured with.")
+            raise UserError(f"{name} does not say what weights it was measured with.")
         if any(f.is_dir() for f in folders) and not any(known.values()):
-            raise ValueError(f"{name} was measured with weights of which none is here: {', '.join(known)}.")
+            raise UserError(f"{name} was measured with weights of which none is here: {', '.join(known)}.")
         where = ", ".join(str(f) for f in folders)
         hint = f"has another SHA-256 in {where}; if results are of other weights, name their folder with --weights"
         named = dict(p.weights_sha256)
         data = SCALES[results.scale].data
         for split in (f"{data}/{part}" for part in ("train", "test")):
             if split not in p.data_sha256:
-                raise ValueError(f"{name} was not measured on the images of its scale: it names no {split}.")
+                raise UserError(f"{name} was not measured on the images of its scale: it names no {split}.")
             named[split] = p.data_sha256[split]
             known[split] = {_hash_of_images(data, split.rpartition("/")[2])} if data == "digits" else set()
     elif results.scale == "paper":
         if p.settings.get("published Inception weights") and INCEPTION not in p.weights_sha256:
-            raise ValueError(f"{name} does not say what Inception weights it was measured with.")
+            raise UserError(f"{name} does not say what Inception weights it was measured with.")
         keys = _artifacts_of(results)
         recorded = {s.artifact.key: s.sha256 for s in artifacts.status(set(keys.values()), folder=folder)}
         hashes = {**p.weights_sha256, **p.data_sha256}
@@ -124,7 +125,7 @@ def check_hashes(name: str, results: Results, folders: Sequence[Path], folder: P
         return []
     for part, sha256 in named.items():
         if known[part] and sha256 not in known[part]:
-            raise ValueError(f"{name} was measured with {part} of SHA-256 {sha256[:16]}…, which {hint}.")
+            raise UserError(f"{name} was measured with {part} of SHA-256 {sha256[:16]}…, which {hint}.")
     compared = sum(bool(known[part]) for part in named)
     absent = [part for part in named if not known[part]]
     notes = [f"{compared} hashes of weights and images compared with the files here"]
@@ -143,14 +144,14 @@ def recomputed_trends(name: str, results: Results) -> list[Trend]:
             found += trends_of(results.rows)
             found += discrepancies.trends(results.rows, SCALES[results.scale].extractor)
         except (KeyError, StopIteration, ZeroDivisionError) as error:
-            raise ValueError(f"{name}: its rows lack metrics that its trends rest on ({error!r}).") from error
+            raise UserError(f"{name}: its rows lack metrics that its trends rest on ({error!r}).") from error
     by_id = {trend.id: trend for trend in found}
     for stored in results.trends:
         again = by_id.get(stored.id)
         if again is None or _numbers(again) != _numbers(stored):
             follows = "nothing" if again is None else " ".join(map(str, _numbers(again)))
             stated = " ".join(map(str, _numbers(stored)))
-            raise ValueError(f"{name}: the trend {stored.id} says {stated}, but from the rows follows {follows}.")
+            raise UserError(f"{name}: the trend {stored.id} says {stated}, but from the rows follows {follows}.")
     return found
 
 
@@ -189,7 +190,7 @@ def choose(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
     for first, second in itertools.combinations(kept, 2):
         if first.overlaps(second) and first.results.scale in ("paper", *SCALES):
             both = ", ".join(sorted(first.measured & second.measured)[:3])
-            raise ValueError(
+            raise UserError(
                 f"{first.name} and {second.name} both measured {both} at scale {first.results.scale}: name the one "
                 "that is meant."
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from tokenbridge.audit.verdicts import RANK, Audit, Finding, Verdict, _Strict
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
 
 EXPECTED_SCHEMA = "tokenbridge-expected/1"
@@ -32,14 +33,14 @@ def read_expected(path: Path | str) -> dict[str, Expected]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict) or value.pop("schema_version", None) != EXPECTED_SCHEMA:
-            raise ValueError(f"its schema_version is not {EXPECTED_SCHEMA}")
+            raise UserError(f"its schema_version is not {EXPECTED_SCHEMA}")
         expected = {id_: Expected.model_validate(entry) for id_, entry in value["verdicts"].items()}
         if bare := [id_ for id_, e in expected.items() if e.verdict == "not reproduced" and not e.reason.strip()]:
-            raise ValueError(f"no reason is given why {bare[0]} is not reproduced")
+            raise UserError(f"no reason is given why {bare[0]} is not reproduced")
     except FileNotFoundError as error:
-        raise ValueError(f"There are no stored verdicts {path}; `tokenbridge audit --accept` writes them.") from error
+        raise UserError(f"There are no stored verdicts {path}; `tokenbridge audit --accept` writes them.") from error
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
-        raise ValueError(f"{path} is no file of expected verdicts: {error}.") from error
+        raise UserError(f"{path} is no file of expected verdicts: {error}.") from error
     return expected
 
 
@@ -53,7 +54,7 @@ def write_expected(path: Path | str, audit: Audit, reason: str) -> None:
     """
     path = Path(path)
     if not reason.strip():
-        raise ValueError("Verdicts are accepted for a reason: give one.")
+        raise UserError("Verdicts are accepted for a reason: give one.")
     old = read_expected(path) if path.is_file() else {}
     entries = {}
     for finding in audit.findings:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokenbridge.results.tolerances import metric
+from tokenbridge.utils.errors import UserError
 
 Scale = Literal["paper", "tiny", "counted"]
 """Where a claim is decided: with published weights on ImageNet; by the tiny models (a trend, never a number of the
@@ -82,7 +83,7 @@ def read_ledger(folder: Path | str) -> Ledger:
     """
     files = sorted(Path(folder).glob("*.yaml"))
     if not files:
-        raise ValueError(f"There are no claims in {folder}: it has no .yaml files.")
+        raise UserError(f"There are no claims in {folder}: it has no .yaml files.")
     claims: list[Claim] = []
     discrepancies: list[Discrepancy] = []
     for file in files:
@@ -90,13 +91,13 @@ def read_ledger(folder: Path | str) -> Ledger:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             read = Ledger.model_validate({"claims": (), "discrepancies": (), **content})
         except (yaml.YAMLError, ValidationError, TypeError) as error:
-            raise ValueError(f"{file} is no file of claims: {error}") from error
+            raise UserError(f"{file} is no file of claims: {error}") from error
         claims += map(_with_tolerance, read.claims)
         discrepancies += read.discrepancies
     for entries in (claims, discrepancies):
         ids = [entry.id for entry in entries]  # type: ignore[attr-defined]
         if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
-            raise ValueError(f"These ids occur twice in {folder}: {', '.join(twice)}.")
+            raise UserError(f"These ids occur twice in {folder}: {', '.join(twice)}.")
     return Ledger(claims=tuple(claims), discrepancies=tuple(discrepancies))
 
 

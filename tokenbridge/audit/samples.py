@@ -12,6 +12,7 @@ from tokenbridge.evaluation import bootstrap
 from tokenbridge.reproduction import table3
 from tokenbridge.results.schema import Provenance, Results, Row
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, REFERENCE_BATCH, STATISTICS
@@ -51,7 +52,7 @@ def score_samples(
     known = [key for key in (STATISTICS, REFERENCE_BATCH) if key in wanted]
     scores = {f"{name}-50K": name for name in table3.SCORES}
     if claim.scale != "paper" or claim.row is None or claim.metric not in scores or not known:
-        raise ValueError(f"{claim.id} is no claim that samples decide: those are about {', '.join(scores)}.")
+        raise UserError(f"{claim.id} is no claim that samples decide: those are about {', '.join(scores)}.")
     there = {s.artifact.key for s in artifacts.status(known, folder=folder, given=given) if s.state != "missing"}
     keys = [key for key in known if key in claim.needs or key in there]
     inception_keys = [INCEPTION] if other_inception is None else []
@@ -59,7 +60,7 @@ def score_samples(
     inception = files[INCEPTION] if other_inception is None else Path(other_inception)
     images = open_images(samples)
     if images.size != (table3.IMAGE_SIZE, table3.IMAGE_SIZE):
-        raise ValueError(
+        raise UserError(
             f"The images in {samples} are of {' x '.join(map(str, images.size))} pixels, those of the claim of "
             f"{table3.IMAGE_SIZE} x {table3.IMAGE_SIZE}: resizing changes scores, so do it knowingly and before."
         )

@@ -14,6 +14,7 @@ from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.trends import trend_rows
 from tokenbridge.results.compare import incomparable
 from tokenbridge.results.schema import Row, Trend
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights.artifacts import Status
 
@@ -139,7 +140,7 @@ def _judge(
         elif claim.metric not in row.metrics:
             reasons.append(f"{source.name} has no {claim.metric} of {row.id}")
         elif claim.value is None:
-            raise ValueError(f"The claim {claim.id} of scale paper has no value.")
+            raise UserError(f"The claim {claim.id} of scale paper has no value.")
         else:
             measured, interval = row.metrics[claim.metric], interval_of(row, claim.metric)
             return Finding(
@@ -164,7 +165,7 @@ def _why_undecided(trend: str, scale: str, sources: Sequence[Source]) -> list[st
     reasons = {row.id: row.not_run for row in rows if row.not_run is not None}
     lacking = [id_ for id_ in trend_rows().get(trend, ()) if id_ not in measured]
     if not lacking:
-        raise ValueError(f"A claim names the trend {trend!r}, which there is not.")
+        raise UserError(f"A claim names the trend {trend!r}, which there is not.")
     return [f"the trend {trend} rests on {id_}: {reasons.get(id_, 'in no result file')}" for id_ in lacking]
 
 
@@ -221,5 +222,5 @@ def _evidence(source: Source) -> Evidence:
 
 def _named(claim: Claim, name: str | None, what: str) -> str:
     if name is None:
-        raise ValueError(f"The claim {claim.id} of scale {claim.scale} names no {what}.")
+        raise UserError(f"The claim {claim.id} of scale {claim.scale} names no {what}.")
     return name

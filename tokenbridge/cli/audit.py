@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app, find_scale
 from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import reference_folder as reference_folder
 
 
@@ -102,9 +103,9 @@ def audit(
     from tokenbridge.results.markdown import cell
 
     if (samples is None) != (claim is None) or (samples is not None and (results or accept)):
-        raise ValueError("--samples and --claim go together, without result files and without --accept.")
+        raise UserError("--samples and --claim go together, without result files and without --accept.")
     if accept is not None and not accept.strip():
-        raise ValueError("Verdicts are accepted for a reason: give one.")
+        raise UserError("Verdicts are accepted for a reason: give one.")
     shipped, failing = reference_folder(), fail_on or ([] if accept is not None else [WORSE])
     if samples is not None:
         assert claim is not None

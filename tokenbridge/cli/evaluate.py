@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tokenbridge.cli.options import Json, app
 from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import reference_folder as reference_folder
 
 
@@ -43,7 +44,7 @@ def reconstruct(
     try:
         chosen_levels = [int(level) for level in levels.split(",")]
     except ValueError as error:
-        raise ValueError(f"Levels are whole numbers separated by commas, not {levels!r}.") from error
+        raise UserError(f"Levels are whole numbers separated by commas, not {levels!r}.") from error
     report = run(
         source,
         tokenizer=tokenizer or str(reference_folder() / "tiny" / "weights" / "vae"),
@@ -174,4 +175,4 @@ def _number(text: str, what: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"{what} is a number, not {text!r}.") from error
+        raise UserError(f"{what} is a number, not {text!r}.") from error

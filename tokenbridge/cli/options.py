@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokenbridge.utils.errors import UserError
+
 if TYPE_CHECKING:
     from tokenbridge.configs.schema import Scale
 
@@ -34,5 +36,5 @@ def find_scale(name: str, data: str | None = None) -> Scale:
     from tokenbridge.configs.scales import SCALES
 
     if name not in SCALES:
-        raise ValueError(f"Unknown scale {name!r}; there are {', '.join(SCALES)}.")
+        raise UserError(f"Unknown scale {name!r}; there are {', '.join(SCALES)}.")
     return SCALES[name] if data is None else replace(SCALES[name], data=data)

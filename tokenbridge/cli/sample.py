@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app
 from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import reference_folder as reference_folder
 
 
@@ -137,7 +138,7 @@ def _labels(
 ) -> tuple[int, ...] | Literal["random"] | None:
     """Return the labels that the options --label and --labels ask for; None for balanced ones."""
     if label is not None and labels is not None:
-        raise ValueError("--label gives one class for all images, --labels one for each: name one of them.")
+        raise UserError("--label gives one class for all images, --labels one for each: name one of them.")
     if label is not None:
         return (label,) * (100 if num_images is None else num_images)
     if labels is None or labels == "balanced":
@@ -147,9 +148,7 @@ def _labels(
     try:
         return tuple(int(number) for number in labels.split(","))
     except ValueError as error:
-        raise ValueError(
-            f"Labels are whole numbers separated by commas, balanced or random, not {labels!r}."
-        ) from error
+        raise UserError(f"Labels are whole numbers separated by commas, balanced or random, not {labels!r}.") from error
 
 
 @app.command()

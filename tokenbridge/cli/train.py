@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokenbridge.cli.options import Data, Json, ScaleName, app, find_scale
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,7 @@ def train(
             options = ["--out", str(out), *(["--data", data] if data else []), *(["--json"] if as_json else [])]
             commands = [["train", scale, recipe.name, *options] for recipe in stage]
             if failed := [code for code in pool.map(_run_self, commands) if code]:
-                raise ValueError(f"{len(failed)} of {len(stage)} trainings failed; their messages are above.")
+                raise UserError(f"{len(failed)} of {len(stage)} trainings failed; their messages are above.")
 
 
 def _run_self(arguments: Sequence[str]) -> int:

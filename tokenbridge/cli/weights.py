@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app
 from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +68,7 @@ def artifacts(
         files.accept(accept, folder=folder)
     if download:
         if not keys:
-            raise ValueError("All files are more than 20: name those to download.")
+            raise UserError("All files are more than 20: name those to download.")
         files.resolve(keys, folder=folder)
     if verify:
         here = [s.artifact.key for s in files.status(keys, folder=folder) if s.state != "missing"]

@@ -9,6 +9,7 @@ from tokenbridge.models.givt.sampling import GivtSamplingConfig
 from tokenbridge.models.llamagen.sampling import LlamaGenSampling
 from tokenbridge.models.mar.sampling import MarSamplingConfig
 from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.utils.errors import UserError
 
 LOG_EVERY = 20  # steps between two points of the loss curve (each is the mean over these steps)
 
@@ -30,10 +31,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.batch_size < 1:
-            raise ValueError("num_steps and batch_size must be at least 1.")
+            raise UserError("num_steps and batch_size must be at least 1.")
         if self.checkpoint_every % LOG_EVERY:
             # Only then is every checkpoint preceded by a look at the loss, and no half-filled mean is lost.
-            raise ValueError(f"checkpoint_every must be a multiple of {LOG_EVERY}, not {self.checkpoint_every}.")
+            raise UserError(f"checkpoint_every must be a multiple of {LOG_EVERY}, not {self.checkpoint_every}.")
 
 
 Kind = Literal["autoencoder", "vq", "classifier", "tokenbridge", "mar", "givt", "llamagen"]
@@ -81,4 +82,4 @@ class Scale:
         for recipe in self.recipes:
             if recipe.name == name:
                 return recipe
-        raise ValueError(f"Unknown recipe {name!r} at scale {self.name}; there are {[r.name for r in self.recipes]}.")
+        raise UserError(f"Unknown recipe {name!r} at scale {self.name}; there are {[r.name for r in self.recipes]}.")

@@ -19,6 +19,7 @@ from tokenbridge.models.givt.model import GIVT
 from tokenbridge.models.givt.sampling import Draw, GivtSamplingConfig, draw_guided, draw_token, generate_draws
 from tokenbridge.tokenizers.givt_vae import GivtVAE
 from tokenbridge.tokenizers.givt_vae_checkpoint import givt_vae_layout
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.flax_files import scan, unroll
 from tokenbridge.weights.official import load_official
 from tokenbridge.weights.rule import draw_rule
@@ -129,14 +130,14 @@ def complete(
         ValueError: an unknown preset or argument, or a value for which nothing is built here.
     """
     if unknown := sorted(set(given) - set(defaults) - idle - {"preset"}):
-        raise ValueError(f"Unknown configuration keys: {', '.join(unknown)}.")
+        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
     if (preset := given.get("preset")) is not None and preset not in presets:
-        raise ValueError(f"Unknown preset {preset!r}; there are {', '.join(presets)}.")
+        raise UserError(f"Unknown preset {preset!r}; there are {', '.join(presets)}.")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     config = {**defaults, **presets.get(str(preset), {}), **{k: v for k, v in values.items() if k in defaults}}
     for key, (value, reason) in fixed.items():
         if config[key] != value:
-            raise ValueError(f"{key} {config[key]!r} cannot be run: {reason}.")
+            raise UserError(f"{key} {config[key]!r} cannot be run: {reason}.")
     return config
 
 
@@ -148,9 +149,9 @@ def make_givt(given: Mapping[str, Any]) -> GIVT:
     """
     config = complete(given, GIVT_DEFAULTS, GIVT_PRESETS, FIXED, GIVT_IDLE)
     if config["num_labels"] is None:
-        raise ValueError("num_labels None cannot be run: a model without labels is not built here.")
+        raise UserError("num_labels None cannot be run: a model without labels is not built here.")
     if config["drop_labels_probability"] >= 0.999:
-        raise ValueError("drop_labels_probability 0.999 or more cannot be run: such a model never uses its labels.")
+        raise UserError("drop_labels_probability 0.999 or more cannot be run: such a model never uses its labels.")
     with torch.device("meta"):
         return GIVT(
             num_positions=config["seq_len"],
@@ -204,7 +205,7 @@ def _givt(golden: Golden) -> GIVT:
 def _check_count(module: torch.nn.Module, golden: Golden) -> None:
     count, expected = sum(p.numel() for p in module.parameters()), golden.meta["arguments"].get("num_params")
     if expected not in (None, count):
-        raise ValueError(f"The model has {count:,} parameters; the case says {expected:,}.")
+        raise UserError(f"The model has {count:,} parameters; the case says {expected:,}.")
 
 
 def _sampling(golden: Golden) -> GivtSamplingConfig:
@@ -244,7 +245,7 @@ class StoredNoise:
         assert self.simple_noise is not None
         assert self.uniform is not None
         if self.tried + num > len(self.simple_noise):
-            raise ValueError(f"The case asks for more proposals than the {len(self.simple_noise)} it has noise for.")
+            raise UserError(f"The case asks for more proposals than the {len(self.simple_noise)} it has noise for.")
         which = slice(self.tried, self.tried + num)
         self.tried += num
         return self.simple_noise[which, rows], self.uniform[which, rows]
@@ -282,7 +283,7 @@ def _run_sample_step(golden: Golden) -> Computed:
     model, config = _givt(golden), _sampling(golden)
     prefix, labels = golden.tensor("prefix"), golden.tensor("labels")
     if prefix.shape[1] != golden.meta["arguments"].get("prefix_len", prefix.shape[1]):
-        raise ValueError(f"in.prefix has {prefix.shape[1]} positions, not prefix_len.")
+        raise UserError(f"in.prefix has {prefix.shape[1]} positions, not prefix_len.")
     rows = torch.cat([labels, model.without_class(labels)])
     cache, x = model.empty_cache(len(rows)), model.class_emb(rows)
     for position in range(prefix.shape[1]):
@@ -335,7 +336,7 @@ def _run_density(golden: Golden) -> Computed:
     """The rejection sampler alone, on given mixtures."""
     config = golden.meta["config"]
     if unknown := sorted(set(config) - {"cfg_inference_weight", "max_samples"}):
-        raise ValueError(f"Unknown configuration keys: {', '.join(unknown)}.")
+        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
     log_weights = golden.tensor("mixture_logits").log_softmax(-1)
     mixtures = [Mixture(log_weights, golden.tensor(f"locs_{side}"), golden.tensor(f"scales_{side}")) for side in "cu"]
     batch, length = log_weights.shape[:2]

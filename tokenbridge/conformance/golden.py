@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.official import Layout, load_official
 from tokenbridge.weights.rule import rule_state
 
@@ -91,18 +92,18 @@ def read_golden(path: Path | str) -> Golden:
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib and numpy have many ways to say that bytes are damaged
-        raise ValueError(f"The file is damaged or no .npz file ({type(error).__name__}: {error}).") from error
+        raise UserError(f"The file is damaged or no .npz file ({type(error).__name__}: {error}).") from error
     if "meta" not in arrays:
-        raise ValueError("The file has no 'meta'.")
+        raise UserError("The file has no 'meta'.")
     meta = json.loads(str(arrays.pop("meta")))
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         version = meta.get("format") if isinstance(meta, dict) else None
-        raise ValueError(f"Format version {version!r} is unknown; this runner reads version {FORMAT}.")
+        raise UserError(f"Format version {version!r} is unknown; this runner reads version {FORMAT}.")
     needed = ("system", "entry", "config", "arguments", "weights", "tolerance")
     if absent := [key for key in needed if key not in meta]:
-        raise ValueError(f"'meta' lacks {', '.join(absent)}.")
+        raise UserError(f"'meta' lacks {', '.join(absent)}.")
     if strange := [name for name in arrays if not name.startswith(("in.", "out."))]:
-        raise ValueError(f"Unknown array {strange[0]!r}.")
+        raise UserError(f"Unknown array {strange[0]!r}.")
     inputs = {name[3:]: value for name, value in arrays.items() if name.startswith("in.")}
     outputs = {name[4:]: value for name, value in arrays.items() if name.startswith("out.")}
     return Golden(meta, inputs, outputs)

@@ -28,6 +28,7 @@ from tokenbridge.conformance import llamagen as golden_llamagen
 from tokenbridge.conformance import mar as golden_mar
 from tokenbridge.conformance import tokenbridge as golden_tokenbridge
 from tokenbridge.conformance.golden import Computed, Entries, Entry, Golden, read_golden
+from tokenbridge.utils.errors import UserError
 
 TIE = 1e-6  # latents this near to a midpoint may round to either level: float32 error of the map to normalised units
 
@@ -133,9 +134,9 @@ def _entry_of(golden: Golden) -> Entry:
     """Return what runs the case, after checking that the case is whole and says nothing unknown."""
     system, name = golden.meta["system"], golden.meta["entry"]
     if system not in ENTRIES:
-        raise ValueError(f"System {system!r} is unknown here; there are {', '.join(ENTRIES)}.")
+        raise UserError(f"System {system!r} is unknown here; there are {', '.join(ENTRIES)}.")
     if name not in ENTRIES[system]:
-        raise ValueError(f"Entry {name!r} of {system} is unknown; there are {', '.join(ENTRIES[system])}.")
+        raise UserError(f"Entry {name!r} of {system} is unknown; there are {', '.join(ENTRIES[system])}.")
     entry = ENTRIES[system][name]
     if not isinstance(entry, Entry):
         entry = entry(golden)
@@ -144,19 +145,19 @@ def _entry_of(golden: Golden) -> Entry:
             continue
         there = {array: next((n for n in expected if fnmatch(array, n)), array) for array in arrays}
         if absent := sorted(expected - set(there.values())):
-            raise ValueError(f"Arrays are missing: {', '.join(f'{kind}.{array}' for array in absent)}.")
+            raise UserError(f"Arrays are missing: {', '.join(f'{kind}.{array}' for array in absent)}.")
         if unknown := sorted(array for array, name in there.items() if name not in expected | entry.optional):
-            raise ValueError(f"Unknown arrays: {', '.join(f'{kind}.{array}' for array in unknown)}.")
+            raise UserError(f"Unknown arrays: {', '.join(f'{kind}.{array}' for array in unknown)}.")
     if unknown := sorted(set(golden.meta["arguments"]) - entry.arguments):
-        raise ValueError(f"Unknown arguments: {', '.join(unknown)}.")
+        raise UserError(f"Unknown arguments: {', '.join(unknown)}.")
     tolerance = golden.meta["tolerance"]
     if unknown := sorted(set(tolerance) - {"atol", "rtol"} - set(golden.outputs)):
-        raise ValueError(f"The tolerance speaks of unknown outputs: {', '.join(unknown)}.")
+        raise UserError(f"The tolerance speaks of unknown outputs: {', '.join(unknown)}.")
     numbers = [tolerance.get(key) for key in ("atol", "rtol")]
     if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
-        raise ValueError(f"The tolerance {tolerance} lacks atol or rtol.")
+        raise UserError(f"The tolerance {tolerance} lacks atol or rtol.")
     if empty := [name for name, array in golden.outputs.items() if array.size == 0]:
-        raise ValueError(f"There is nothing to compare in out.{empty[0]}.")
+        raise UserError(f"There is nothing to compare in out.{empty[0]}.")
     return entry
 
 

@@ -21,6 +21,7 @@ from tokenbridge.models.llamagen.presets import SIZES
 from tokenbridge.models.llamagen.sampling import filter_logits
 from tokenbridge.tokenizers import llamagen_vq
 from tokenbridge.tokenizers.llamagen_vq import LlamaGenVQ, vq_layout
+from tokenbridge.utils.errors import UserError
 
 # Defaults of the official ModelArgs (gpt.py).
 GPT_DEFAULTS: dict[str, Any] = {
@@ -86,12 +87,12 @@ def _completed(
         ValueError: an unknown preset or argument.
     """
     if unknown := sorted(set(given) - set(defaults) - unused - {"preset"}):
-        raise ValueError(f"Unknown configuration keys: {', '.join(unknown)}.")
+        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
     config = dict(defaults)
     if "preset" in given:
         name = str(given["preset"]).replace("_", "-")  # the function GPT_B builds what the table calls GPT-B
         if name not in presets:
-            raise ValueError(f"Unknown preset {given['preset']!r}; there are {', '.join(presets)}.")
+            raise UserError(f"Unknown preset {given['preset']!r}; there are {', '.join(presets)}.")
         config |= presets[name]
     return config | {key: value for key, value in given.items() if key in defaults}
 
@@ -110,10 +111,10 @@ def make_gpt(config: Mapping[str, Any]) -> LlamaGen:
         ValueError: a model of captions, or a number of positions that is no square.
     """
     if config["model_type"] != "c2i":
-        raise ValueError(f"The model type {config['model_type']!r} is not built here: class-conditional ('c2i') only.")
+        raise UserError(f"The model type {config['model_type']!r} is not built here: class-conditional ('c2i') only.")
     side = math.isqrt(config["block_size"])
     if side**2 != config["block_size"]:
-        raise ValueError(f"block_size {config['block_size']} is no square number of positions.")
+        raise UserError(f"block_size {config['block_size']} is no square number of positions.")
     with torch.device("meta"):
         return LlamaGen(
             latent_size=side,
@@ -141,7 +142,7 @@ def gpt_with_rule_weights(golden: Golden) -> tuple[LlamaGen, bool]:
 def _run_logits(golden: Golden) -> Computed:
     model, has_null = gpt_with_rule_weights(golden)
     if not has_null:
-        raise ValueError("With class_dropout_prob 0 there is no embedding for 'no class', and no logits_null.")
+        raise UserError("With class_dropout_prob 0 there is no embedding for 'no class', and no logits_null.")
     tokens, labels = golden.tensor("tokens"), golden.tensor("labels")
     logits = model(tokens, labels)
     loss = F.cross_entropy(logits.flatten(0, 1), golden.tensor("targets").flatten())
@@ -155,11 +156,11 @@ def _run_greedy(golden: Golden) -> Computed:
     arguments = {"batch": len(labels), "max_new_tokens": model.num_positions}
     arguments |= GENERATE_DEFAULTS | golden.meta["arguments"]
     if arguments["batch"] != len(labels):
-        raise ValueError(f"The arguments say {arguments['batch']} images; in.labels has {len(labels)}.")
+        raise UserError(f"The arguments say {arguments['batch']} images; in.labels has {len(labels)}.")
     if arguments["sample_logits"] and arguments["top_k"] != 1:
-        raise ValueError("sample_logits draws from a random stream that the file lacks, unless top_k is 1.")
+        raise UserError("sample_logits draws from a random stream that the file lacks, unless top_k is 1.")
     if arguments["cfg_scale"] > 1 and not has_null:
-        raise ValueError("With class_dropout_prob 0 there is no embedding for 'no class', and no guidance.")
+        raise UserError("With class_dropout_prob 0 there is no embedding for 'no class', and no guidance.")
     seen = []
 
     def pick(logits: Tensor, place: int) -> Tensor:
@@ -181,19 +182,19 @@ def _run_filter(golden: Golden) -> Computed:
     """Filter as each output's name says: `filtered_k5_p0.9` of in.logits, `tied_filtered_k3` of in.tied_logits."""
     named = {f"filtered_k{top_k}_p{top_p}" for top_k, top_p in golden.meta["arguments"].get("combos", [])}
     if absent := sorted(named - set(golden.outputs)):
-        raise ValueError(f"Arrays are missing: {', '.join(f'out.{name}' for name in absent)}.")
+        raise UserError(f"Arrays are missing: {', '.join(f'out.{name}' for name in absent)}.")
     outputs, used = {}, set()
     for name in golden.outputs:
         match = re.fullmatch(r"(tied_)?filtered_k(\d+)(?:_p([\d.e-]+))?", name)
         source = f"{match[1] or ''}logits" if match else ""
         if match is None or (name not in named and not match[1]):
-            raise ValueError(f"Unknown arrays: out.{name}.")
+            raise UserError(f"Unknown arrays: out.{name}.")
         if source not in golden.inputs:
-            raise ValueError(f"Arrays are missing: in.{source}.")
+            raise UserError(f"Arrays are missing: in.{source}.")
         outputs[name] = filter_logits(golden.tensor(source), top_k=int(match[2]), top_p=float(match[3] or 1))
         used.add(source)
     if unknown := sorted(set(golden.inputs) - used):
-        raise ValueError(f"Unknown arrays: in.{unknown[0]}.")
+        raise UserError(f"Unknown arrays: in.{unknown[0]}.")
     return Computed(outputs)
 
 

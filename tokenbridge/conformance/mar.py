@@ -30,6 +30,7 @@ from tokenbridge.models.mar.diffusion import NUM_TIMESTEPS, Diffusion
 from tokenbridge.models.mar.model import MAR, DiffusionHead, guide, sinusoid
 from tokenbridge.models.mar.presets import PRESETS
 from tokenbridge.models.mar.sampling import LatentNoise, MarSamplingConfig, generation
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.published import find_preset
 
 # Defaults of the official constructor (models/mar.py, class MAR).
@@ -112,7 +113,7 @@ def _run_training_loss(golden: Golden) -> Computed:
     config = mar_config(golden.meta["config"])
     check_shapes(golden, config)
     if config["attn_dropout"] or config["proj_dropout"]:
-        raise ValueError("Dropout draws from a random stream that the file lacks.")
+        raise UserError("Dropout draws from a random stream that the file lacks.")
     model = with_rule_weights(make_mar(config), mar_layout, golden)
     orders = golden.tensor("orders")
     batch, length = orders.shape
@@ -137,7 +138,7 @@ def _run_sample(golden: Golden) -> Computed:
     model = with_rule_weights(make_mar(config), mar_layout, golden)
     orders = golden.tensor("orders")
     if not torch.equal(orders.sort(dim=1).values, torch.arange(model.num_positions).expand_as(orders)):
-        raise ValueError(f"in.orders are no permutations of {model.num_positions} positions.")
+        raise UserError(f"in.orders are no permutations of {model.num_positions} positions.")
     draws = iter(range(arguments["num_iter"]))
 
     def draw(num_drawn: int, num_steps: int) -> Tensor:
@@ -145,7 +146,7 @@ def _run_sample(golden: Golden) -> Computed:
         number = next(draws)
         initial, steps = golden.tensor(f"init_noise_{number}"), golden.tensor(f"step_noise_{number}")
         if len(steps) != num_steps or len(initial) != len(orders) * num_drawn:
-            raise ValueError(
+            raise UserError(
                 f"in.step_noise_{number} has {len(steps)} steps of {len(initial)} positions; the configuration asks "
                 f"for {num_steps} of {len(orders) * num_drawn}."
             )

@@ -24,6 +24,7 @@ from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer, gaussian_bin_edges, gaussian_codebook
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.official import flat_layout
 from tokenbridge.weights.published import Preset, find_preset
 
@@ -100,7 +101,7 @@ def completed(
         ValueError: an argument that is neither known nor ignored.
     """
     if unknown := sorted(set(given) - set(defaults) - ignored - {"preset"}):
-        raise ValueError(f"Unknown configuration keys: {', '.join(unknown)}.")
+        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
     return {**defaults, **sizes, **{key: value for key, value in given.items() if key in defaults}}
 
 
@@ -111,7 +112,7 @@ def backbone_sizes(preset: Preset) -> dict[str, Any]:
         ValueError: a preset of ours that the official code lacks.
     """
     if preset.official_name is None:
-        raise ValueError(f"{preset.name!r} is no preset of the official code.")
+        raise UserError(f"{preset.name!r} is no preset of the official code.")
     model = preset.model
     sides = {
         f"{side}_{theirs}": model[ours]
@@ -175,7 +176,7 @@ def make_model(config: Mapping[str, Any]) -> TokenBridge:
     """
     num_channels = len(OFFICIAL_CHANNEL_ORDER)
     if config["vae_embed_dim"] != num_channels or config["patch_size"] != 1:
-        raise ValueError(
+        raise UserError(
             f"The official channel order is a constant for {num_channels} channels and patch size 1; with "
             f"{config['vae_embed_dim']} channels and patch size {config['patch_size']} the official code has no "
             "logits or samples either (features and the head alone can be run)."
@@ -269,11 +270,11 @@ def _run_head(golden: Golden) -> Computed:
 def _run_sample(golden: Golden) -> Computed:
     arguments = SAMPLE_DEFAULTS | golden.meta["arguments"]
     if arguments["temperature"] != 0:
-        raise ValueError(f"Temperature {arguments['temperature']} draws from a random stream that the file lacks.")
+        raise UserError(f"Temperature {arguments['temperature']} draws from a random stream that the file lacks.")
     model = with_rule_weights(make_model(tokenbridge_config(golden.meta["config"])), tokenbridge_layout, golden)
     orders = golden.tensor("orders")
     if not torch.equal(orders.sort(dim=1).values, torch.arange(model.num_positions).expand_as(orders)):
-        raise ValueError(f"in.orders are no permutations of {model.num_positions} positions.")
+        raise UserError(f"in.orders are no permutations of {model.num_positions} positions.")
     config = SamplingConfig(
         num_iterations=arguments["num_iter"],
         guidance_scale=arguments["cfg"],
@@ -296,7 +297,7 @@ def check_shapes(golden: Golden, config: Mapping[str, Any]) -> None:
     sizes = {"latents": latents, "mask": length, "orders": length}
     for name, size in sizes.items():
         if name in golden.inputs and (shape := golden.inputs[name].shape)[1:] != size:
-            raise ValueError(f"in.{name} has the shape {list(shape)}; the configuration asks for [B, *{list(size)}].")
+            raise UserError(f"in.{name} has the shape {list(shape)}; the configuration asks for [B, *{list(size)}].")
 
 
 def _patches(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
@@ -313,7 +314,7 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     hidden = mask != 0
     counts = hidden.sum(dim=1)
     if (counts != counts[0]).any():
-        raise ValueError(f"The rows of the mask hide different numbers of positions: {counts.tolist()}.")
+        raise UserError(f"The rows of the mask hide different numbers of positions: {counts.tolist()}.")
     order = hidden.to(torch.int8).argsort(dim=1, stable=True)
     num_visible = mask.shape[1] - int(counts[0])
     return order[:, :num_visible], order[:, num_visible:]
@@ -334,7 +335,7 @@ KL16_KEYS = frozenset({"embed_dim", "ch", "ch_mult", "num_res_blocks", "attn_res
 def _run_kl16(golden: Golden) -> Computed:
     given = golden.meta["config"]
     if unknown := sorted(set(given) - KL16_KEYS):
-        raise ValueError(f"Unknown configuration keys: {', '.join(unknown)}.")
+        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
     sizes: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     vae = with_rule_weights(create_kl16(**sizes), kl16_layout, golden)
     posterior = vae.encode(golden.tensor("image")).latent_dist

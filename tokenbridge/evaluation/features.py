@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tokenbridge.data.image_sets import CroppedImages, ImageArray, ImageFiles
 from tokenbridge.evaluation import inception
 from tokenbridge.evaluation.inception import InceptionWeights
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION
 
@@ -71,12 +72,12 @@ def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> I
     path = Path(path)
     sha256 = _hash_of_weights(path, CLEANFID_FILE, CLEANFID_SHA256, allow_other)
     if path.name != CLEANFID_FILE:
-        raise ValueError(f"clean-fid asks for a file called {CLEANFID_FILE}, not {path.name}.")
+        raise UserError(f"clean-fid asks for a file called {CLEANFID_FILE}, not {path.name}.")
     try:
         network: Any = InceptionV3W(str(path.parent), download=False)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"{path} does not hold clean-fid's Inception: {reason}") from error
+        raise UserError(f"{path} does not hold clean-fid's Inception: {reason}") from error
     network.to(_device())
 
     def extract(images: Tensor) -> tuple[Tensor, ...]:
@@ -101,12 +102,12 @@ def inception_features(
         try:
             stored = load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"The cached features {file} are damaged: {error}. Delete the file.") from error
+            raise UserError(f"The cached features {file} are damaged: {error}. Delete the file.") from error
         return stored["features"], stored["logits"]
     batches = [outputs for _, outputs in _forward(images, inception.network, batch_size, "features")]
     features, logits = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if not (features.isfinite().all() and logits.isfinite().all()):
-        raise ValueError(f"Inception's features of {images.name} are not finite: the weights are damaged.")
+        raise UserError(f"Inception's features of {images.name} are not finite: the weights are damaged.")
     with replacing(file) as temporary:
         save_file({"features": features, "logits": logits}, temporary)
     return features, logits
@@ -140,10 +141,10 @@ def _forward(
 def _hash_of_weights(path: Path | str, name: str, sha256: str, allow_other: bool) -> str:
     """Return the SHA-256 of a file of weights; refuse another than the published one unless that is allowed."""
     if not Path(path).is_file():
-        raise ValueError(f"There is no file of Inception weights {path}.")
+        raise UserError(f"There is no file of Inception weights {path}.")
     found = sha256_of(path)
     if found != sha256 and not allow_other:
-        raise ValueError(
+        raise UserError(
             f"{path} is not the published {name}: its SHA-256 is {found}, not {sha256}. Scores by other weights are "
             f"no FID; they can be asked for (--allow-other-inception) and are labelled FID-{OTHER}."
         )

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of
 from tokenbridge.weights.artifacts import INCEPTION, fingerprint, resolve
 
@@ -55,12 +56,12 @@ def find_inception(
         found = resolve([INCEPTION], folder=folder, given={INCEPTION: path}, download=download)[INCEPTION]
         return InceptionWeights(found, fingerprint(found, folder=folder), published=True)
     if path is not None:
-        raise ValueError(f"Scores need one file of Inception's weights, not both {path} and {other}.")
+        raise UserError(f"Scores need one file of Inception's weights, not both {path} and {other}.")
     try:
         # torch-fidelity unpickles whatever is in the file; what loads here holds nothing but tensors.
         torch.load(other, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle have many ways to say that bytes are damaged
-        raise ValueError(f"{other} holds no weights of Inception ({type(error).__name__}).") from error
+        raise UserError(f"{other} holds no weights of Inception ({type(error).__name__}).") from error
     return InceptionWeights(Path(other), sha256_of(other), published=False)
 
 
@@ -82,7 +83,7 @@ def load_inception(weights: InceptionWeights) -> nn.Module:
         )
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"{weights.path} does not hold the weights of torch-fidelity's Inception: {reason}") from error
+        raise UserError(f"{weights.path} does not hold the weights of torch-fidelity's Inception: {reason}") from error
 
 
 def write_random_inception(path: Path | str, seed: int = 0) -> None:

@@ -32,6 +32,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from tokenbridge.data.images import pixels_to_images
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,7 @@ class Scores:
 
     def __post_init__(self) -> None:
         if not self.extractor.strip():
-            raise ValueError("Scores need the name of their feature extractor.")
+            raise UserError("Scores need the name of their feature extractor.")
 
     def labelled(self) -> dict[str, float]:
         """Return the scores under the names they are reported by: `FID-digits`, `IS-digits`, ..."""
@@ -115,7 +116,7 @@ def score(
     _check_images("The samples", samples, minimum=2)
     _check_images("The reference images", reference, minimum=2)
     if samples.shape[1:] != reference.shape[1:]:
-        raise ValueError(f"Samples are {list(samples.shape[1:])} and reference images {list(reference.shape[1:])}.")
+        raise UserError(f"Samples are {list(samples.shape[1:])} and reference images {list(reference.shape[1:])}.")
     sample_features, logits = extract_features(samples, classifier, batch_size)
     reference_features, _ = extract_features(reference, classifier, batch_size)
     fid_cleanfid = frechet_distance(sample_features, reference_features)  # first: refuses NaN clearly
@@ -201,11 +202,11 @@ def extract_features(images: Tensor, classifier: Classifier, batch_size: int = 2
     """
     _check_images("The images", images, minimum=1)
     if batch_size < 1:
-        raise ValueError(f"The batch size is at least 1, not {batch_size}.")
+        raise UserError(f"The batch size is at least 1, not {batch_size}.")
     size = classifier.config.image_size
     expected = [classifier.config.in_channels, size, size]
     if list(images.shape[1:]) != expected:
-        raise ValueError(f"The classifier takes images of {expected}, not {list(images.shape[1:])}.")
+        raise UserError(f"The classifier takes images of {expected}, not {list(images.shape[1:])}.")
     was_training = classifier.training
     classifier.eval()
     try:
@@ -232,9 +233,9 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """
     a, b = (features.detach().double().cpu().numpy() for features in (features_a, features_b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(*a.shape, *b.shape) < 2:
-        raise ValueError(f"Features are [N, F] and [M, F], all at least 2, not {a.shape} and {b.shape}.")
+        raise UserError(f"Features are [N, F] and [M, F], all at least 2, not {a.shape} and {b.shape}.")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("Features must be finite.")
+        raise UserError("Features must be finite.")
     if not _sqrtm_has_disp():
         return frechet_distance_by_singular_values(a, b)
     return cleanfid_distance(statistics_of(features_a), statistics_of(features_b))
@@ -298,7 +299,7 @@ def class_accuracy(samples: Tensor, labels: Tensor, classifier: Classifier, *, b
         ValueError: images that `extract_features` refuses, or not one label per image.
     """
     if list(labels.shape) != [len(samples)]:
-        raise ValueError(f"{len(samples)} samples need as many labels, not {list(labels.shape)}.")
+        raise UserError(f"{len(samples)} samples need as many labels, not {list(labels.shape)}.")
     _, logits = extract_features(samples, classifier, batch_size)
     return (logits.argmax(dim=1) == labels.cpu()).double().mean().item()
 
@@ -337,7 +338,7 @@ def _per_image(metric: Callable[[np.ndarray, np.ndarray], float], first: Tensor,
     _check_images("The images", first, minimum=1)
     _check_images("The reconstructions", second, minimum=1)
     if first.shape != second.shape:
-        raise ValueError(f"Images are {list(first.shape)} and reconstructions {list(second.shape)}.")
+        raise UserError(f"Images are {list(first.shape)} and reconstructions {list(second.shape)}.")
     pairs = zip(first.cpu().numpy(), second.cpu().numpy(), strict=True)
     return torch.tensor([metric(a, b) for a, b in pairs], dtype=torch.float64)
 
@@ -345,9 +346,9 @@ def _per_image(metric: Callable[[np.ndarray, np.ndarray], float], first: Tensor,
 def _check_images(what: str, images: Tensor, minimum: int) -> None:
     """Refuse anything but `minimum` or more uint8 images [N, C, H, W]."""
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"{what} must be uint8 [N, C, H, W], not {images.dtype} {list(images.shape)}.")
+        raise UserError(f"{what} must be uint8 [N, C, H, W], not {images.dtype} {list(images.shape)}.")
     if len(images) < minimum:
-        raise ValueError(f"{what} must be at least {minimum}, not {len(images)}.")
+        raise UserError(f"{what} must be at least {minimum}, not {len(images)}.")
 
 
 class ImageDataset(Dataset[Tensor]):

@@ -38,6 +38,7 @@ from tokenbridge.tokenizers.quantizer import (
     uniform_quantizer,
 )
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json, write_text
 from tokenbridge.weights.artifacts import MissingArtifactsError
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
@@ -107,7 +108,7 @@ def reconstruct(
             or images whose size is no multiple of the autoencoder's down-sampling factor.
     """
     if quantizer not in QUANTIZERS:
-        raise ValueError(f"Unknown quantiser {quantizer!r}; there are {', '.join(QUANTIZERS)}.")
+        raise UserError(f"Unknown quantiser {quantizer!r}; there are {', '.join(QUANTIZERS)}.")
     weights, notes = _find_inception_weights(inception_weights)  # first: a bad file must not cost hours
     model = load_tokenizer_model(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     pixels = _load_pixels(source, split, image_size, limit, seed, channels=getattr(model.config, "in_channels", 3))
@@ -173,15 +174,15 @@ def load_tokenizer_model(name: str) -> Any:
     root = Path(name) if Path(name).is_dir() else _download(name)
     folder = next((f for f in (root, *(root / p for p in PIPELINE_PARTS)) if (f / "config.json").is_file()), None)
     if folder is None:
-        raise ValueError(f"There is no config.json in {name!r}, nor in {', '.join(PIPELINE_PARTS)} under it.")
+        raise UserError(f"There is no config.json in {name!r}, nor in {', '.join(PIPELINE_PARTS)} under it.")
     class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     model_class: Any = getattr(diffusers, str(class_name), None)
     if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
-        raise ValueError(f"{name!r} holds a {class_name}, not an autoencoder of diffusers.")
+        raise UserError(f"{name!r} holds a {class_name}, not an autoencoder of diffusers.")
     try:
         return load_model(model_class, folder)
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def reconstruct_with(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> tuple[Tensor, float | None]:
@@ -273,7 +274,7 @@ def _download(name: str) -> Path:
         parts = [f"{part}/{file}" for part in PIPELINE_PARTS for file in files]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*files, *parts]))
     except Exception as error:  # as for data sets, a dozen unrelated types
-        raise ValueError(
+        raise UserError(
             f"There is no tokenizer {name!r}: no such folder here, and not to be had from the hub "
             f"({type(error).__name__}). Download its config.json and {WEIGHTS_FILE} elsewhere into a folder and name "
             "that, or make the hub reachable."
@@ -295,11 +296,11 @@ def _load_pixels(
 ) -> Tensor:
     """Load images as uint8 [N, C, H, W]; draw `limit` of them, since the first ones may be all of one class."""
     if channels not in (1, 3):
-        raise ValueError(f"The tokenizer takes images of {channels} channels; only 1 and 3 can be loaded.")
+        raise UserError(f"The tokenizer takes images of {channels} channels; only 1 and 3 can be loaded.")
     dataset = load_images(source, split)
     if limit is not None:
         if limit < 1:
-            raise ValueError(f"The limit is at least 1 image, not {limit}.")
+            raise UserError(f"The limit is at least 1 image, not {limit}.")
         drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
         dataset = dataset.select(drawn.sort().values.tolist())
     return pixels_of(dataset, size=image_size, channels=channels)
@@ -312,7 +313,7 @@ def _check_size(model: Any, pixels: Tensor) -> None:
     height, width = pixels.shape[2:]
     if height % factor or width % factor:
         fitting = max(factor, min(height, width) // factor * factor)
-        raise ValueError(
+        raise UserError(
             f"The images are {height} x {width} pixels, but this {type(model).__name__} takes multiples of {factor}: "
             f"crop them with an image size of, for example, {fitting}."
         )
@@ -334,7 +335,7 @@ def _set_scale(model: Any, scale: str | float, pixels: Tensor, batch_size: int) 
         factor, shift = 1 / raw.std(correction=0).item(), raw.mean().item()
     elif scale != "config":
         if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"The scale is 'config', 'measure' or a positive number, not {scale!r}.")
+            raise UserError(f"The scale is 'config', 'measure' or a positive number, not {scale!r}.")
         factor = float(scale)
     model.register_to_config(scaling_factor=factor, shift_factor=shift)
 

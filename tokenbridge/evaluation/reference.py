@@ -26,6 +26,7 @@ from tokenbridge.evaluation.features import (
 )
 from tokenbridge.evaluation.metrics import Statistics
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of
 
 
@@ -54,7 +55,7 @@ def load_reference(
     stored, meta, names = _read_statistics(path) if path.is_file() else (None, {}, ["arr_0"])
     made_with = meta.get("inception_sha256", inception.sha256)
     if made_with != inception.sha256:
-        raise ValueError(
+        raise UserError(
             f"The statistics in {path} were made with Inception weights of SHA-256 {made_with[:16]}…, "
             f"but these weights have {inception.sha256[:16]}…: features of two networks cannot be compared."
         )
@@ -62,7 +63,7 @@ def load_reference(
     features = None
     if images is not None:
         if len(images) < 2:
-            raise ValueError(f"{path} holds 1 image; a reference has at least 2.")
+            raise UserError(f"{path} holds 1 image; a reference has at least 2.")
         features, _ = inception_features(images, inception, batch_size=batch_size, cache=cache)
     if stored is not None:
         sha256 = sha256_of(path) if images is None else images.sha256
@@ -108,13 +109,13 @@ def make_reference(
     """
     out = Path(out)
     if out.suffix != ".npz":
-        raise ValueError(f"Statistics are written as .npz, not as {out.name}.")
+        raise UserError(f"Statistics are written as .npz, not as {out.name}.")
     if image_size < 1 or batch_size < 1:
-        raise ValueError("Image size and batch size are at least 1.")
+        raise UserError("Image size and batch size are at least 1.")
     extract = load_inception(inception, allow_other=allow_other_inception)
     images = CroppedImages(load_images(source, split), image_size)
     if len(images) < 2 or not 0 <= keep_images <= len(images):
-        raise ValueError(f"{source} has {len(images)} images: at least 2 are needed, and {keep_images} are to be kept.")
+        raise UserError(f"{source} has {len(images)} images: at least 2 are needed, and {keep_images} are to be kept.")
     kept = np.random.default_rng(seed).choice(len(images), keep_images, replace=False)
     place = {index: i for i, index in enumerate(sorted(kept.tolist()))}
     array = np.empty((keep_images, image_size, image_size, 3), np.uint8)
@@ -164,20 +165,20 @@ def _read_statistics(path: Path) -> tuple[Statistics | None, dict[str, Any], lis
             names = list(archive.files)
             values = {key: archive[key] for key in ("mu", "sigma", "meta") if key in names}
     except (*DAMAGED, TypeError, pickle.UnpicklingError) as error:  # TypeError: a plain .npy is no context
-        raise ValueError(f"{path} is no .npz file of statistics, or cut off: {error}.") from error
+        raise UserError(f"{path} is no .npz file of statistics, or cut off: {error}.") from error
     if not {"mu", "sigma"} <= values.keys():
         if "arr_0" in names:
             return None, {}, names
-        raise ValueError(f"{path} has neither statistics (mu and sigma) nor images (arr_0), only {names}.")
+        raise UserError(f"{path} has neither statistics (mu and sigma) nor images (arr_0), only {names}.")
     mean, covariance = values["mu"], values["sigma"]
     if mean.shape != (NUM_FEATURES,) or covariance.shape != (NUM_FEATURES, NUM_FEATURES):
-        raise ValueError(
+        raise UserError(
             f"The statistics in {path} are of another feature size: mu is {list(mean.shape)} and sigma "
             f"{list(covariance.shape)}, but Inception has {NUM_FEATURES} features."
         )
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
-        raise ValueError(f"The statistics in {path} are {mean.dtype} and {covariance.dtype}, not floating point.")
+        raise UserError(f"The statistics in {path} are {mean.dtype} and {covariance.dtype}, not floating point.")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"The statistics in {path} are not finite.")
+        raise UserError(f"The statistics in {path} are not finite.")
     meta = json.loads(str(values["meta"])) if "meta" in values else {}
     return Statistics(mean.astype(np.float64), covariance.astype(np.float64)), meta, names

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenbridge.data.images import images_to_pixels
 from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.utils.errors import UserError
 
 Pick = Callable[[Tensor, int], Tensor]
 """Choose tokens [N] from logits [N, V] of the i-th channel (greedy, or by random numbers of the run)."""
@@ -47,7 +48,7 @@ def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> I
         ValueError: there are no images.
     """
     if num_images < 1:
-        raise ValueError("The number of images must be at least 1.")
+        raise UserError("The number of images must be at least 1.")
     starts = range(0, num_images, batch_size)
     console = Console(stderr=True)
     for start in track(starts, "sample", console=console, transient=True, disable=not show_progress):
@@ -90,9 +91,9 @@ def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
         ValueError: so.
     """
     if list(labels.shape) != [batch]:
-        raise ValueError(f"There must be one label for each of {batch} images, not labels {list(labels.shape)}.")
+        raise UserError(f"There must be one label for each of {batch} images, not labels {list(labels.shape)}.")
     if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
-        raise ValueError(
+        raise UserError(
             f"Class labels span [{int(labels.min())}, {int(labels.max())}], "
             f"but the model has the classes 0 to {num_classes - 1}."
         )

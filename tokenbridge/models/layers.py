@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenbridge.utils.errors import UserError
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with a joint projection; optionally layer-normalised queries and keys."""
@@ -26,7 +28,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"Width {width} is not divisible by {num_heads} heads.")
+            raise UserError(f"Width {width} is not divisible by {num_heads} heads.")
         self.num_heads = num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width, bias=bias)

@@ -11,6 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from tokenbridge.utils.errors import UserError
+
 
 def random_orders(batch_size: int, num_positions: int, device: torch.device | str = "cpu") -> Tensor:
     """Return independent random permutations of the positions, [B, L], from torch's global generator."""
@@ -40,7 +42,7 @@ def masked_counts(num_positions: int, num_iterations: int) -> list[int]:
         ValueError: fewer than one iteration, or more iterations than positions.
     """
     if not 1 <= num_iterations <= num_positions:
-        raise ValueError(f"The number of iterations must be in [1, {num_positions}], not {num_iterations}.")
+        raise UserError(f"The number of iterations must be in [1, {num_positions}], not {num_iterations}.")
     counts: list[int] = []
     remaining = num_positions
     for i in range(num_iterations - 1):
@@ -63,7 +65,7 @@ def guidance_at(guidance_scale: float, schedule: str, num_positions: int, num_ma
         return guidance_scale
     if schedule == "linear":
         return 1 + (guidance_scale - 1) * (num_positions - max(1, num_masked)) / num_positions
-    raise ValueError(f"Unknown guidance schedule {schedule!r}; there are 'linear' and 'constant'.")
+    raise UserError(f"Unknown guidance schedule {schedule!r}; there are 'linear' and 'constant'.")
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ class MaskedSamplingConfig:
 
     def __post_init__(self) -> None:
         if self.num_iterations < 1:
-            raise ValueError(f"The number of iterations must be at least 1, not {self.num_iterations}.")
+            raise UserError(f"The number of iterations must be at least 1, not {self.num_iterations}.")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise ValueError(f"The guidance scale must be at least 0, not {self.guidance_scale}.")
+            raise UserError(f"The guidance scale must be at least 0, not {self.guidance_scale}.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"The temperature must be at least 0, not {self.temperature}.")
+            raise UserError(f"The temperature must be at least 0, not {self.temperature}.")
 
 
 class MaskedGenerator(Protocol):

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenbridge.utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class ImageNoise:
@@ -27,7 +29,7 @@ class GlobalNoise:
 def image_streams(seed: int, image_indices: list[int]) -> list[np.random.Generator]:
     """Return each image's own random stream, made from (seed, image index)."""
     if seed < 0:
-        raise ValueError(f"A seed is at least 0, not {seed}.")
+        raise UserError(f"A seed is at least 0, not {seed}.")
     return [np.random.default_rng((seed, index)) for index in image_indices]
 
 

@@ -34,6 +34,7 @@ from tokenbridge.tokenizers.givt_vae_checkpoint import givt_vae_layout
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
 from tokenbridge.tokenizers.llamagen_vq import LlamaGenVQ, create_vq, load_vq, vq_layout
 from tokenbridge.utils.devices import Dtype
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.artifacts import ARTIFACTS, KL16_VAE
 from tokenbridge.weights.official import Layout, WrongStateError
 from tokenbridge.weights.published import Preset, build_preset
@@ -87,7 +88,7 @@ class Kind:
             ValueError: it is damaged or of another model; other weights than the only ones are asked for.
         """
         if not (ema or self.has_average):
-            raise ValueError(f"The files of {self.name} hold one set of weights, no moving average beside it.")
+            raise UserError(f"The files of {self.name} hold one set of weights, no moving average beside it.")
         with recognised_states():
             return self.load(path, name, ema=ema) if self.has_average else self.load(path, name)
 
@@ -213,9 +214,9 @@ def find_preset(name: str) -> tuple[Kind, Preset]:
         return known[name]
     found = [(kind, preset) for kind, preset in known.values() if preset.official_name == name]
     if len(found) > 1:
-        raise ValueError(f"{name!r} may be {' or '.join(preset.name for _, preset in found)}: say which.")
+        raise UserError(f"{name!r} may be {' or '.join(preset.name for _, preset in found)}: say which.")
     if not found:
-        raise ValueError(f"Unknown preset {name!r}; there are {', '.join(known)}.")
+        raise UserError(f"Unknown preset {name!r}; there are {', '.join(known)}.")
     return found[0]
 
 
@@ -241,10 +242,10 @@ def published_preset(name: str, size: str | None = None) -> tuple[Kind, Preset]:
     """
     if name not in KINDS:
         if size is not None:
-            raise ValueError(f"--size goes with a system ({', '.join(KINDS)}), not with the preset {name!r}.")
+            raise UserError(f"--size goes with a system ({', '.join(KINDS)}), not with the preset {name!r}.")
         kind, preset = find_preset(name)
         if reason := unpublished(preset):
-            raise ValueError(f"{preset.name} cannot be reproduced: {reason}.")
+            raise UserError(f"{preset.name} cannot be reproduced: {reason}.")
         return kind, preset
     kind = KINDS[name]
     wanted = f"{name}-{(size or kind.default_size).lower()}"
@@ -253,10 +254,10 @@ def published_preset(name: str, size: str | None = None) -> tuple[Kind, Preset]:
     sizes = ", ".join(p.name.removeprefix(f"{name}-") for p in usable)
     found = [p for p in there if p in usable]
     if len(found) > 1:
-        raise ValueError(f"{name} has several of size {size}: {', '.join(p.name for p in found)}. Sizes are {sizes}.")
+        raise UserError(f"{name} has several of size {size}: {', '.join(p.name for p in found)}. Sizes are {sizes}.")
     if not found:
         reasons = "; ".join(f"of {p.name} {unpublished(p)}" for p in there) or "there is no such size"
-        raise ValueError(f"{name} of size {size!r} cannot be reproduced: {reasons}. Sizes are {sizes}.")
+        raise UserError(f"{name} of size {size!r} cannot be reproduced: {reasons}. Sizes are {sizes}.")
     return kind, found[0]
 
 

@@ -30,6 +30,7 @@ from tokenbridge.reproduction.trends import trends
 from tokenbridge.reproduction.workbench import open_bench
 from tokenbridge.results import compare
 from tokenbridge.results import schema as results
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of, write_text
 from tokenbridge.utils.provenance import hash_of_dataset
 
@@ -208,9 +209,9 @@ def read_tokens(path: Path | str) -> dict[str, list[Any]]:
     try:
         found: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"There are no stored tokens {path}.") from error
+        raise UserError(f"There are no stored tokens {path}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON (cut off?): {error}.") from error
+        raise UserError(f"{path} is not JSON (cut off?): {error}.") from error
     return found
 
 
@@ -315,7 +316,7 @@ def run_gate(
     """
     references, out = Path(references), Path(out)
     if unknown := sorted(set(parts) - set(PARTS)):
-        raise ValueError(f"The gate has no part {', '.join(unknown)}; it has {', '.join(PARTS)}.")
+        raise UserError(f"The gate has no part {', '.join(unknown)}; it has {', '.join(PARTS)}.")
     done: list[Part] = []
 
     def own() -> Path | None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
         ValueError: there are none, or pytest could not run them.
     """
     if not (root / "benchmarks").is_dir():
-        raise ValueError(f"There is no folder {root / 'benchmarks'}: benchmarks run in a checkout only.")
+        raise UserError(f"There is no folder {root / 'benchmarks'}: benchmarks run in a checkout only.")
     started, begin, busy = datetime.datetime.now(datetime.UTC), time.monotonic(), provenance.busy_seconds()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmarks.json"
@@ -96,7 +97,7 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
         print(done.stdout, end="", file=sys.stderr, flush=True)
         if done.returncode not in (0, 1) or not file.is_file() or not file.stat().st_size:
             last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
-            raise ValueError(f"pytest could not run the benchmarks (exit code {done.returncode}): {last}")
+            raise UserError(f"pytest could not run the benchmarks (exit code {done.returncode}): {last}")
         report = json.loads(file.read_text(encoding="utf-8"))
     seconds = time.monotonic() - begin
     others = (provenance.busy_seconds() - busy) / (seconds * (os.cpu_count() or 1))
@@ -135,9 +136,9 @@ def read(path: Path | str) -> Ratios:
         return Ratios.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         made = "`nox -s update_references -- benchmarks --write --why ...` makes them"
-        raise ValueError(f"There are no stored ratios {path}; {made}.") from error
+        raise UserError(f"There are no stored ratios {path}; {made}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise ValueError(f"{path} is no {SCHEMA} file: {error}.") from error
+        raise UserError(f"{path} is no {SCHEMA} file: {error}.") from error
 
 
 def write(path: Path | str, ratios: Ratios) -> None:

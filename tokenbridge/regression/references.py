@@ -19,6 +19,7 @@ from tokenbridge.regression import gate, ratios
 from tokenbridge.reproduction.small_scale import reproduce
 from tokenbridge.results import compare, markdown, tolerances
 from tokenbridge.results import schema as results
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing_folder, write_text
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def update(
     """
     folder, out = Path(folder), Path(out)
     if unknown := sorted(set(parts) - set(PARTS)):
-        raise ValueError(f"There are no references {', '.join(unknown)}; there are {', '.join(PARTS)}.")
+        raise UserError(f"There are no references {', '.join(unknown)}; there are {', '.join(PARTS)}.")
     if why is not None and not why.strip():
-        raise ValueError("References change for a reason: say it with --why.")
+        raise UserError("References change for a reason: say it with --why.")
     commit = None if why is None else clean_commit(source)  # first: measuring takes minutes
     changes: list[Change] = []
     fresh: dict[str, Path] = {}  # what is new, by its name in `folder`
@@ -84,14 +85,14 @@ def update(
         name = "benchmarks/ratios.json"
         measured = functools.reduce(ratios.merge, (ratios.measure() for _ in range(ratios.NUM_RUNS)))
         if measured.failed:
-            raise ValueError(f"These benchmarks fail, and cannot be references: {', '.join(measured.failed)}.")
+            raise UserError(f"These benchmarks fail, and cannot be references: {', '.join(measured.failed)}.")
         stored = ratios.read(folder / name) if (folder / name).is_file() else None
         changes += ratio_changes(measured, stored)
         ratios.write(out / name, measured)
         fresh[name] = out / name
     if why is not None:
         if clean_commit(source) != commit:
-            raise ValueError("The checkout changed during the measurement; nothing was written.")
+            raise UserError("The checkout changed during the measurement; nothing was written.")
         record = _record(why.strip(), str(commit), _who(source), changes)
         with replacing_folder(folder) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
@@ -114,10 +115,10 @@ def clean_commit(source: Path) -> str:
     try:
         if changed := _git(source, "status", "--porcelain"):
             first = changed.splitlines()[0].split(maxsplit=1)[1]
-            raise ValueError(f"{source} has uncommitted changes ({first}, ...): no reference can be measured there.")
+            raise UserError(f"{source} has uncommitted changes ({first}, ...): no reference can be measured there.")
         return _git(source, "rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"{source} is no git checkout: no reference can be measured there.") from error
+        raise UserError(f"{source} is no git checkout: no reference can be measured there.") from error
 
 
 def _git(source: Path, *arguments: str) -> str:
@@ -130,7 +131,7 @@ def _who(source: Path) -> str:
     try:
         return f"{_git(source, 'config', 'user.name')} <{_git(source, 'config', 'user.email')}>"
     except subprocess.CalledProcessError as error:
-        raise ValueError("git knows no user.name and user.email to record.") from error
+        raise UserError("git knows no user.name and user.email to record.") from error
 
 
 def _measure_tiny(scale: Scale, folder: Path, out: Path) -> tuple[list[Path], list[Change]]:

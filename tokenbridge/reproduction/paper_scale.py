@@ -18,6 +18,7 @@ from tokenbridge.reproduction.table3 import Options, published_row
 from tokenbridge.results.compare import Verdict
 from tokenbridge.results.schema import Results, Row
 from tokenbridge.utils.devices import process_state
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights import artifacts
 
 TABLE1 = "table1"
@@ -107,7 +108,7 @@ def reproduce_tables(
             try:
                 outcomes += _run(name, options, Path(out) / name, shipped, folder, show_progress)
                 continue
-            except (ValueError, OSError, FloatingPointError) as error:  # of one row's files; the others can be run
+            except UserError as error:  # of one row's files; the others can be run
                 reason = str(error)
         outcomes.append(_not_run(name, reason))
     return outcomes

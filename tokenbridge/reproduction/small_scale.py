@@ -39,6 +39,7 @@ from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.distortion import measure_distortion
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of, write_text
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
@@ -81,7 +82,7 @@ def reproduce(
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     out = Path(out)
     if num_images < 1 or num_images % len(scale.classes):
-        raise ValueError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
+        raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
     stored = results.read(reference) if reference is not None else None  # first: a bad file must not cost minutes
     bench = open_bench(scale, weights)
     rows = [*reconstruction_rows(bench, out, say), *generation_rows(bench, out, num_images, seed, say)]

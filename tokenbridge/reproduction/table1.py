@@ -47,6 +47,7 @@ from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_text
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS
@@ -307,12 +308,12 @@ def choose_images(labels: Tensor, num_images: int, num_classes: int) -> Tensor:
     """
     counts = torch.bincount(labels)
     if len(counts) != num_classes or not bool((counts > 0).all()):
-        raise ValueError(f"The images are of {int((counts > 0).sum())} classes, not of {num_classes}.")
+        raise UserError(f"The images are of {int((counts > 0).sum())} classes, not of {num_classes}.")
     per_class, more = divmod(num_images, num_classes)
     wanted = per_class + (torch.arange(num_classes) < more).long()
     if bool((wanted > counts).any()):
         short = int((wanted > counts).nonzero()[0])
-        raise ValueError(f"Class {short} has {counts[short]} images; {num_images:,} in all take {wanted[short]} of it.")
+        raise UserError(f"Class {short} has {counts[short]} images; {num_images:,} in all take {wanted[short]} of it.")
     by_class = labels.argsort(stable=True)  # within a class in the order of the source: by file name
     starts = counts.cumsum(0) - counts
     return torch.cat([by_class[s : s + n] for s, n in zip(starts.tolist(), wanted.tolist(), strict=True)])
@@ -383,12 +384,12 @@ def read_statistics(path: Path | str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
     except Exception as error:  # numpy and zipfile have many ways to say that bytes are damaged
-        raise ValueError(f"{path} is no .npz file with mu and sigma ({type(error).__name__}: {error}).") from error
+        raise UserError(f"{path} is no .npz file with mu and sigma ({type(error).__name__}: {error}).") from error
     shapes = [array.shape for array in found.values()]
     if shapes != [(NUM_FEATURES,), (NUM_FEATURES, NUM_FEATURES)]:
-        raise ValueError(f"{path} has statistics of other features: mu and sigma are {shapes[0]} and {shapes[1]}.")
+        raise UserError(f"{path} has statistics of other features: mu and sigma are {shapes[0]} and {shapes[1]}.")
     if not all(np.isfinite(array).all() for array in found.values()):
-        raise ValueError(f"{path}: the statistics are not finite.")
+        raise UserError(f"{path}: the statistics are not finite.")
     return found
 
 
@@ -467,7 +468,7 @@ def _needed(other_inception: Path | str | None) -> list[str]:
 
 def _check_number(num_images: int) -> None:
     if num_images < 2:
-        raise ValueError(f"rFID needs at least 2 images, not {num_images}.")
+        raise UserError(f"rFID needs at least 2 images, not {num_images}.")
 
 
 def _write(results: Results, out: Path) -> Judged:

@@ -37,6 +37,7 @@ from tokenbridge.sampling.plan import Plan, plan_run
 from tokenbridge.sampling.run import sampling_run, save_overview
 from tokenbridge.utils import provenance
 from tokenbridge.utils.devices import process_state
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing_folder, sha256_of, write_text
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.published import Preset
@@ -66,9 +67,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.num_images < 2:
-            raise ValueError(f"FID needs at least 2 images, not {self.num_images}.")
+            raise UserError(f"FID needs at least 2 images, not {self.num_images}.")
         if self.labels not in (None, "balanced", "random"):
-            raise ValueError(f"Labels are balanced or random here, not {self.labels!r}.")
+            raise UserError(f"Labels are balanced or random here, not {self.labels!r}.")
 
     def run_config(self, system: System) -> RunConfig:
         """Return the sampling run."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokenbridge.data.images import labels_of, load_images, pixels_of
 from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.training.train import load
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from tokenbridge.configs.schema import Scale
@@ -68,5 +69,5 @@ def open_bench(scale: Scale, weights: Path | str) -> Bench:
     train, test = (load_images(scale.data, split) for split in ("train", "test"))
     train_pixels, test_pixels = (pixels_of(d, size=scale.image_size, channels=scale.channels) for d in (train, test))
     if torch.equal(train_pixels, test_pixels):
-        raise ValueError(f"{scale.data!r} gives the same images as training and as test set.")
+        raise UserError(f"{scale.data!r} gives the same images as training and as test set.")
     return Bench(scale, Path(weights), classifier, train_pixels, test_pixels, labels_of(test), device)

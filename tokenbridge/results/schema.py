@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokenbridge.results.tolerances import metric
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
 
 SCHEMA = "tokenbridge-results/1"
@@ -118,30 +119,30 @@ def read(path: Path | str) -> Results:
         results = Results.model_validate(value)
         found = digest_of(value)
     except FileNotFoundError as error:
-        raise ValueError(f"There is no result file {path}.") from error
+        raise UserError(f"There is no result file {path}.") from error
     except IsADirectoryError as error:
-        raise ValueError(f"{path} is a folder; name a result file (results.json) in it.") from error
+        raise UserError(f"{path} is a folder; name a result file (results.json) in it.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON (cut off?): {error}.") from error
+        raise UserError(f"{path} is not JSON (cut off?): {error}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "all of it"
-        raise ValueError(f"{path} is no {SCHEMA} file: {where}: {first['msg']}.") from error
+        raise UserError(f"{path} is no {SCHEMA} file: {where}: {first['msg']}.") from error
     except ValueError as error:
-        raise ValueError(f"{path} holds a number that is NaN or infinite.") from error
+        raise UserError(f"{path} holds a number that is NaN or infinite.") from error
     if sha256 is None:
-        raise ValueError(f"{path} has no digest of its contents (field sha256): it is not as it was written.")
+        raise UserError(f"{path} has no digest of its contents (field sha256): it is not as it was written.")
     if sha256 != found:
-        raise ValueError(f"{path} was changed after it was written: its contents have digest {found}, not {sha256}.")
+        raise UserError(f"{path} was changed after it was written: its contents have digest {found}, not {sha256}.")
     ids = [row.id for row in results.rows]
     if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
-        raise ValueError(f"{path} has rows twice: {', '.join(twice)}.")
+        raise UserError(f"{path} has rows twice: {', '.join(twice)}.")
     for row in results.rows:
         for name, value in row.metrics.items():
             try:
                 m = metric(name)
             except KeyError as error:
-                raise ValueError(f"{path} has an unknown metric {name!r}.") from error
+                raise UserError(f"{path} has an unknown metric {name!r}.") from error
             if not m.low - m.absolute <= value <= m.high:
-                raise ValueError(f"{path}: {row.id} has {name} {value:g}, which no measurement can give.")
+                raise UserError(f"{path}: {row.id} has {name} {value:g}, which no measurement can give.")
     return results

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenbridge.utils.errors import UserError
+
 Randomness = Literal["per-image", "official"]
 Format = Literal["png", "npz"]
 
@@ -27,17 +29,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
-            raise ValueError(f"The number of images must be at least 1, not {self.num_images}.")
+            raise UserError(f"The number of images must be at least 1, not {self.num_images}.")
         if self.batch_size < 1:
-            raise ValueError(f"The batch size must be at least 1, not {self.batch_size}.")
+            raise UserError(f"The batch size must be at least 1, not {self.batch_size}.")
         if self.seed < 0:
-            raise ValueError(f"A seed is at least 0, not {self.seed}.")
+            raise UserError(f"A seed is at least 0, not {self.seed}.")
         if self.randomness not in get_args(Randomness):
-            raise ValueError(f"Unknown randomness {self.randomness!r}; there are {', '.join(get_args(Randomness))}.")
+            raise UserError(f"Unknown randomness {self.randomness!r}; there are {', '.join(get_args(Randomness))}.")
         if self.format not in get_args(Format):
-            raise ValueError(f"Unknown format {self.format!r}; there are {', '.join(get_args(Format))}.")
+            raise UserError(f"Unknown format {self.format!r}; there are {', '.join(get_args(Format))}.")
         if isinstance(self.labels, tuple) and len(self.labels) != self.num_images:
-            raise ValueError(f"There are {len(self.labels)} labels for {self.num_images} images.")
+            raise UserError(f"There are {len(self.labels)} labels for {self.num_images} images.")
 
     @property
     def draws_labels(self) -> bool:
@@ -82,5 +84,5 @@ def run_labels(config: RunConfig, num_classes: int) -> Tensor | None:
         return torch.tensor(random_labels(config.num_images, num_classes, config.seed))
     labels = torch.tensor(config.labels or balanced_labels(config.num_images, num_classes))
     if strange := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
-        raise ValueError(f"There is no class {strange[0]}; the labels are 0 to {num_classes - 1}.")
+        raise UserError(f"There is no class {strange[0]}; the labels are 0 to {num_classes - 1}.")
     return labels

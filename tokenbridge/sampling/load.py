@@ -36,6 +36,7 @@ from tokenbridge.sampling.samplers import (
     image_size,
 )
 from tokenbridge.utils.devices import DTYPES, Dtype, process_state
+from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.utils.files import reference_folder, replacing_folder
 from tokenbridge.weights.artifacts import ARTIFACTS, resolve
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
@@ -103,7 +104,7 @@ class System:
         """
         known = [field.name for field in fields(self.sampling)]
         if unknown := sorted(changes.keys() - set(known)):
-            raise ValueError(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
+            raise UserError(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
         return replace(self, sampling=replace(self.sampling, **changes))
 
     def for_stand_in(self) -> System:
@@ -121,7 +122,7 @@ class System:
             masked_counts(self.num_positions, self.sampling.num_iterations)
         run_labels(config, self.model["num_classes"])
         if config.randomness == "official" and not self.kind.has_global_streams:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} has no official randomness here: its official code draws with JAX, whose numbers torch "
                 "cannot make. Take per-image randomness."
             )
@@ -131,7 +132,7 @@ class System:
         if name is None:
             return self.kind.dtype if self.is_published and device.type == "cuda" else "fp32"
         if name not in get_args(Dtype):
-            raise ValueError(f"Unknown dtype {name!r}; there are {', '.join(get_args(Dtype))}.")
+            raise UserError(f"Unknown dtype {name!r}; there are {', '.join(get_args(Dtype))}.")
         return cast("Dtype", name)
 
     def flop_per_image(self) -> FLOP:
@@ -156,7 +157,7 @@ class System:
         """
         self._check_compiled(compiled)
         if missing := self.missing():
-            raise FileNotFoundError(f"Files are missing. {'; '.join(missing)}.")
+            raise MissingFileError(f"Files are missing. {'; '.join(missing)}.")
         assert self.weights is not None
         assert self.vae is not None
         files = {
@@ -182,7 +183,7 @@ class System:
 
     def _check_compiled(self, compiled: bool) -> None:
         if compiled and not issubclass(self.kind.model_class, TokenBridge | MAR):
-            raise ValueError(f"{self.name} cannot be compiled: it would be compiled anew for every token.")
+            raise UserError(f"{self.name} cannot be compiled: it would be compiled anew for every token.")
 
     def _sampler(
         self, model: Any, decoder: Any, files: Mapping[str, Path], device: torch.device, dtype: Dtype, compiled: bool
@@ -223,27 +224,27 @@ def find_system(
     known = all_presets()
     if name not in known and _recipe_of(name) is None and Path(name).exists():
         if preset is None:
-            raise ValueError(f"{name} is a path: say with --preset which model is there ({', '.join(known)}).")
+            raise UserError(f"{name} is a path: say with --preset which model is there ({', '.join(known)}).")
         if weights is not None:
-            raise ValueError("Weights are given twice: as the model's path, and with --weights.")
+            raise UserError("Weights are given twice: as the model's path, and with --weights.")
         system = find_system(find_preset(preset)[1].name, shipped=shipped, variant=variant, vae=vae)
         return replace(system, weights=Path(name))
     if preset is not None:
-        raise ValueError(f"--preset says which model a path holds, but there is no path {name!r}.")
+        raise UserError(f"--preset says which model a path holds, but there is no path {name!r}.")
     if name in known and name not in SHIPPED_PRESETS:
         return _published(*known[name], variant, weights, vae)
     found = _recipe_of(SHIPPED_PRESETS.get(name, name))
     if found is None:
-        raise ValueError(f"Unknown model {name!r}; there are {', '.join([*known, *_generators()])}, and paths.")
+        raise UserError(f"Unknown model {name!r}; there are {', '.join([*known, *_generators()])}, and paths.")
     scale, recipe = found
     if recipe.sampling is None:
-        raise ValueError(f"{name!r} is no generator.")
+        raise UserError(f"{name!r} is no generator.")
     if name in SHIPPED_PRESETS:
         sampling = known[name][1].sampling_config(variant)
     elif variant is None:
         sampling = recipe.sampling
     else:
-        raise ValueError(f"{name} has no variants.")
+        raise UserError(f"{name} has no variants.")
     kind, folder = KINDS[recipe.kind], weights or shipped / scale.name / "weights"
     decoder, decoder_class = scale.recipe(kind.recipe), {"vae": AutoencoderKL, "vq": VQModel}[kind.recipe]
     return System(

@@ -24,6 +24,7 @@ from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import load_kl16
+from tokenbridge.utils.errors import UnusableImageError, UserError
 from tokenbridge.utils.files import replacing_folder
 from tokenbridge.weights.official import check_replaceable
 from tokenbridge.weights.published import find_preset
@@ -62,14 +63,14 @@ class TokenBridgePipeline(DiffusionPipeline):
         for name, module in (("transformer", transformer), ("vae", vae)):
             # diffusers only warns of tensors that a folder lacks, and leaves them on the meta device.
             if absent := [key for key, value in module.named_parameters() if value.is_meta]:
-                raise ValueError(f"The {name} lacks {len(absent)} weights: {', '.join(absent[:3])}.")
+                raise UserError(f"The {name} lacks {len(absent)} weights: {', '.join(absent[:3])}.")
         if vae.config.latent_channels != transformer.num_channels:
-            raise ValueError(
+            raise UserError(
                 f"The VAE has {vae.config.latent_channels} latent channels, the transformer {transformer.num_channels}."
             )
         names = {int(number): name for number, name in (id2label or {}).items()}  # JSON has made them text
         if unknown := sorted(set(names) - set(range(transformer.num_classes))):
-            raise ValueError(f"Class {unknown[0]} has a name; the transformer has {transformer.num_classes} classes.")
+            raise UserError(f"Class {unknown[0]} has a name; the transformer has {transformer.num_classes} classes.")
         self.register_modules(transformer=transformer.eval(), vae=vae.eval())
         self.register_to_config(id2label=names, sampling=asdict(SamplingConfig(**(sampling or {}))))
 
@@ -149,10 +150,10 @@ class TokenBridgePipeline(DiffusionPipeline):
             ValueError: no labels, unknown, ambiguous or out of range, settings out of range, seeds of another number.
         """
         if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"Unknown output type {output_type!r}; there are 'pil', 'np' and 'pt'.")
+            raise UserError(f"Unknown output type {output_type!r}; there are 'pil', 'np' and 'pt'.")
         labels = self.class_numbers(class_labels)
         if not labels:
-            raise ValueError("The number of images must be at least 1.")
+            raise UserError("The number of images must be at least 1.")
         given = {"guidance_scale": guidance_scale, "num_iterations": num_iterations, "temperature": temperature}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         config = replace(SamplingConfig(**self.config.sampling), **changes)
@@ -160,7 +161,7 @@ class TokenBridgePipeline(DiffusionPipeline):
         with self.progress_bar(total=config.num_iterations) as bar:
             tokens = generate_tokens(self.transformer, torch.tensor(labels), config, noise, on_iteration=bar.update)
         if int(tokens.min()) < 0:
-            raise FloatingPointError("The logits are NaN: these weights or this precision do not work.")
+            raise UnusableImageError("The logits are NaN: these weights or this precision do not work.")
         images = LatentTokenizer(self.vae).images(self.transformer.to_latents(tokens))
         if output_type == "pil":
             return ImagePipelineOutput(to_pil(images_to_pixels(images)))
@@ -182,7 +183,7 @@ class TokenBridgePipeline(DiffusionPipeline):
         if isinstance(seed, int):
             return image_noise(seed, list(range(num_images)), *sizes)
         if len(seed) != num_images:
-            raise ValueError(f"There are {len(seed)} seeds for {num_images} images.")
+            raise UserError(f"There are {len(seed)} seeds for {num_images} images.")
         noises = [image_noise(each, [0], *sizes) for each in seed]
         return ImageNoise(torch.cat([n.orders for n in noises]), torch.cat([n.uniforms for n in noises]))
 
@@ -207,14 +208,14 @@ def class_number(name: str, id2label: Mapping[int, str]) -> int:
         return next(iter(found))
     if found:
         several = " or ".join(f"class {number} ({synonym})" for number, synonym in found.items())
-        raise ValueError(f"The class name {name!r} may mean {several}; give the number.")
+        raise UserError(f"The class name {name!r} may mean {several}; give the number.")
     if not id2label:
-        raise ValueError(f"This model's classes have no names; give a number instead of {name!r}.")
+        raise UserError(f"This model's classes have no names; give a number instead of {name!r}.")
     spellings = {synonym.casefold(): synonym for synonym, _ in synonyms}
     within = [spelling for spelling in spellings if name and name.casefold() in spelling]
     near = within + difflib.get_close_matches(name.casefold(), spellings, n=NUM_SUGGESTED)
     suggested = [repr(spellings[spelling]) for spelling in dict.fromkeys(near)][:NUM_SUGGESTED]
-    raise ValueError(f"There is no class {name!r}" + (f"; near it: {', '.join(suggested)}." if suggested else "."))
+    raise UserError(f"There is no class {name!r}" + (f"; near it: {', '.join(suggested)}." if suggested else "."))
 
 
 def imagenet_labels() -> dict[int, str]:

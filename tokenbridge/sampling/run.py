@@ -45,6 +45,7 @@ from tokenbridge.sampling.store import STORES, first_of_npz, remove
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import _duration
 from tokenbridge.utils.devices import peak_memory, process_state
+from tokenbridge.utils.errors import StorageError, UnusableImageError, UserError
 from tokenbridge.utils.files import replacing, write_json
 
 RECIPE_FILE = "run.json"
@@ -232,12 +233,12 @@ def _make(
             pixels = sampler.images(wanted, indices, seed)
         refuse((pixels == 0).flatten(1).all(dim=1), "is black")
     except BadImageError as error:
-        raise FloatingPointError(
+        raise UnusableImageError(
             f"Image {indices.start + error.row} (seed {config.seed}, class {int(wanted[error.row])}) "
             f"of {sampler.name} {error}. The images made before stay."
         ) from error
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{config.batch_size} images at a time need too much memory: lower the batch size.") from error
+        raise UserError(f"{config.batch_size} images at a time need too much memory: lower the batch size.") from error
     shape = (len(indices), sampler.channels, sampler.image_size, sampler.image_size)
     assert pixels.dtype == torch.uint8, pixels.dtype
     assert tuple(pixels.shape) == shape, (pixels.shape, shape)
@@ -304,16 +305,16 @@ def _claim(folder: Path, recipe: Mapping[str, Any]) -> None:
     path = folder / RECIPE_FILE
     if not path.exists():
         if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
-            raise ValueError(f"{folder} is not empty and holds no run ({others[0]} is there). Name another folder.")
+            raise UserError(f"{folder} is not empty and holds no run ({others[0]} is there). Name another folder.")
         write_json(path, {"recipe": recipe, "command": provenance.command(), **_provenance()})
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or no run's recipe. Name another folder.") from error
+        raise UserError(f"{path} is damaged, or no run's recipe. Name another folder.") from error
     if differences := _differences(there, recipe):
         more = f"; and {len(differences) - NUM_LISTED} more" if len(differences) > NUM_LISTED else ""
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a run of another recipe: {'; '.join(differences[:NUM_LISTED])}{more}. Images of two "
             "recipes must not mix: name another folder, or ask for the same images."
         )
@@ -347,12 +348,12 @@ def _storage_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
+            raise StorageError(
                 f"There is no space left for {folder}. The images that are there stay: make room, and the same command "
                 "goes on with the others."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise OSError(f"{folder} cannot be written to: {error.strerror} ({error.filename}).") from error
+            raise StorageError(f"{folder} cannot be written to: {error.strerror} ({error.filename}).") from error
         raise
 
 

@@ -19,6 +19,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer
+from tokenbridge.utils.errors import UserError
 
 
 class Tokenizer(Protocol):
@@ -103,7 +104,7 @@ class LatentTokenizer:
 
     def _quantizer(self) -> ScalarQuantizer:
         if self.quantizer is None:
-            raise ValueError("This tokenizer has no quantiser; it reconstructs, but has no tokens.")
+            raise UserError("This tokenizer has no quantiser; it reconstructs, but has no tokens.")
         return self.quantizer
 
 
@@ -138,7 +139,7 @@ class VQTokenizer:
             ValueError: tokens outside the codebook.
         """
         if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.num_codes):
-            raise ValueError(f"Tokens must be in [0, {self.num_codes}).")
+            raise UserError(f"Tokens must be in [0, {self.num_codes}).")
         latents = self.model.quantize.embedding(tokens).permute(0, 3, 1, 2)
         return self.model.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer, lloyd_max_quantizer
+from tokenbridge.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def measure_distortion(quantizer: ScalarQuantizer, latents: Tensor) -> Distortio
     tokens = quantizer.encode(latents)
     variance = latents.double().var(correction=0).item()
     if variance == 0:
-        raise ValueError("The latents are all equal; distortion is undefined.")
+        raise UserError("The latents are all equal; distortion is undefined.")
     mse = _mse(quantizer.lookup(tokens), latents)
     best = lloyd_max_quantizer(latents, quantizer.num_levels)
     frequencies = torch.bincount(tokens.flatten(), minlength=quantizer.num_levels).double() / tokens.numel()

@@ -20,6 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from tokenbridge.tokenizers.kl16 import LDM_WORDS
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.official import Layout, Place, State, WrongStateError, load_official, to_official
 from tokenbridge.weights.published import Preset
 from tokenbridge.weights.torch_files import load_weights
@@ -130,7 +131,7 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
 
     def _decode(self, tokens: Tensor) -> Tensor:
         if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.num_codes):
-            raise ValueError(f"Tokens must be in [0, {self.num_codes}).")
+            raise UserError(f"Tokens must be in [0, {self.num_codes}).")
         return self.raw_images(self.lookup(tokens)).float()
 
 
@@ -198,7 +199,7 @@ def create_vq(name: str = "llamagen-vq16", **changes: Any) -> LlamaGenVQ:
         ValueError: an unknown name.
     """
     if name not in PRESETS:
-        raise ValueError(f"Unknown tokenizer {name!r}; there are {', '.join(PRESETS)}.")
+        raise UserError(f"Unknown tokenizer {name!r}; there are {', '.join(PRESETS)}.")
     with torch.device("meta"):
         return LlamaGenVQ(**{**PRESETS[name].model, **changes}).eval()
 
@@ -232,7 +233,7 @@ def load_official_vq(vq: LlamaGenVQ, state: State) -> None:
     """
     usage = state.get(USAGE)
     if usage is not None and usage.shape != (USAGE_SIZE,):
-        raise ValueError(f"{USAGE} has the shape {list(usage.shape)} instead of [{USAGE_SIZE}].")
+        raise UserError(f"{USAGE} has the shape {list(usage.shape)} instead of [{USAGE_SIZE}].")
     load_official(vq, {name: value for name, value in state.items() if name != USAGE}, vq_layout(vq))
 
 
@@ -249,5 +250,5 @@ def load_vq(path: Path | str, name: str = "llamagen-vq16") -> LlamaGenVQ:
     except WrongStateError as error:
         raise WrongStateError(f"{path}: {error}", error.shapes) from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     return vq

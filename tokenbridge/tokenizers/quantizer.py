@@ -24,6 +24,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from tokenbridge.utils.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -54,7 +56,7 @@ class ScalarQuantizer(nn.Module):
         super().__init__()
         codebook = codebook.detach().to(torch.float32).clone()
         if codebook.ndim not in (1, 2) or codebook.shape[-1] < 2:
-            raise ValueError(f"A codebook is [levels] or [channels, levels >= 2], not {list(codebook.shape)}.")
+            raise UserError(f"A codebook is [levels] or [channels, levels >= 2], not {list(codebook.shape)}.")
         _check_codebook(codebook)
         self.channel_dim = channel_dim
         self.register_buffer("codebook", codebook)
@@ -87,10 +89,10 @@ class ScalarQuantizer(nn.Module):
             ValueError: NaN or infinite latents, an integer dtype, or a wrong number of channels.
         """
         if not latents.is_floating_point():
-            raise ValueError(f"Latents must be floating point, not {latents.dtype}.")
+            raise UserError(f"Latents must be floating point, not {latents.dtype}.")
         if latents.numel() and not all(torch.isfinite(end) for end in latents.aminmax()):
             bad = int((~torch.isfinite(latents)).sum())
-            raise ValueError(f"{bad} of {latents.numel()} latents are NaN or infinite.")
+            raise UserError(f"{bad} of {latents.numel()} latents are NaN or infinite.")
         return self.nearest(latents)
 
     def nearest(self, latents: Tensor) -> Tensor:
@@ -108,10 +110,10 @@ class ScalarQuantizer(nn.Module):
             ValueError: tokens outside [0, V), not integers, or a wrong number of channels.
         """
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise ValueError(f"Tokens must be integers, not {tokens.dtype}.")
+            raise UserError(f"Tokens must be integers, not {tokens.dtype}.")
         if tokens.numel() and not ((tokens >= 0) & (tokens < self.num_levels)).all():
             low, high = int(tokens.min()), int(tokens.max())
-            raise ValueError(f"Tokens span [{low}, {high}], but there are {self.num_levels} levels.")
+            raise UserError(f"Tokens span [{low}, {high}], but there are {self.num_levels} levels.")
         return self.lookup(tokens)
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ class ScalarQuantizer(nn.Module):
     def _channels_first(self, x: Tensor) -> Tensor:
         dims = x.ndim
         if not -dims <= self.channel_dim < dims or x.shape[self.channel_dim] != self.num_channels:
-            raise ValueError(
+            raise UserError(
                 f"This quantiser has {self.num_channels} channels in dimension {self.channel_dim}; "
                 f"the input has shape {list(x.shape)}."
             )
@@ -151,7 +153,7 @@ class ScalarQuantizer(nn.Module):
 
 def _check_codebook(codebook: Tensor) -> None:
     if not torch.isfinite(codebook).all() or not (codebook.diff(dim=-1) > 0).all():
-        raise ValueError("Codebook values must be finite and strictly increasing.")
+        raise UserError("Codebook values must be finite and strictly increasing.")
 
 
 def _search(midpoints: Tensor, latents: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ def gaussian_codebook(num_levels: int, *, value_range: float, num_sigmas: float)
     # codebooks carry its rounding (about 1e-5 at 64 levels, growing with the number of levels).
     means = -density.diff() / cumulative.diff()
     if not ((means > edges[:-1]) & (means < edges[1:])).all():
-        raise ValueError(
+        raise UserError(
             f"{num_levels} levels are too many for ±{num_sigmas:g} sigmas: the outermost bins lie beyond the cut, or "
             "float32 cannot tell their means apart. Use fewer levels."
         )
@@ -282,7 +284,7 @@ def lloyd_max_quantizer(
     """
     _check_levels(num_levels)
     if not latents.is_floating_point() or not torch.isfinite(latents).all():
-        raise ValueError("Calibration latents must be finite floating-point values.")
+        raise UserError("Calibration latents must be finite floating-point values.")
     if channel_dim is None:
         return ScalarQuantizer(_fit_lloyd_max(latents.flatten(), num_levels, num_iterations))
     rows = latents.movedim(channel_dim, 0).flatten(1)
@@ -295,7 +297,7 @@ def _fit_lloyd_max(values: Tensor, num_levels: int, num_iterations: int) -> Tens
     values = values.to("cpu", torch.float64).sort().values
     distinct = values.unique_consecutive()
     if distinct.numel() < num_levels:
-        raise ValueError(f"{num_levels} levels need at least as many distinct calibration values.")
+        raise UserError(f"{num_levels} levels need at least as many distinct calibration values.")
     # Lloyd's iteration finds the optimum near its start, and a level that starts without values keeps none. Quantiles
     # start every level with values, whatever the distribution; Gaussian bins are near the optimum of most latents,
     # and starting from the paper's own codebook makes sure never to be worse than it.
@@ -341,10 +343,10 @@ def _gaussian_starts(values: Tensor, num_levels: int) -> list[Tensor]:
 
 def _check_levels(num_levels: int) -> None:
     if num_levels < 2:
-        raise ValueError(f"A quantiser needs at least 2 levels, not {num_levels}.")
+        raise UserError(f"A quantiser needs at least 2 levels, not {num_levels}.")
 
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, not {value}.")
+            raise UserError(f"{name} must be positive and finite, not {value}.")

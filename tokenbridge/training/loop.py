@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenbridge.configs.schema import LOG_EVERY, TrainingConfig
+from tokenbridge.utils.errors import UnusableImageError, UserError
 from tokenbridge.utils.files import replacing, write_json
 
 if TYPE_CHECKING:
@@ -120,9 +121,7 @@ def train(
         betas=config.betas,
     )
     if config.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"{config.batch_size} images a step cannot be shared by {accelerator.num_processes} processes."
-        )
+        raise UserError(f"{config.batch_size} images a step cannot be shared by {accelerator.num_processes} processes.")
     step_loss, optimizer = accelerator.prepare(_Step(model, loss), optimizer)
     ema = EMAModel(list(model.parameters()), decay=config.ema_decay)
     ema.to(accelerator.device)
@@ -158,7 +157,7 @@ def train(
                 ).item()  # the only synchronisation of the loop
                 recent.clear()
                 if not math.isfinite(mean):
-                    raise FloatingPointError(f"The loss of {name} became {mean} by step {done}.")
+                    raise UnusableImageError(f"The loss of {name} became {mean} by step {done}.")
                 curve.append((done, mean))
                 advance(done, mean)
             if done % config.checkpoint_every == 0 or done == config.num_steps:
@@ -227,9 +226,9 @@ def _resume(
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["fingerprint"]
     except Exception as error:  # cut off, empty, or another file: each raises a type of its own
-        raise ValueError(f"{path} is damaged, or no checkpoint; remove it to start again.") from error
+        raise UserError(f"{path} is damaged, or no checkpoint; remove it to start again.") from error
     if found != fingerprint:
-        raise ValueError(
+        raise UserError(
             f"{path} belongs to another run (other model, data or settings). "
             "Train into an empty folder, or remove that checkpoint."
         )

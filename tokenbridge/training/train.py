@@ -29,6 +29,7 @@ from tokenbridge.models.tokenbridge.orders import channel_order
 from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
 from tokenbridge.training.loop import train
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.utils.files import sha256_of, write_json
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model, save_model
 
@@ -65,7 +66,7 @@ def load(recipe: Recipe, weights: Path | str) -> Any:
     try:
         return load_model(MODEL_CLASSES[recipe.kind], Path(weights) / recipe.name, recipe.model)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"The model {recipe.name!r} is missing. {error} Train it with `tokenbridge train`, or name the folder that "
             "holds it with --weights."
         ) from error
@@ -139,7 +140,7 @@ def labelled_images(scale: Scale, split: str) -> Dataset:
     dataset = load_images(scale.data, split)
     labels = labels_of(dataset)
     if not (0 <= int(labels.min()) and int(labels.max()) < len(scale.classes)):
-        raise ValueError(
+        raise UserError(
             f"{scale.data!r} has the labels {int(labels.min())} to {int(labels.max())}, but scale {scale.name} has "
             f"{len(scale.classes)} classes."
         )

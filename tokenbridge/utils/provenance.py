@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenbridge.utils.errors import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -31,7 +33,7 @@ PACKAGES = (
 )
 
 
-class EnvironmentProblemError(RuntimeError):
+class EnvironmentProblemError(UserError):
     """Installed packages that cannot work together; the message says how to mend it."""
 
 

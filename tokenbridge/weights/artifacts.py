@@ -37,6 +37,7 @@ import rich.progress
 from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
 
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_json
 
 FOLDER_VARIABLE = "TOKENBRIDGE_ARTIFACTS"
@@ -218,7 +219,7 @@ class Missing:
         )
 
 
-class MissingArtifactsError(ValueError):
+class MissingArtifactsError(UserError):
     """Files that cannot be had; one message lists them all.
 
     Attributes:
@@ -348,7 +349,7 @@ def accept(key: str, *, folder: PathLike | None = None, given: Mapping[str, Path
     """
     artifact, root = find_artifact(key), artifacts_folder(folder)
     if artifact.is_dataset:
-        raise ValueError(f"{key} is a data set; it has no recorded hash.")
+        raise UserError(f"{key} is a data set; it has no recorded hash.")
     path = _locate(artifact, root, (given or {}).get(key))
     if path is None:
         reason = "There is nothing to accept."
@@ -373,7 +374,7 @@ def find_artifact(key: str) -> Artifact:
         ValueError: there is none.
     """
     if key not in ARTIFACTS:
-        raise ValueError(f"There is no file {key!r}; there are {', '.join(ARTIFACTS)}.")
+        raise UserError(f"There is no file {key!r}; there are {', '.join(ARTIFACTS)}.")
     return ARTIFACTS[key]
 
 
@@ -388,7 +389,7 @@ def artifacts_folder(folder: PathLike | None = None) -> Path | None:
         return None
     if not Path(named).is_dir():
         source = "The folder of the published files" if folder else f"${FOLDER_VARIABLE}"
-        raise ValueError(f"{source} is {named}, which is no folder.")
+        raise UserError(f"{source} is {named}, which is no folder.")
     return Path(named)
 
 
@@ -510,7 +511,7 @@ def _download(url: str, target: Path) -> Path:
     """Download a file; it appears whole or not at all."""
     with _open(url) as response, replacing(target) as temporary:
         if response.headers.get_content_type() == "text/html":
-            raise ValueError("the answer is a web page, not the file")
+            raise UserError("the answer is a web page, not the file")
         total = int(response.headers.get("Content-Length") or 0)
         console = Console(stderr=True)
         with (
@@ -519,7 +520,7 @@ def _download(url: str, target: Path) -> Path:
         ):
             shutil.copyfileobj(source, file, 2**20)
         if total and temporary.stat().st_size != total:
-            raise ValueError(f"{temporary.stat().st_size:,} of {total:,} bytes came")
+            raise UserError(f"{temporary.stat().st_size:,} of {total:,} bytes came")
     return target
 
 
@@ -537,7 +538,7 @@ def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:
         return
     sha256 = _published_hash(artifact, path)
     if entry is not None and entry["sha256"] != sha256:
-        raise ValueError(
+        raise UserError(
             f"{path} is not the {artifact.key} that was used before: its SHA-256 is {sha256}, and {lock_path} has "
             f"{entry['sha256']} (of {entry['path']}). If the new file is right, run `tokenbridge artifacts --accept "
             f"{artifact.key}`, or delete the entry."
@@ -549,12 +550,12 @@ def _published_hash(artifact: Artifact, path: Path) -> str:
     """Return the SHA-256 of a file that is, as far as can be told, the published one."""
     size = path.stat().st_size
     if artifact.size is not None and size != artifact.size:
-        raise ValueError(f"{path} is not the published {artifact.key}: it has {size:,} bytes, not {artifact.size:,}.")
+        raise UserError(f"{path} is not the published {artifact.key}: it has {size:,} bytes, not {artifact.size:,}.")
     sha256 = sha256_of(path)
     if artifact.sha256 is not None and sha256 != artifact.sha256:
-        raise ValueError(f"{path} is not the published {artifact.key}: its SHA-256 is {sha256}, not {artifact.sha256}.")
+        raise UserError(f"{path} is not the published {artifact.key}: its SHA-256 is {sha256}, not {artifact.sha256}.")
     if artifact.git_sha1 is not None and (found := _git_sha1(path)) != artifact.git_sha1:
-        raise ValueError(
+        raise UserError(
             f"{path} is not the published {artifact.key}: git names its contents {found}, not {artifact.git_sha1}."
         )
     return sha256
@@ -586,11 +587,9 @@ def _read_lock(path: Path) -> dict[str, Any]:
         lock = json.loads(path.read_text(encoding="utf-8"))
         fields = {"path", "size", "mtime_ns", "sha256"}
         if not isinstance(lock, dict) or any(entry.keys() != fields for entry in lock.values()):
-            raise ValueError("its entries have path, size, mtime_ns and sha256")
+            raise UserError("its entries have path, size, mtime_ns and sha256")
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); correct it, or delete it and let it be written anew."
-        ) from error
+        raise UserError(f"{path} is damaged ({error}); correct it, or delete it and let it be written anew.") from error
     return lock
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.utils.files import replacing_folder
 
 if TYPE_CHECKING:
@@ -31,22 +32,22 @@ def load_model(model_class: Any, folder: Path | str, expected: Mapping[str, Any]
     """
     folder = Path(folder)
     if not (folder / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(f"There are no weights at {folder / WEIGHTS_FILE}.")
+        raise MissingFileError(f"There are no weights at {folder / WEIGHTS_FILE}.")
     try:
         model, info = model_class.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # cut off, of another shape: each raises a type of its own
-        raise ValueError(
+        raise UserError(
             f"The {model_class.__name__} in {folder} does not load; it needs a whole {WEIGHTS_FILE} and its "
             f"config.json: {type(error).__name__}: {error}"
         ) from error
     for what, words in (("missing_keys", "lacks"), ("unexpected_keys", "has unknown"), ("mismatched_keys", "misfits")):
         if found := sorted(str(key) for key in info[what]):
-            raise ValueError(f"The {model_class.__name__} in {folder} {words} {len(found)} weights: {found[:3]}.")
+            raise UserError(f"The {model_class.__name__} in {folder} {words} {len(found)} weights: {found[:3]}.")
     for key, value in (expected or {}).items():
         if _plain(model.config[key]) != _plain(value):
-            raise ValueError(f"The {model_class.__name__} in {folder} has {key}={model.config[key]!r}, not {value!r}.")
+            raise UserError(f"The {model_class.__name__} in {folder} has {key}={model.config[key]!r}, not {value!r}.")
     return model.eval()
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.weights.official import Layout, State, WrongStateError, load_official
 
 SCANNED = "decoder/EncDecBlock/"
@@ -30,12 +31,12 @@ def unroll(tree: Mapping[str, Tensor]) -> State:
         if not name.startswith(SCANNED):
             layers = {name: value}
         elif value.ndim < 2:
-            raise ValueError(f"{name} {list(value.shape)} has no axis 1, along which blocks are stacked.")
+            raise UserError(f"{name} {list(value.shape)} has no axis 1, along which blocks are stacked.")
         else:
             rest = name.removeprefix(SCANNED)
             layers = {f"decoder/EncDecBlock{i}/{rest}": layer for i, layer in enumerate(value.unbind(1))}
         if (twice := next((layer for layer in layers if layer in state), None)) is not None:
-            raise ValueError(f"{twice} is there twice, scanned and unrolled.")
+            raise UserError(f"{twice} is there twice, scanned and unrolled.")
         state |= layers
     return state
 
@@ -65,14 +66,14 @@ def load_tree(path: Path | str) -> State:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+        raise MissingFileError(f"There is no checkpoint at {path}.")
     try:
         arrays = _read_npz(path) if zipfile.is_zipfile(path) else _read_msgpack(path)
     except ImportError:
         raise
     except Exception as error:  # zipfile, zlib, numpy and msgpack have many ways to say that bytes are damaged
         size = f"{path.stat().st_size:,} bytes"
-        raise ValueError(f"{path} ({size}) is damaged, or neither .npz nor msgpack of arrays ({error}).") from error
+        raise UserError(f"{path} ({size}) is damaged, or neither .npz nor msgpack of arrays ({error}).") from error
     return {name: _tensor(f"{path}: {name}", array) for name, array in arrays.items()}
 
 
@@ -89,7 +90,7 @@ def _read_msgpack(path: Path) -> dict[str, NDArray[Any]]:
 
     def array(code: int, data: bytes) -> NDArray[Any]:
         if code not in (1, 3):  # an array, or a scalar of numpy
-            raise ValueError(f"extension {code}")
+            raise UserError(f"extension {code}")
         shape, dtype, content = msgpack.unpackb(data)
         return np.frombuffer(content, "V2" if dtype == "bfloat16" else dtype).reshape(shape)
 
@@ -103,7 +104,7 @@ def _read_msgpack(path: Path) -> dict[str, NDArray[Any]]:
     # No limits: the file is on this disk, and no number in it makes msgpack reserve more than it holds.
     tree = msgpack.unpackb(path.read_bytes(), ext_hook=array)
     if not isinstance(tree, dict):
-        raise ValueError(f"a {type(tree).__name__}")
+        raise UserError(f"a {type(tree).__name__}")
     return dict(flat(tree, ""))
 
 
@@ -112,7 +113,7 @@ def _tensor(where: str, array: NDArray[Any]) -> Tensor:
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return _tensor(where, array.view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind not in "fiu":
-        raise ValueError(f"{where} has the type {array.dtype}, which is no number.")
+        raise UserError(f"{where} has the type {array.dtype}, which is no number.")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
@@ -130,4 +131,4 @@ def load_into(module: nn.Module, tree: Mapping[str, Tensor], layout: Layout, pat
     except WrongStateError as error:
         raise WrongStateError(f"{path}: {error}", error.shapes) from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tokenbridge.utils.errors import UserError
+
 NUM_LISTED = 5  # names of each kind in an error message
 
 State = dict[str, Tensor]
@@ -59,7 +61,7 @@ class Layout:
     buffer_tolerance: float = 0.0  # absolute; what the rounding of other libraries makes of the buffers
 
 
-class WrongStateError(ValueError):
+class WrongStateError(UserError):
     """A state dict of another model than the one it was read for; `shapes` are its own."""
 
     def __init__(self, message: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -129,7 +131,7 @@ def check_replaceable(folder: Path | str, index: str) -> None:
     """Raise ValueError unless `folder` is absent, empty, or has the file `index`, as what would replace it has."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / index).is_file())):
-        raise ValueError(f"{folder} is there and has no {index}; it is left as it is.")
+        raise UserError(f"{folder} is there and has no {index}; it is left as it is.")
 
 
 def _listed(kind: str, names: Iterable[str]) -> list[str]:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tokenbridge.utils.errors import UserError
+
 Model = TypeVar("Model", bound=nn.Module)
 
 OFFICIAL = "official"  # the README's settings: the default where there are any
@@ -40,11 +42,11 @@ class Preset:
             ValueError: there are none of that name, or none at all.
         """
         if not self.sampling:
-            raise ValueError(f"No sampling settings were published for {self.name}.")
+            raise UserError(f"No sampling settings were published for {self.name}.")
         if variant is None:
             variant = next(iter(self.sampling))
         if variant not in self.sampling:
-            raise ValueError(f"{self.name} has no sampling settings {variant!r}; there are {list(self.sampling)}.")
+            raise UserError(f"{self.name} has no sampling settings {variant!r}; there are {list(self.sampling)}.")
         return self.sampling[variant].config
 
 
@@ -57,7 +59,7 @@ def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
     for preset in presets.values():
         if name in (preset.name, preset.official_name):
             return preset
-    raise ValueError(f"Unknown preset {name!r}; there are {', '.join(presets)}.")
+    raise UserError(f"Unknown preset {name!r}; there are {', '.join(presets)}.")
 
 
 def build_preset(model_class: type[Model], preset: Preset, **changes: Any) -> Model:
@@ -70,5 +72,5 @@ def build_preset(model_class: type[Model], preset: Preset, **changes: Any) -> Mo
         model = model_class(**{**preset.model, **changes}).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     if not changes and count != preset.num_parameters:
-        raise ValueError(f"{preset.name} has {count:,} parameters, not the expected {preset.num_parameters:,}.")
+        raise UserError(f"{preset.name} has {count:,} parameters, not the expected {preset.num_parameters:,}.")
     return model

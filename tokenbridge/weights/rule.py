@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.official import Layout
 
 RULE = "fan-in-normal-v1"
@@ -33,7 +34,7 @@ def draw_rule(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any])
         ValueError: another rule.
     """
     if weights.get("rule") != RULE or "salt" not in weights:
-        raise ValueError(f"The rule for weights {dict(weights)} is unknown; there is {RULE!r}, with a salt.")
+        raise UserError(f"The rule for weights {dict(weights)} is unknown; there is {RULE!r}, with a salt.")
 
     def draw(name: str) -> Tensor:
         seed = zlib.crc32(f"{weights['salt']}/{name}".encode())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.weights.official import Layout, State, WrongStateError, load_official
 
 CHECKPOINT = "checkpoint-last.pth"
@@ -37,9 +38,9 @@ def load_checkpoint(path: Path | str, *, ema: bool = True) -> State:
     state = content.get(key) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state:
         kind = f"keys {list(content)[:8]}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(f"{path} holds no weights under {key!r}; it has {kind}.")
+        raise UserError(f"{path} holds no weights under {key!r}; it has {kind}.")
     if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{path}: {strange[0]!r} under {key!r} is no tensor.")
+        raise UserError(f"{path}: {strange[0]!r} under {key!r} is no tensor.")
     return {name: value.detach().clone() for name, value in state.items()}  # clones outlive the mapped file
 
 
@@ -50,7 +51,7 @@ def read_torch_file(path: Path) -> Any:
     sets attributes and runs nothing.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+        raise MissingFileError(f"There is no checkpoint at {path}.")
     size = f"{path.stat().st_size:,} bytes"
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -62,8 +63,8 @@ def read_torch_file(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except Exception as error:  # torch, zipfile and pickle have many ways to say that bytes are damaged
         if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
-            raise ValueError(f"{path} holds pickled code, which is never run ({found[1]}).") from error
-        raise ValueError(f"{path} ({size}) is truncated, damaged or no checkpoint of torch.") from error
+            raise UserError(f"{path} holds pickled code, which is never run ({found[1]}).") from error
+        raise UserError(f"{path} ({size}) is truncated, damaged or no checkpoint of torch.") from error
 
 
 def load_from(path: Path | str, module: nn.Module, layout: Layout, *, ema: bool = True) -> None:
@@ -108,5 +109,5 @@ def load_weights(path: Path | str) -> State:
         state = next((content[key] for key in wrappers if key in content), content)
     if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
         kind = f"keys {list(content)[:8]}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ValueError(f"{path} holds no weights, bare or under {', '.join(wrappers)}; it has {kind}.")
+        raise UserError(f"{path} holds no weights, bare or under {', '.join(wrappers)}; it has {kind}.")
     return {name: value.detach().clone() for name, value in state.items()}  # clones outlive the mapped file

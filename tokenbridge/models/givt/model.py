@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tokenbridge.models.givt.density import Mixture
 from tokenbridge.models.layers import Attention
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     pass
@@ -178,7 +179,7 @@ class GIVT(ModelMixin, ConfigMixin):
             ValueError: a model without one.
         """
         if self.class_emb.num_embeddings == self.num_classes:
-            raise ValueError("This model has no embedding for 'no class': no guidance and no label dropout.")
+            raise UserError("This model has no embedding for 'no class': no guidance and no label dropout.")
         return torch.full_like(labels, self.num_classes)
 
     def forward(self, latents: Tensor, labels: Tensor, *, dropped: Tensor | None = None) -> Tensor:

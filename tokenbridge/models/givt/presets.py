@@ -8,6 +8,7 @@ import torch
 
 from tokenbridge.models.givt.model import GIVT
 from tokenbridge.models.givt.sampling import GivtSamplingConfig
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.published import OFFICIAL, Preset, SamplingRecipe
 
 README = "configs/proj/givt/README.md of google-research/big_vision at 0127fb6"
@@ -47,10 +48,10 @@ def create_givt(name: str, **changes: Any) -> GIVT:
     """
     preset = next((p for p in PRESETS.values() if name in (p.name, p.official_name)), None)
     if preset is None:
-        raise ValueError(f"Unknown preset {name!r}; there are {', '.join(PRESETS)}.")
+        raise UserError(f"Unknown preset {name!r}; there are {', '.join(PRESETS)}.")
     with torch.device("meta"):
         model = GIVT(**{**preset.model, **changes}).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
     if not changes and count != preset.num_parameters:
-        raise ValueError(f"{preset.name} has {count:,} parameters, not the expected {preset.num_parameters:,}.")
+        raise UserError(f"{preset.name} has {count:,} parameters, not the expected {preset.num_parameters:,}.")
     return model

@@ -15,6 +15,7 @@ from tokenbridge.models.draw import check_labels, decode_in_batches
 from tokenbridge.models.givt.density import GuidedDensity, Mixture
 from tokenbridge.models.givt.model import GIVT
 from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class GivtSamplingConfig:
     def __post_init__(self) -> None:
         for name in ("temperature", "temp_probs"):
             if not (math.isfinite(value := getattr(self, name)) and value > 0):
-                raise ValueError(f"{name} must be above 0, not {value}.")
+                raise UserError(f"{name} must be above 0, not {value}.")
         if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0):
-            raise ValueError(f"The guidance weight must be at least 0, not {self.guidance_weight}.")
+            raise UserError(f"The guidance weight must be at least 0, not {self.guidance_weight}.")
         if self.num_proposals < 1:
-            raise ValueError(f"The number of proposals must be at least 1, not {self.num_proposals}.")
+            raise UserError(f"The number of proposals must be at least 1, not {self.num_proposals}.")
 
 
 class TokenNoise(Protocol):
@@ -220,7 +221,7 @@ def sample_images(
         ValueError: no labels, labels out of range, a negative seed.
     """
     if seed < 0:
-        raise ValueError(f"A seed is at least 0, not {seed}.")
+        raise UserError(f"A seed is at least 0, not {seed}.")
 
     def latents(indices: list[int]) -> Tensor:
         return generate_latents(model, labels[indices], config, lambda i: StreamNoise(seed, indices, i, model))

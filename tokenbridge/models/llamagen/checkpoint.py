@@ -8,6 +8,7 @@ import torch
 
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.llamagen.presets import create_model
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.official import Layout, Place
 from tokenbridge.weights.torch_files import load_state, load_weights
 
@@ -42,5 +43,5 @@ def load_llamagen(path: Path | str, name: str) -> LlamaGen:
         ours = model.rotary_rows()
         # The tolerance lets a table in bfloat16 through, which is off by up to 0.002.
         if table.shape != ours.shape or not torch.allclose(table.float(), ours, atol=1e-2):
-            raise ValueError(f"{path}: the rotary table (freqs_cis) is not that of {name}.")
+            raise UserError(f"{path}: the rotary table (freqs_cis) is not that of {name}.")
     return model

@@ -22,6 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from tokenbridge.models.draw import Pick
+from tokenbridge.utils.errors import UserError
 
 
 class Attention(nn.Module):
@@ -131,9 +132,9 @@ class LlamaGen(ModelMixin, ConfigMixin):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         if width % num_heads or num_heads % num_kv_heads:
-            raise ValueError(f"Width {width}, {num_heads} heads, {num_kv_heads} key/value heads: each must divide.")
+            raise UserError(f"Width {width}, {num_heads} heads, {num_kv_heads} key/value heads: each must divide.")
         if width // num_heads % 4:
-            raise ValueError(f"The head width {width // num_heads} is no multiple of 4: pairs, for rows and columns.")
+            raise UserError(f"The head width {width // num_heads} is no multiple of 4: pairs, for rows and columns.")
         self.num_classes = num_classes
         self.latent_size = latent_size
         self.cache_shape = (depth, 2, num_kv_heads, width // num_heads)

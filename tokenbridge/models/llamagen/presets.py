@@ -8,6 +8,7 @@ import torch
 
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.llamagen.sampling import LlamaGenSampling
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.published import OFFICIAL, Preset, SamplingRecipe
 
 SIZES: dict[str, dict[str, int]] = {
@@ -83,6 +84,6 @@ def create_model(name: str, **changes: Any) -> LlamaGen:
         ValueError: an unknown name.
     """
     if name not in PRESETS:
-        raise ValueError(f"Unknown preset {name!r}; there are {', '.join(PRESETS)}.")
+        raise UserError(f"Unknown preset {name!r}; there are {', '.join(PRESETS)}.")
     with torch.device("meta"):
         return LlamaGen(**{**PRESETS[name].model, **changes}).eval()

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokenbridge.models.draw import _picker, check_labels, image_batches
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.noise import image_noise
+from tokenbridge.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class LlamaGenSampling:
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "temperature"):
             if not (math.isfinite(value := getattr(self, name)) and value >= 0):
-                raise ValueError(f"{name} must be at least 0, not {value}.")
+                raise UserError(f"{name} must be at least 0, not {value}.")
         if self.num_guided is not None and self.num_guided < 0:
-            raise ValueError(f"num_guided must be at least 0, not {self.num_guided}.")
+            raise UserError(f"num_guided must be at least 0, not {self.num_guided}.")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {self.top_k}.")
+            raise UserError(f"top_k must be at least 0, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}.")
+            raise UserError(f"top_p must be in (0, 1], not {self.top_p}.")
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenbridge.utils.errors import UserError
+
 NUM_TIMESTEPS = 1000
 MAX_BETA = 0.999
 PIXEL = 1 / 255  # half the width of an 8-bit level in [-1, 1]
@@ -55,13 +57,13 @@ def spaced_timesteps(spacing: int | str, num_timesteps: int = NUM_TIMESTEPS) -> 
         for stride in range(1, num_timesteps):
             if len(strided := range(0, num_timesteps, stride)) == int(text[4:]):
                 return list(strided)
-        raise ValueError(f"No whole stride through {num_timesteps} timesteps gives {text[4:]} steps.")
+        raise UserError(f"No whole stride through {num_timesteps} timesteps gives {text[4:]} steps.")
     counts = [int(count) for count in text.split(",")] if text else [num_timesteps]
     timesteps, start = [], 0
     for i, count in enumerate(counts):
         size = num_timesteps // len(counts) + (i < num_timesteps % len(counts))
         if not 1 <= count <= size:
-            raise ValueError(f"The number of diffusion steps must be in [1, {size}], not {count}.")
+            raise UserError(f"The number of diffusion steps must be in [1, {size}], not {count}.")
         stride_of_section = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed, not multiplied: where a place falls on a half, the sum's rounding error decides.
         places = accumulate(repeat(stride_of_section, count - 1), initial=0.0)
@@ -96,7 +98,7 @@ class Diffusion:
     def __init__(self, spacing: int | str = NUM_TIMESTEPS, device: torch.device | str = "cpu") -> None:
         timesteps = spaced_timesteps(spacing)
         if len(timesteps) < 2:
-            raise ValueError("There must be at least 2 diffusion steps.")
+            raise UserError("There must be at least 2 diffusion steps.")
         kept = np.cumprod(1 - cosine_betas())[timesteps]
         betas = 1 - kept / np.append(1.0, kept[:-1])
         alpha_bars = np.cumprod(1 - betas)

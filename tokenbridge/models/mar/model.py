@@ -30,6 +30,7 @@ from tokenbridge.models.layers import initialise, modulate, take
 from tokenbridge.models.mar.diffusion import NUM_TIMESTEPS, Diffusion, diffusion_process
 from tokenbridge.models.masked import BackboneConfig, MaskedBackbone
 from tokenbridge.models.masked_sampling import random_orders, training_mask_count
+from tokenbridge.utils.errors import UserError
 
 NUM_FREQUENCIES = 128  # of the timestep embedding, each as cosine and sine
 MAX_PERIOD = 10_000
@@ -211,7 +212,7 @@ class MAR(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if latent_size % patch_size:
-            raise ValueError(f"Latents of size {latent_size} have no whole number of patches of size {patch_size}.")
+            raise UserError(f"Latents of size {latent_size} have no whole number of patches of size {patch_size}.")
         self.num_classes = num_classes
         self.latent_size = latent_size
         self.patch_size = patch_size

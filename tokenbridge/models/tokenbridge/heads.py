@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tokenbridge.models.draw import Pick
 from tokenbridge.models.layers import ModulatedBlock, modulate
+from tokenbridge.utils.errors import UserError
 
 FirstElement = Literal["official", "training-consistent"]
 
@@ -150,7 +151,7 @@ class ARHead(_ChannelTransformer):
             return condition[:, 0]
         if first == "training-consistent":
             return self.condition_proj(context)
-        raise ValueError(f"The head's first element is 'official' or 'training-consistent', not {first!r}.")
+        raise UserError(f"The head's first element is 'official' or 'training-consistent', not {first!r}.")
 
 
 class ParallelHead(_ChannelTransformer):

@@ -22,6 +22,7 @@ from tokenbridge.models.masked_sampling import random_orders, training_mask_coun
 from tokenbridge.models.tokenbridge.heads import ARHead, FirstElement, HeadConfig, ParallelHead
 from tokenbridge.models.tokenbridge.orders import OFFICIAL_CHANNEL_ORDER, inverse
 from tokenbridge.tokenizers.quantizer import GAUSSIAN_RANGE, GAUSSIAN_SIGMAS, ScalarQuantizer, gaussian_quantizer
+from tokenbridge.utils.errors import UserError
 
 HEADS: dict[str, type[ARHead | ParallelHead]] = {"ar": ARHead, "parallel": ParallelHead}
 
@@ -86,9 +87,9 @@ class TokenBridge(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if len(channel_order) != num_channels:
-            raise ValueError(f"The channel order has {len(channel_order)} entries for {num_channels} channels.")
+            raise UserError(f"The channel order has {len(channel_order)} entries for {num_channels} channels.")
         if head_type not in HEADS:
-            raise ValueError(f"Unknown head {head_type!r}; there are {sorted(HEADS)}.")
+            raise UserError(f"Unknown head {head_type!r}; there are {sorted(HEADS)}.")
         self.num_classes = num_classes
         self.latent_size = latent_size
         self.channel_order = tuple(channel_order)

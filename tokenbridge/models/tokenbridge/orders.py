@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenbridge.utils.errors import UserError
+
 OFFICIAL_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 """The order of KL-16's channels in the published models (models/tokenbridge.py, a constant of the code)."""
 
@@ -31,9 +33,9 @@ def frequency_order(latents: Tensor, *, cutoff: float = 0.5) -> tuple[int, ...]:
         ValueError: latents of another shape, or a cutoff outside (0, 1].
     """
     if latents.ndim != 4:
-        raise ValueError(f"Latents must be [B, C, H, W], not {list(latents.shape)}.")
+        raise UserError(f"Latents must be [B, C, H, W], not {list(latents.shape)}.")
     if not 0 < cutoff <= 1:
-        raise ValueError(f"The cutoff is a share of the Nyquist frequency in (0, 1], not {cutoff}.")
+        raise UserError(f"The cutoff is a share of the Nyquist frequency in (0, 1], not {cutoff}.")
     energy = torch.fft.fft2(latents.float()).abs().square()  # [B, C, H, W]
     rows = torch.fft.fftfreq(latents.shape[2], device=latents.device)[:, None]
     columns = torch.fft.fftfreq(latents.shape[3], device=latents.device)[None, :]
@@ -52,13 +54,13 @@ def channel_order(name: str, num_channels: int, latents: Tensor | None = None) -
         return natural_order(num_channels)
     if name == "official":
         if num_channels != len(OFFICIAL_CHANNEL_ORDER):
-            raise ValueError(f"The official channel order is for 16 channels, not {num_channels}.")
+            raise UserError(f"The official channel order is for 16 channels, not {num_channels}.")
         return OFFICIAL_CHANNEL_ORDER
     if name == "frequency":
         if latents is None:
-            raise ValueError("The frequency order is measured on latents; none were given.")
+            raise UserError("The frequency order is measured on latents; none were given.")
         return frequency_order(latents)
-    raise ValueError(f"Unknown channel order {name!r}; there are 'natural', 'official' and 'frequency'.")
+    raise UserError(f"Unknown channel order {name!r}; there are 'natural', 'official' and 'frequency'.")
 
 
 def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
@@ -68,7 +70,7 @@ def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
         ValueError: `order` is no permutation of 0 .. C - 1.
     """
     if sorted(order) != list(range(len(order))):
-        raise ValueError(f"{order} is no permutation of 0 .. {len(order) - 1}.")
+        raise UserError(f"{order} is no permutation of 0 .. {len(order) - 1}.")
     places = [0] * len(order)
     for place, channel in enumerate(order):
         places[channel] = place

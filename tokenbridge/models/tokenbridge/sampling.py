@@ -30,6 +30,7 @@ from tokenbridge.models.noise import GlobalNoise, ImageNoise, image_noise
 from tokenbridge.models.tokenbridge.heads import FirstElement
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class SamplingConfig(MaskedSamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.position_order not in ("random", "raster", "confidence"):
-            raise ValueError(f"Unknown position order {self.position_order!r}.")
+            raise UserError(f"Unknown position order {self.position_order!r}.")
         if self.first_element not in get_args(FirstElement):
-            raise ValueError(f"Unknown first element {self.first_element!r}; there are {get_args(FirstElement)}.")
+            raise UserError(f"Unknown first element {self.first_element!r}; there are {get_args(FirstElement)}.")
 
 
 @torch.inference_mode()

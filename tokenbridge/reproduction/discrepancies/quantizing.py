@@ -14,6 +14,7 @@ from tokenbridge.models.tokenbridge.checkpoint import official_buffers
 from tokenbridge.reproduction.discrepancies.study import Scores, Side, Study, _not_run, _row, _share, rows_of
 from tokenbridge.results.schema import Row
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer, gaussian_quantizer
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from tokenbridge.models.tokenbridge.model import TokenBridge
@@ -67,10 +68,10 @@ def read_latents(path: Path) -> Tensor:
         with np.load(path) as file:
             latents = torch.from_numpy(file["latents"]).float()
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no .npz file with an array `latents` of numbers: {error}") from error
+        raise UserError(f"{path} is no .npz file with an array `latents` of numbers: {error}") from error
     deviation = latents.double().std(correction=0).item()
     if not 0 < deviation < float("inf"):
-        raise ValueError(f"The latents in {path} have the standard deviation {deviation}.")
+        raise UserError(f"The latents in {path} have the standard deviation {deviation}.")
     return latents / deviation
 
 

@@ -30,6 +30,7 @@ from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Say, open_bench
 from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, trend_cells
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
 from tokenbridge.utils import provenance
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of, write_text
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
@@ -112,7 +113,7 @@ def measure_discrepancies(
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     source = provenance.commit()  # now: what is edited while this runs has no part in it
     if num_images < 1 or num_images % (2 * len(scale.classes)):
-        raise ValueError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
+        raise UserError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
     if latents is not None:
         read_latents(latents)  # first: a bad file must not cost minutes
     bench = open_bench(scale, weights)

@@ -29,6 +29,7 @@ from tokenbridge.models.tokenbridge import sampling
 from tokenbridge.models.tokenbridge.sampling import SamplingConfig
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench
 from tokenbridge.results.schema import Row
+from tokenbridge.utils.errors import UnusableImageError
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Study:
         noise = ((i, image_noise(seed, i, model.num_positions, model.num_channels)) for i in batches)
         tokens = torch.cat([sampling.generate_tokens(model, labels[i], config, numbers) for i, numbers in noise])
         if int(tokens.min()) < 0:
-            raise FloatingPointError("The logits of the generator are NaN.")
+            raise UnusableImageError("The logits of the generator are NaN.")
         return tokens
 
     def images(self, tokens: Tensor) -> Tensor:
