@@ -42,7 +42,7 @@ from tokenbridge.models.tokenbridge.checkpoint import tokenbridge_layout
 from tokenbridge.models.tokenbridge.heads import ARHead
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 from tokenbridge.utils import provenance
 from tokenbridge.utils.files import reference_folder, write_json, write_text
 from tokenbridge.weights.official import load_official
@@ -85,7 +85,7 @@ class Setting:
 
     fast: TokenBridge
     plain: Reference
-    config: SamplingConfig
+    config: TokenBridgeSampling
     labels: Tensor  # [B]
     noise: ImageNoise
     autocast: torch.dtype | None = None  # of the reference

@@ -16,7 +16,7 @@ from tokenbridge.models.layers import take
 from tokenbridge.models.masked_sampling import guidance_at, masked_counts
 from tokenbridge.models.noise import ImageNoise
 from tokenbridge.models.tokenbridge.model import TokenBridge
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, _guided_context
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, _guided_context
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Step:
 
     model: TokenBridge
     reference: Reference
-    config: SamplingConfig
+    config: TokenBridgeSampling
     number: int  # of the iteration, from 0
     labels: Tensor  # [B]
     noise: ImageNoise
@@ -66,7 +66,7 @@ class Step:
         return tokens
 
 
-def official_arguments(config: SamplingConfig) -> SampleArguments:
+def official_arguments(config: TokenBridgeSampling) -> SampleArguments:
     """Return the official sampler's arguments for `config`."""
     assert config.position_order == "random", "the official sampler has no other order"
     assert config.first_element == "official"

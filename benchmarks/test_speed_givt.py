@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.conftest import SideBySide
 from tokenbridge.models.givt.density import Gaussian, GuidedDensity, Mixture
 from tokenbridge.models.givt.model import GIVT
-from tokenbridge.models.givt.sampling import GivtSamplingConfig, StreamNoise, draw_guided, generate_latents
+from tokenbridge.models.givt.sampling import GivtSampling, StreamNoise, draw_guided, generate_latents
 
 TINY: dict[str, Any] = {
     "num_positions": 16,
@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "num_heads": 4,
     "mlp_width": 384,
 }
-CONFIG = GivtSamplingConfig(temperature=0.95, guidance_weight=0.4)
+CONFIG = GivtSampling(temperature=0.95, guidance_weight=0.4)
 
 
 def make_model(**changes: Any) -> GIVT:

@@ -17,7 +17,7 @@ from benchmarks import reference
 from benchmarks.conftest import SideBySide
 from tokenbridge.models.mar.diffusion import Diffusion, diffusion_process
 from tokenbridge.models.mar.model import MAR
-from tokenbridge.models.mar.sampling import MarSamplingConfig, generate_latents, latent_noise
+from tokenbridge.models.mar.sampling import MarSampling, generate_latents, latent_noise
 from tokenbridge.models.masked_sampling import contexts, guidance_at, masked_counts
 
 GUIDANCE = 3.0
@@ -140,7 +140,7 @@ def test_sampling_iteration(
 def test_whole_generation_equals_the_reference() -> None:
     """The iteration above is a copy of the loop's body; this holds the loop itself to the reference."""
     model = make_model(TINY)
-    config = MarSamplingConfig(num_iterations=5, guidance_scale=GUIDANCE, num_diffusion_steps=10)
+    config = MarSampling(num_iterations=5, guidance_scale=GUIDANCE, num_diffusion_steps=10)
     labels, length = torch.arange(8), model.num_positions
     ours, theirs = (latent_noise(0, list(range(8)), length, model.num_channels) for _ in range(2))
     sequence = torch.zeros(8, length, model.num_channels)

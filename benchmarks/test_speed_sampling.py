@@ -10,7 +10,7 @@ from benchmarks.models import make_model
 from benchmarks.reference import reference_of
 from benchmarks.steps import Step, official_arguments
 from tokenbridge.models.noise import image_noise
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 
 GUIDANCE = 3.0
 
@@ -26,7 +26,7 @@ def test_sampling_step(side_by_side: SideBySide, size: str, batch: int, num_iter
     step = Step(
         model=model,
         reference=reference_of(model),
-        config=SamplingConfig(num_iterations=num_iterations, guidance_scale=GUIDANCE),
+        config=TokenBridgeSampling(num_iterations=num_iterations, guidance_scale=GUIDANCE),
         number=num_iterations // 2,
         labels=torch.arange(batch) % model.num_classes,
         noise=image_noise(0, list(range(batch)), length, channels),
@@ -42,7 +42,7 @@ def test_sampling_step(side_by_side: SideBySide, size: str, batch: int, num_iter
 def test_whole_generation_equals_the_reference() -> None:
     """The step above is a copy of the loop's body; this holds the loop itself to the reference."""
     model = make_model("tiny")
-    config = SamplingConfig(num_iterations=5, guidance_scale=GUIDANCE, temperature=0.9)
+    config = TokenBridgeSampling(num_iterations=5, guidance_scale=GUIDANCE, temperature=0.9)
     labels = torch.arange(8)
     noise = image_noise(0, list(range(8)), model.num_positions, model.num_channels)
     theirs = reference_of(model).sample_tokens(labels, noise.orders, official_arguments(config), noise.uniforms)

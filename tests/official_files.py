@@ -21,7 +21,7 @@ from tokenbridge.models.registry import KL16, TOKENIZERS
 from tokenbridge.models.tokenbridge.checkpoint import official_buffers
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.tokenizers.kl16 import create_kl16
 from tokenbridge.weights.published import Preset, SamplingRecipe
 from tokenbridge.weights.rule import RULE
@@ -51,7 +51,7 @@ def declare_small_models(monkeypatch: pytest.MonkeyPatch) -> str:
     """Let KL-16 be a small one; declare a preset of the tests' model, and return its name."""
     name = "tokenbridge-test"
     count = sum(p.numel() for p in empty_tiny().parameters())
-    few, fewer = (SamplingConfig(num_iterations=n, guidance_scale=2.0) for n in (4, 3))
+    few, fewer = (TokenBridgeSampling(num_iterations=n, guidance_scale=2.0) for n in (4, 3))
     sampling = {"official": SamplingRecipe(few, "tests"), "paper": SamplingRecipe(fewer, "tests")}
     monkeypatch.setitem(PRESETS, name, Preset(name, TINY, count, sampling=sampling))
     small = functools.partial(create_kl16, **SMALL_VAE)

@@ -11,7 +11,7 @@ from .evaluation.reconstruct import reconstruct as reconstruct
 from .evaluation.reference import make_reference as make_reference
 from .models.noise import image_noise as image_noise
 from .models.tokenbridge.model import TokenBridge as TokenBridge
-from .models.tokenbridge.sampling import SamplingConfig as SamplingConfig
+from .models.tokenbridge.sampling import TokenBridgeSampling as TokenBridgeSampling
 from .models.tokenbridge.sampling import generate_tokens as generate_tokens
 from .regression.gate import run_gate as run_gate
 from .reproduction.discrepancies.run import measure_discrepancies as measure_discrepancies

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks import speed_l as s
 from tokenbridge.models.tokenbridge.presets import PRESETS
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 
 TINY = "tokenbridge-tiny"
 runner = CliRunner()
@@ -39,7 +39,7 @@ def counted(function: Callable[[], object]) -> float:
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("number", [0, 2, 4])
 def test_counted_flop_of_a_step(setting: s.Setting, number: int, guidance_scale: float) -> None:
-    config = SamplingConfig(guidance_scale=guidance_scale, guidance_schedule="constant")
+    config = TokenBridgeSampling(guidance_scale=guidance_scale, guidance_schedule="constant")
     step = replace(setting, config=config).step(5, number)
     flop, other = (
         s.flop_of_iterations(setting.fast.config, 5, guided=guided)

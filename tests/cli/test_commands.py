@@ -22,7 +22,7 @@ from tokenbridge.configs import scales as recipes
 from tokenbridge.configs.schema import Scale, TrainingConfig
 from tokenbridge.configs.tiny import TINY
 from tokenbridge.data.images import load_images
-from tokenbridge.models.masked_sampling import MaskedSamplingConfig
+from tokenbridge.models.masked_sampling import MaskedSampling
 from tokenbridge.reproduction.small_scale import reproduce
 from tokenbridge.results.compare import compare, verdicts
 from tokenbridge.results.schema import Results, digest_of, read
@@ -64,7 +64,7 @@ def miniature(scale: Scale = TINY) -> Scale:
     small = []
     for recipe in scale.recipes:
         sampling = recipe.sampling
-        if isinstance(sampling, MaskedSamplingConfig):
+        if isinstance(sampling, MaskedSampling):
             sampling = dataclasses.replace(sampling, num_iterations=4)
         model = {**recipe.model, **SMALLER[recipe.kind]}
         small.append(dataclasses.replace(recipe, model=model, training=STEPS, sampling=sampling))

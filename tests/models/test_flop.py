@@ -13,17 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokenbridge.models.flop import decoder_flop, givt_flop, llamagen_flop, mar_flop, tokenbridge_flop
 from tokenbridge.models.givt.model import GIVT
-from tokenbridge.models.givt.sampling import GivtSamplingConfig, StreamNoise
+from tokenbridge.models.givt.sampling import GivtSampling, StreamNoise
 from tokenbridge.models.givt.sampling import generate_latents as generate_givt
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.llamagen.sampling import LlamaGenSampling
 from tokenbridge.models.llamagen.sampling import generate_tokens as generate_llamagen
 from tokenbridge.models.mar.model import MAR
-from tokenbridge.models.mar.sampling import MarSamplingConfig, generate_latents, latent_noise
+from tokenbridge.models.mar.sampling import MarSampling, generate_latents, latent_noise
 from tokenbridge.models.noise import image_noise
 from tokenbridge.models.registry import KINDS, all_presets
 from tokenbridge.models.tokenbridge.presets import PRESETS
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 from tokenbridge.sampling.load import find_system
 from tokenbridge.tokenizers.kl16 import create_kl16
 
@@ -64,7 +64,7 @@ def without_decoder(count: dict[str, float]) -> float:
 )
 def test_tokenbridge(guidance_scale: float, position_order: Any, changes: dict[str, Any]) -> None:
     model = tiny_model(**changes)
-    sampling = SamplingConfig(5, guidance_scale, position_order=position_order)
+    sampling = TokenBridgeSampling(5, guidance_scale, position_order=position_order)
     noise = image_noise(0, [0], model.num_positions, model.num_channels)
     with Counter() as counter:
         generate_tokens(model, LABEL, sampling, noise)
@@ -80,7 +80,7 @@ def test_mar(guidance_scale: float, changes: dict[str, Any]) -> None:
     sizes = {"latent_size": 4, "num_channels": 3, "num_classes": 5, "width": 24, "encoder_depth": 1}
     sizes |= {"decoder_depth": 2, "num_heads": 2, "num_buffer": 2, "head_width": 16, "head_depth": 2, **changes}
     model = MAR(**sizes).eval()  # type: ignore[arg-type]
-    sampling = MarSamplingConfig(4, guidance_scale, num_diffusion_steps=8)
+    sampling = MarSampling(4, guidance_scale, num_diffusion_steps=8)
     noise = latent_noise(0, [0], model.num_positions, model.num_channels)
     with Counter() as counter:
         generate_latents(model, LABEL, sampling, noise)
@@ -107,7 +107,7 @@ def test_givt(guidance_weight: float) -> None:
     sizes = {"num_positions": 9, "num_channels": 3, "num_classes": 5, "num_components": 4}
     sizes |= {"width": 32, "depth": 2, "num_heads": 4, "mlp_width": 48}
     model = GIVT(**sizes).eval()  # type: ignore[arg-type]
-    sampling = GivtSamplingConfig(guidance_weight=guidance_weight)
+    sampling = GivtSampling(guidance_weight=guidance_weight)
     with Counter() as counter:
         generate_givt(model, LABEL, sampling, lambda position: StreamNoise(0, [0], position, model))
     vae = create_kl16(embed_dim=3, ch=32, ch_mult=(1, 1), num_res_blocks=1)

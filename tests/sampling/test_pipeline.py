@@ -26,13 +26,15 @@ from torch import Tensor
 import tokenbridge
 from tokenbridge.data.images import pixels_to_images
 from tokenbridge.models.tokenbridge.presets import PRESETS
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, sample_images
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, sample_images
 from tokenbridge.sampling.pipeline import TokenBridgePipeline, class_number, convert_pipeline, imagenet_labels
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 NAMES = {0: "zero, nought", 1: "one", 2: "two", 3: "three", 4: "four"}
-DEFAULTS = SamplingConfig(num_iterations=3, guidance_scale=2.0, temperature=0.9, first_element="training-consistent")
+DEFAULTS = TokenBridgeSampling(
+    num_iterations=3, guidance_scale=2.0, temperature=0.9, first_element="training-consistent"
+)
 
 
 def make_pipeline(**changes: Any) -> TokenBridgePipeline:
@@ -82,7 +84,7 @@ def test_defaults_are_those_of_the_configuration() -> None:
     other = make_pipeline(sampling=dataclasses.asdict(dataclasses.replace(DEFAULTS, position_order="raster")))
     assert torch.equal(pixels_of(other([1, 2], seed=5).images), expected_pixels([1, 2], 5, position_order="raster"))
     plain = make_pipeline(sampling=None).config.sampling
-    assert plain == dataclasses.asdict(SamplingConfig())
+    assert plain == dataclasses.asdict(TokenBridgeSampling())
 
 
 @pytest.mark.parametrize("change", [{"guidance_scale": 5.0}, {"temperature": 0.2}, {"num_iterations": 9}, {"seed": 6}])
@@ -285,7 +287,7 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path
 def test_a_preset_and_its_official_files(official: tuple[str, Path, Path]) -> None:
     pipeline = TokenBridgePipeline.from_preset(*official)
     settings_of_preset: dict[str, Any] = {"num_iterations": 4, "guidance_scale": 2.0, "temperature": 1.0}
-    assert pipeline.config.sampling == dataclasses.asdict(SamplingConfig(**settings_of_preset))
+    assert pipeline.config.sampling == dataclasses.asdict(TokenBridgeSampling(**settings_of_preset))
     expected = make_pipeline(sampling=settings_of_preset)([1, 4], seed=9).images
     assert pipeline([1, 4], seed=9).images == expected
     paper = TokenBridgePipeline.from_preset(*official, variant="paper")
@@ -308,7 +310,7 @@ def test_published_presets_have_imagenet_names(
     monkeypatch.setitem(PRESETS, name, preset)
     pipeline = TokenBridgePipeline.from_preset(name, checkpoint, vae)
     assert pipeline.class_numbers("golden retriever") == [207]
-    assert pipeline.config.sampling == dataclasses.asdict(SamplingConfig())  # none were published of this one
+    assert pipeline.config.sampling == dataclasses.asdict(TokenBridgeSampling())  # none were published of this one
 
 
 def test_conversion_to_a_pipeline_folder(official: tuple[str, Path, Path], tmp_path: Path) -> None:

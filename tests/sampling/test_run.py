@@ -36,7 +36,7 @@ from tokenbridge.models.draw import _picker
 from tokenbridge.models.noise import global_noise
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.sampling import run
 from tokenbridge.sampling.config import RunConfig, balanced_labels
 from tokenbridge.sampling.load import find_system
@@ -90,7 +90,7 @@ def small_sampler(**changes: Any) -> TokenBridgeSampler:
         norm_num_groups=4,
         mid_block_add_attention=False,
     ).eval()
-    sampling = SamplingConfig(num_iterations=4, guidance_scale=2.0)
+    sampling = TokenBridgeSampling(num_iterations=4, guidance_scale=2.0)
     return replace(
         TokenBridgeSampler(
             "small", tiny_model(), LatentTokenizer(vae), sampling, "fp32", {"generator": Path(__file__)}
@@ -556,7 +556,7 @@ def saved(module: Any, folder: Path) -> Path:
 def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     """Declare a small published preset with a small KL-16, write both, and return `find_system` for it."""
     sizes = {**TINY, "num_channels": 16, "channel_order": tuple(range(16))}
-    sampling = {name: SamplingRecipe(SamplingConfig(n), "test") for name, n in (("official", 3), ("paper", 2))}
+    sampling = {name: SamplingRecipe(TokenBridgeSampling(n), "test") for name, n in (("official", 3), ("paper", 2))}
     preset = Preset("mini", sizes, 0, official_name="tokenbridge_mini", sampling=sampling)
     monkeypatch.setitem(PRESETS, "mini", preset)
     model = saved(with_rule_weights(TokenBridge(**sizes), {"rule": RULE, "salt": "tiny"}), tmp_path / "model")

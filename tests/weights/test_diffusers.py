@@ -22,7 +22,7 @@ from official_names import from_official, load_official, to_official
 from tokenbridge.models.noise import image_noise
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 from tokenbridge.weights.published import find_preset
 from tokenbridge.weights.torch_files import load_checkpoint
 
@@ -75,7 +75,7 @@ def test_round_trip(model: TokenBridge, low_cpu_mem_usage: bool) -> None:
 def test_the_loaded_model_makes_the_same_tokens(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path)
-    config, noise = SamplingConfig(num_iterations=5, guidance_scale=2.0), image_noise(3, [0, 1], 16, 4)
+    config, noise = TokenBridgeSampling(num_iterations=5, guidance_scale=2.0), image_noise(3, [0, 1], 16, 4)
     labels = torch.tensor([4, 0])
     loaded = TokenBridge.from_pretrained(tmp_path)
     assert torch.equal(generate_tokens(loaded, labels, config, noise), generate_tokens(model, labels, config, noise))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tokenbridge.models.givt.sampling import GivtSamplingConfig
+from tokenbridge.models.givt.sampling import GivtSampling
 from tokenbridge.models.llamagen.sampling import LlamaGenSampling
-from tokenbridge.models.mar.sampling import MarSamplingConfig
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.mar.sampling import MarSampling
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.utils.errors import UserError
 
 LOG_EVERY = 20  # steps between two points of the loss curve (each is the mean over these steps)
@@ -38,7 +38,7 @@ class TrainingConfig:
 
 
 Kind = Literal["autoencoder", "vq", "classifier", "tokenbridge", "mar", "givt", "llamagen"]
-Sampling = SamplingConfig | MarSamplingConfig | GivtSamplingConfig | LlamaGenSampling
+Sampling = TokenBridgeSampling | MarSampling | GivtSampling | LlamaGenSampling
 
 
 @dataclass(frozen=True)

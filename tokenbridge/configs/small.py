@@ -7,8 +7,8 @@ from typing import Any
 
 from tokenbridge.configs.schema import Recipe, Scale, TrainingConfig
 from tokenbridge.configs.tiny import _TINY_GENERATOR, _TINY_GIVT, _TINY_LLAMAGEN, _TINY_MAR, _autoencoder, _backbone
-from tokenbridge.models.mar.sampling import MarSamplingConfig
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.mar.sampling import MarSampling
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 
 _SMALL_GENERATOR: dict[str, Any] = {
     **_TINY_GENERATOR,
@@ -29,7 +29,7 @@ _SMALL_AR64 = Recipe(
     model=_SMALL_GENERATOR,
     training=TrainingConfig(num_steps=30_000, batch_size=256, learning_rate=8e-4, warmup_steps=1000, ema_decay=0.9995),
     loss={"num_loss_positions": 16, "mask_ratio_min": 0.0, "mask_ratio_std": 1.0},
-    sampling=SamplingConfig(
+    sampling=TokenBridgeSampling(
         num_iterations=64, guidance_scale=2.0, temperature=1.0, first_element="training-consistent"
     ),
 )
@@ -74,7 +74,7 @@ SMALL = Scale(
             model={**_backbone(_SMALL_GENERATOR), "head_width": 448, "head_depth": 3},
             training=_SMALL_AR64.training,
             loss=_SMALL_AR64.loss,
-            sampling=MarSamplingConfig(num_iterations=64, guidance_scale=2.0, num_diffusion_steps="ddim100"),
+            sampling=MarSampling(num_iterations=64, guidance_scale=2.0, num_diffusion_steps="ddim100"),
         ),
         replace(
             _TINY_GIVT,

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from tokenbridge.configs.schema import Recipe, Scale, TrainingConfig
-from tokenbridge.models.givt.sampling import GivtSamplingConfig
+from tokenbridge.models.givt.sampling import GivtSampling
 from tokenbridge.models.llamagen.sampling import LlamaGenSampling
-from tokenbridge.models.mar.sampling import MarSamplingConfig
+from tokenbridge.models.mar.sampling import MarSampling
 from tokenbridge.models.tokenbridge.presets import PRESETS
 
 
@@ -60,7 +60,7 @@ _TINY_MAR = Recipe(
     # 100 steps, but from timestep 990 on; the official "100" start at 999, where 1 / sqrt(alpha_bar) is 2e4: the
     # first step multiplies an error of the noise by 300. A head this small is wrong by 0.03, and its latents had a
     # deviation of 263 instead of 1 (after 4,500 of the steps; 0.98 from timestep 990 on).
-    sampling=MarSamplingConfig(num_iterations=16, guidance_scale=2.5, temperature=1.0, num_diffusion_steps="ddim100"),
+    sampling=MarSampling(num_iterations=16, guidance_scale=2.5, temperature=1.0, num_diffusion_steps="ddim100"),
 )
 _TINY_GIVT = Recipe(
     name="givt",
@@ -70,7 +70,7 @@ _TINY_GIVT = Recipe(
         **{"width": 128, "depth": 5, "num_heads": 4, "mlp_width": 448, "dropout": 0.0},
     },
     training=_TINY_GENERATOR_TRAINING,
-    sampling=GivtSamplingConfig(guidance_weight=0.4, temperature=0.3),
+    sampling=GivtSampling(guidance_weight=0.4, temperature=0.3),
 )
 _TINY_LLAMAGEN = Recipe(
     name="llamagen",

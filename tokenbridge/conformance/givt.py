@@ -16,7 +16,7 @@ from tokenbridge.conformance.golden import Computed, Entries, Entry, Golden, ent
 from tokenbridge.models.givt.checkpoint import givt_layout
 from tokenbridge.models.givt.density import Gaussian, GuidedDensity, Mixture
 from tokenbridge.models.givt.model import GIVT
-from tokenbridge.models.givt.sampling import Draw, GivtSamplingConfig, draw_guided, draw_token, generate_draws
+from tokenbridge.models.givt.sampling import Draw, GivtSampling, draw_guided, draw_token, generate_draws
 from tokenbridge.tokenizers.givt_vae import GivtVAE
 from tokenbridge.tokenizers.givt_vae_checkpoint import givt_vae_layout
 from tokenbridge.utils.errors import UserError
@@ -208,11 +208,11 @@ def _check_count(module: torch.nn.Module, golden: Golden) -> None:
         raise UserError(f"The model has {count:,} parameters; the case says {expected:,}.")
 
 
-def _sampling(golden: Golden) -> GivtSamplingConfig:
+def _sampling(golden: Golden) -> GivtSampling:
     """Return the case's sampling settings."""
     given = {key: value for key, value in golden.meta["arguments"].items() if value is not None}
     arguments = SAMPLE_DEFAULTS | given
-    return GivtSamplingConfig(
+    return GivtSampling(
         temperature=arguments["temp"],
         temp_probs=arguments["temp_probs"],
         guidance_weight=arguments["cfg_inference_weight"],

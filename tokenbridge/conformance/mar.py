@@ -29,7 +29,7 @@ from tokenbridge.models.mar.checkpoint import mar_layout
 from tokenbridge.models.mar.diffusion import NUM_TIMESTEPS, Diffusion
 from tokenbridge.models.mar.model import MAR, DiffusionHead, guide, sinusoid
 from tokenbridge.models.mar.presets import PRESETS
-from tokenbridge.models.mar.sampling import LatentNoise, MarSamplingConfig, generation
+from tokenbridge.models.mar.sampling import LatentNoise, MarSampling, generation
 from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.published import find_preset
 
@@ -152,7 +152,7 @@ def _run_sample(golden: Golden) -> Computed:
             )
         return torch.cat([initial[None], steps[:, : len(initial)]]).unflatten(1, (len(orders), num_drawn))
 
-    settings = MarSamplingConfig(
+    settings = MarSampling(
         num_iterations=arguments["num_iter"],
         guidance_scale=arguments["cfg"],
         guidance_schedule=arguments["cfg_schedule"],

@@ -21,7 +21,7 @@ from tokenbridge.models.tokenbridge.heads import ARHead, HeadConfig
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.orders import OFFICIAL_CHANNEL_ORDER
 from tokenbridge.models.tokenbridge.presets import PRESETS
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer, gaussian_bin_edges, gaussian_codebook
 from tokenbridge.utils.errors import UserError
@@ -275,7 +275,7 @@ def _run_sample(golden: Golden) -> Computed:
     orders = golden.tensor("orders")
     if not torch.equal(orders.sort(dim=1).values, torch.arange(model.num_positions).expand_as(orders)):
         raise UserError(f"in.orders are no permutations of {model.num_positions} positions.")
-    config = SamplingConfig(
+    config = TokenBridgeSampling(
         num_iterations=arguments["num_iter"],
         guidance_scale=arguments["cfg"],
         # Quirk kept: any schedule but "linear" is constant in the official sample_tokens.

@@ -18,15 +18,15 @@ from diffusers import VQModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenbridge.models.givt.sampling import GivtSamplingConfig
+from tokenbridge.models.givt.sampling import GivtSampling
 from tokenbridge.models.llamagen.model import hidden_width
 from tokenbridge.models.llamagen.sampling import LlamaGenSampling
 from tokenbridge.models.mar.diffusion import spaced_timesteps
 from tokenbridge.models.mar.model import NUM_FREQUENCIES
-from tokenbridge.models.mar.sampling import MarSamplingConfig
-from tokenbridge.models.masked_sampling import MaskedSamplingConfig, masked_counts
+from tokenbridge.models.mar.sampling import MarSampling
+from tokenbridge.models.masked_sampling import MaskedSampling, masked_counts
 from tokenbridge.models.tokenbridge.heads import HeadConfig
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.tokenizers.llamagen_vq import LlamaGenVQ
 
 FLOP = dict[str, float]
@@ -34,7 +34,7 @@ FLOP = dict[str, float]
 
 def tokenbridge_flop(
     model: Mapping[str, Any],
-    sampling: SamplingConfig,
+    sampling: TokenBridgeSampling,
     vae: nn.Module,
     *,
     official_backbone: bool = False,
@@ -54,7 +54,7 @@ def tokenbridge_flop(
     return {**backbone, "head": num_predicted * head, "VAE decoder": decoder_flop(vae, model["latent_size"])}
 
 
-def mar_flop(model: Mapping[str, Any], sampling: MarSamplingConfig, vae: nn.Module) -> FLOP:
+def mar_flop(model: Mapping[str, Any], sampling: MarSampling, vae: nn.Module) -> FLOP:
     """Count the operations of one image of MAR, by part; arguments as for `tokenbridge_flop`.
 
     Under guidance the diffusion head runs for both halves, once for every diffusion step. The timesteps are embedded
@@ -92,7 +92,7 @@ def llamagen_flop(model: Mapping[str, Any], sampling: LlamaGenSampling, vq: nn.M
     return {"transformer": transformer, "VQ decoder": decoder_flop(vq, model["latent_size"])}
 
 
-def givt_flop(model: Mapping[str, Any], sampling: GivtSamplingConfig, vae: nn.Module) -> FLOP:
+def givt_flop(model: Mapping[str, Any], sampling: GivtSampling, vae: nn.Module) -> FLOP:
     """Count the operations of one image of GIVT, by part.
 
     Args:
@@ -171,11 +171,9 @@ def head_flop(model: Mapping[str, Any], *, official: bool = False) -> float:
     return project + channels * conditions + depth * elements + logits
 
 
-def _all_iterations(
-    model: Mapping[str, Any], sampling: MaskedSamplingConfig, *, official: bool = False
-) -> tuple[FLOP, int]:
+def _all_iterations(model: Mapping[str, Any], sampling: MaskedSampling, *, official: bool = False) -> tuple[FLOP, int]:
     """Count encoder and decoder of an image, and the positions that are predicted on the way."""
-    tries_all = isinstance(sampling, SamplingConfig) and sampling.position_order == "confidence"
+    tries_all = isinstance(sampling, TokenBridgeSampling) and sampling.position_order == "confidence"
     num_masked = (model["latent_size"] // model.get("patch_size", 1)) ** 2
     total, num_predicted = {"encoder": 0.0, "decoder": 0.0}, 0
     for still_masked in masked_counts(num_masked, sampling.num_iterations):

@@ -69,7 +69,7 @@ def guidance_at(guidance_scale: float, schedule: str, num_positions: int, num_ma
 
 
 @dataclass(frozen=True)
-class MaskedSamplingConfig:
+class MaskedSampling:
     """What decides the image of a seed in every masked generator."""
 
     num_iterations: int = 256
@@ -116,7 +116,7 @@ class Iteration:
         return orders[:, self.num_masked :].sort(dim=1).values
 
 
-def iterations(config: MaskedSamplingConfig, num_positions: int) -> Iterator[Iteration]:
+def iterations(config: MaskedSampling, num_positions: int) -> Iterator[Iteration]:
     """Yield the iterations of a generation.
 
     Raises:

@@ -28,7 +28,7 @@ from tokenbridge.models.llamagen import sampling as llamagen_sampling
 from tokenbridge.models.mar import sampling as mar_sampling
 from tokenbridge.models.noise import image_noise
 from tokenbridge.models.tokenbridge import sampling
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.reproduction.timing import prediction_time_rows
 from tokenbridge.reproduction.trends import trends
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench, Say, open_bench
@@ -188,7 +188,7 @@ def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Sa
         }
         _sample_grid(bench, out / f"samples-{recipe.name}.png", pixels, recipe.name, recipe.sampling)
         if recipe.name == MAIN_SYSTEM:
-            assert isinstance(recipe.sampling, SamplingConfig)
+            assert isinstance(recipe.sampling, TokenBridgeSampling)
             confident = replace(recipe.sampling, position_order="confidence")
             few = sample_images(bench, recipe.kind, model, confident, labels[: 10 * len(bench.scale.classes)], seed)
             _sample_grid(bench, out / f"samples-{recipe.name}-confidence.png", few, recipe.name, confident)

@@ -79,7 +79,7 @@ def _predict_by_diffusion(model: Any, context: Tensor) -> Callable[[], object]:
 
 
 def _predict_by_mixture(model: Any, context: Tensor) -> Callable[[], object]:
-    config, noise = givt_sampling.GivtSamplingConfig(), givt_sampling.StreamNoise(0, [0], 0, model)
+    config, noise = givt_sampling.GivtSampling(), givt_sampling.StreamNoise(0, [0], 0, model)
     return lambda: givt_sampling.draw_token(model.mixture(model.head(context)), None, config, noise)
 
 

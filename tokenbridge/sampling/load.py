@@ -22,7 +22,7 @@ from tokenbridge.configs import scales as recipes
 from tokenbridge.configs import schema as configs_schema
 from tokenbridge.models.flop import FLOP
 from tokenbridge.models.mar.model import MAR
-from tokenbridge.models.masked_sampling import MaskedSamplingConfig, masked_counts
+from tokenbridge.models.masked_sampling import MaskedSampling, masked_counts
 from tokenbridge.models.registry import KINDS, SHIPPED_PRESETS, TOKENIZERS, Kind, all_presets, find_preset
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.sampling.config import RunConfig, run_labels
@@ -77,7 +77,7 @@ class System:
     @property
     def num_iterations(self) -> int:
         """Passes of the model for an image: a masked model's iterations, or one for each position."""
-        masked = isinstance(self.sampling, MaskedSamplingConfig)
+        masked = isinstance(self.sampling, MaskedSampling)
         return self.sampling.num_iterations if masked else self.num_positions
 
     @property
@@ -118,7 +118,7 @@ class System:
             ValueError: more iterations than positions, labels that are no classes, or randomness that torch cannot
                 make.
         """
-        if isinstance(self.sampling, MaskedSamplingConfig):
+        if isinstance(self.sampling, MaskedSampling):
             masked_counts(self.num_positions, self.sampling.num_iterations)
         run_labels(config, self.model["num_classes"])
         if config.randomness == "official" and not self.kind.has_global_streams:

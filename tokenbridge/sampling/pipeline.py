@@ -21,7 +21,7 @@ from tokenbridge.models.noise import ImageNoise, image_noise
 from tokenbridge.models.tokenbridge.checkpoint import load_tokenbridge
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import load_kl16
 from tokenbridge.utils.errors import UnusableImageError, UserError
@@ -42,8 +42,8 @@ class TokenBridgePipeline(DiffusionPipeline):
         transformer: generates the tokens.
         vae: decodes the latents; its `scaling_factor` is that of the latents.
         id2label: names by class number, synonyms separated by commas; None takes numbers only.
-        sampling: fields of `SamplingConfig`: the defaults of a call, and what a call cannot change (guidance
-            schedule, position order, first element); None takes those of `SamplingConfig` itself.
+        sampling: fields of `TokenBridgeSampling`: the defaults of a call, and what a call cannot change (guidance
+            schedule, position order, first element); None takes those of `TokenBridgeSampling` itself.
 
     Raises:
         ValueError: components that do not fit each other or lack weights, names of classes that are not there.
@@ -72,7 +72,7 @@ class TokenBridgePipeline(DiffusionPipeline):
         if unknown := sorted(set(names) - set(range(transformer.num_classes))):
             raise UserError(f"Class {unknown[0]} has a name; the transformer has {transformer.num_classes} classes.")
         self.register_modules(transformer=transformer.eval(), vae=vae.eval())
-        self.register_to_config(id2label=names, sampling=asdict(SamplingConfig(**(sampling or {}))))
+        self.register_to_config(id2label=names, sampling=asdict(TokenBridgeSampling(**(sampling or {}))))
 
     def register_modules(self, **modules: Any) -> None:
         """Record the components' classes by names that do not depend on where the code lies in this package."""
@@ -103,7 +103,7 @@ class TokenBridgePipeline(DiffusionPipeline):
             checkpoint: `checkpoint-last.pth`, or its folder.
             vae: `kl16.ckpt`.
             variant: of the preset's sampling settings, as `Preset.sampling_config`. Where none were published
-                (tokenbridge-b), those of `SamplingConfig` itself.
+                (tokenbridge-b), those of `TokenBridgeSampling` itself.
             ema: see `official.load_checkpoint`.
 
         Raises:
@@ -156,7 +156,7 @@ class TokenBridgePipeline(DiffusionPipeline):
             raise UserError("The number of images must be at least 1.")
         given = {"guidance_scale": guidance_scale, "num_iterations": num_iterations, "temperature": temperature}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        config = replace(SamplingConfig(**self.config.sampling), **changes)
+        config = replace(TokenBridgeSampling(**self.config.sampling), **changes)
         noise = self._noise(seed, len(labels))
         with self.progress_bar(total=config.num_iterations) as bar:
             tokens = generate_tokens(self.transformer, torch.tensor(labels), config, noise, on_iteration=bar.update)

@@ -20,7 +20,7 @@ OFFICIAL = "official"  # the README's settings: the default where there are any
 class SamplingRecipe:
     """How a preset was sampled, and who says so."""
 
-    config: Any  # of the model's system: SamplingConfig, MarSamplingConfig, ...
+    config: Any  # of the model's system: TokenBridgeSampling, MarSampling, ...
     source: str
 
 

@@ -26,7 +26,7 @@ from tokenbridge.models.givt.density import Gaussian, GuidedDensity, Mixture
 from tokenbridge.models.givt.model import GIVT, givt_loss
 from tokenbridge.models.givt.sampling import (
     Draw,
-    GivtSamplingConfig,
+    GivtSampling,
     StreamNoise,
     draw_guided,
     draw_token,
@@ -50,7 +50,7 @@ TINY: dict[str, Any] = {
 }
 L, C, M = 9, 3, 4
 RULE = {"rule": "fan-in-normal-v1", "salt": "tiny"}
-GUIDED = GivtSamplingConfig(temperature=0.9, guidance_weight=0.4)
+GUIDED = GivtSampling(temperature=0.9, guidance_weight=0.4)
 
 
 def tiny_givt(**changes: Any) -> GIVT:
@@ -333,7 +333,7 @@ def test_samples_have_the_moments_of_the_density() -> None:
     n = 20_000
     mixture = mixture_of(2, 1)
     many = Mixture(*(part.expand(n, *part.shape[1:]) for part in (mixture.log_weights, mixture.locs, mixture.scales)))
-    x = draw_token(many, None, GivtSamplingConfig(), stream(0, list(range(n)))).values
+    x = draw_token(many, None, GivtSampling(), stream(0, list(range(n)))).values
     weights = mixture.log_weights[0].exp()[:, None]
     mean = (weights * mixture.locs[0]).sum(0)
     variance = (weights * (mixture.scales[0] ** 2 + mixture.locs[0] ** 2)).sum(0) - mean**2
@@ -528,7 +528,7 @@ def test_weight_zero_is_no_guidance(seed: int) -> None:
     density = random_density(5, seed, 0.0, 1.0)
     x = numbers(4, 5, C, seed=seed)
     assert torch.equal(density.log_prob(x), density.conditional.log_prob(x))
-    config = GivtSamplingConfig(temperature=0.9)
+    config = GivtSampling(temperature=0.9)
     plain = generate_latents(MODEL, LABELS, config, lambda i: stream(i, seed=seed))
     blind = tiny_givt(null_class=False)  # it cannot be guided
     blind.load_state_dict({**MODEL.state_dict(), "class_emb.weight": MODEL.class_emb.weight[:5]})
@@ -574,8 +574,8 @@ def tokenizer() -> LatentTokenizer:
     return LatentTokenizer(GivtVAE(latent_channels=C, width=32, width_multipliers=(1, 1), num_res_blocks=1))
 
 
-@pytest.mark.parametrize("config", [GUIDED, GivtSamplingConfig()], ids=["guided", "plain"])
-def test_an_image_does_not_depend_on_its_batch(config: GivtSamplingConfig, tokenizer: LatentTokenizer) -> None:
+@pytest.mark.parametrize("config", [GUIDED, GivtSampling()], ids=["guided", "plain"])
+def test_an_image_does_not_depend_on_its_batch(config: GivtSampling, tokenizer: LatentTokenizer) -> None:
     labels = torch.tensor([0, 4, 2, 2, 1])
     images = sample_images(MODEL, tokenizer, config, labels, seed=3, show_progress=False)
     assert images.shape == (5, 3, 6, 6)
@@ -624,14 +624,12 @@ def test_stream_numbers_have_their_distributions() -> None:
 def test_generated_latents_are_likely() -> None:
     """Draws of the model at temperature 1 have the log likelihood that teacher forcing gives them on average."""
     labels = torch.arange(300) % 5
-    latents = generate_latents(MODEL, labels, GivtSamplingConfig(), lambda i: stream(i, list(range(300))))
+    latents = generate_latents(MODEL, labels, GivtSampling(), lambda i: stream(i, list(range(300))))
     with torch.no_grad():
         nll = givt_loss(MODEL, latents, labels, label_dropout=0.0).item()
         shuffled = givt_loss(MODEL, latents[:, :, torch.randperm(3)].flip(2, 3), labels, label_dropout=0.0).item()
         wrong = givt_loss(MODEL, latents.roll(1, 0), labels, label_dropout=0.0).item()
-        cold = generate_latents(
-            MODEL, labels, GivtSamplingConfig(temperature=0.5), lambda i: stream(i, list(range(300)))
-        )
+        cold = generate_latents(MODEL, labels, GivtSampling(temperature=0.5), lambda i: stream(i, list(range(300))))
         assert givt_loss(MODEL, cold, labels, label_dropout=0.0).item() < nll
     assert nll < wrong
     assert nll < shuffled

@@ -33,7 +33,7 @@ from tokenbridge.models.mar.presets import PRESETS, create_mar
 from tokenbridge.models.mar.sampling import (
     GenerationStep,
     LatentNoise,
-    MarSamplingConfig,
+    MarSampling,
     generate_latents,
     generation,
     latent_noise,
@@ -60,7 +60,7 @@ TINY: dict[str, Any] = {
 }
 B, L, C = 4, 16, 3
 LABELS = torch.tensor([0, 3, 4, 1])
-PLAIN = MarSamplingConfig(num_iterations=5, num_diffusion_steps=8)
+PLAIN = MarSampling(num_iterations=5, num_diffusion_steps=8)
 GUIDED = replace(PLAIN, guidance_scale=2.5)
 
 
@@ -79,7 +79,7 @@ def noise(seed: int = 0, indices: list[int] | None = None) -> LatentNoise:
     return latent_noise(seed, list(range(B)) if indices is None else indices, L, C)
 
 
-def generate(config: MarSamplingConfig, *, seed: int = 0, labels: Tensor | None = LABELS) -> Tensor:
+def generate(config: MarSampling, *, seed: int = 0, labels: Tensor | None = LABELS) -> Tensor:
     return generate_latents(MODEL, labels, config, noise(seed))
 
 
@@ -353,7 +353,7 @@ def test_a_preset_is_completed_by_the_constructors_defaults() -> None:
 # -------------------------------------------------------------------------------------------------- generation
 
 
-def steps_of(config: MarSamplingConfig, labels: Tensor | None = LABELS) -> list[GenerationStep]:
+def steps_of(config: MarSampling, labels: Tensor | None = LABELS) -> list[GenerationStep]:
     return list(generation(MODEL, labels, config, noise()))
 
 
@@ -388,7 +388,7 @@ def test_a_seed_gives_an_image() -> None:
 
 
 @pytest.mark.parametrize("config", [PLAIN, GUIDED])
-def test_an_image_does_not_depend_on_its_batch(config: MarSamplingConfig) -> None:
+def test_an_image_does_not_depend_on_its_batch(config: MarSampling) -> None:
     together = generate(config)
     for index in range(B):
         alone = generate_latents(MODEL, LABELS[index : index + 1], config, noise(indices=[index]))
@@ -461,7 +461,7 @@ def test_the_doubled_batch_equals_two_passes() -> None:
         ([0, 1, 2, 3], replace(PLAIN, num_iterations=17), r"in \[1, 16\]"),
     ],
 )
-def test_what_cannot_be_generated(labels: list[int], config: MarSamplingConfig, message: str) -> None:
+def test_what_cannot_be_generated(labels: list[int], config: MarSampling, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_latents(MODEL, torch.tensor(labels), config, noise())
 

@@ -19,13 +19,13 @@ from tokenbridge.models.layers import take
 from tokenbridge.models.masked_sampling import masked_counts
 from tokenbridge.models.noise import ImageNoise, image_noise
 from tokenbridge.models.tokenbridge.model import TokenBridge
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig, generate_tokens
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 
 B, L, C, V = 4, TINY["latent_size"] ** 2, TINY["num_channels"], TINY["num_levels"]
 LABELS = torch.tensor([0, 3, 4, 1])
 MODEL = tiny_model()
 PARALLEL = tiny_model(head_type="parallel")
-PLAIN = SamplingConfig(num_iterations=6)
+PLAIN = TokenBridgeSampling(num_iterations=6)
 GUIDED = replace(PLAIN, guidance_scale=2.5)
 
 PositionOrder = Literal["random", "raster", "confidence"]
@@ -36,7 +36,7 @@ def noise(seed: int = 0, indices: list[int] | None = None) -> ImageNoise:
     return image_noise(seed, list(range(B)) if indices is None else indices, L, C)
 
 
-def generate(config: SamplingConfig, *, seed: int = 0, model: TokenBridge = MODEL) -> Tensor:
+def generate(config: TokenBridgeSampling, *, seed: int = 0, model: TokenBridge = MODEL) -> Tensor:
     return generate_tokens(model, LABELS, config, noise(seed))
 
 
@@ -68,7 +68,7 @@ def test_every_position_is_filled_exactly_once(
     monkeypatch: pytest.MonkeyPatch, num_iterations: int, position_order: PositionOrder, guidance_scale: float
 ) -> None:
     steps = Steps(monkeypatch, MODEL)
-    config = SamplingConfig(num_iterations, guidance_scale, position_order=position_order)
+    config = TokenBridgeSampling(num_iterations, guidance_scale, position_order=position_order)
     tokens = generate(config)
     assert tokens.shape == (B, L, C)
     assert tokens.dtype == torch.int64
@@ -105,7 +105,7 @@ def test_random_order_is_consumed_from_its_end(monkeypatch: pytest.MonkeyPatch) 
 @torch.no_grad()
 def test_confidence_keeps_the_surest(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch, PARALLEL)
-    config = SamplingConfig(2, temperature=0, position_order="confidence")
+    config = TokenBridgeSampling(2, temperature=0, position_order="confidence")
     generate(config, model=PARALLEL)
     kept = steps.visible[1]
     monkeypatch.undo()
@@ -221,7 +221,7 @@ def replace_uniforms(orders: ImageNoise, uniforms: ImageNoise) -> ImageNoise:
 @torch.no_grad()
 def test_greedy_tokens_are_the_likeliest_given_those_before(model: TokenBridge) -> None:
     """Follow the run with the training-side forward pass: other code, same model."""
-    tokens = generate(SamplingConfig(4, temperature=0), model=model)
+    tokens = generate(TokenBridgeSampling(4, temperature=0), model=model)
     orders = noise().orders
     num_masked = L
     for after in masked_counts(L, 4):
@@ -265,7 +265,7 @@ def test_labels_and_guidance_matter() -> None:
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplingConfig(**settings)
+        TokenBridgeSampling(**settings)
 
 
 @pytest.mark.parametrize(("labels", "span"), [([0, -1, 2, 3], r"\[-1, 3\]"), ([0, 5, 1, 2], r"\[0, 5\]")])
@@ -276,11 +276,11 @@ def test_labels_out_of_range_are_refused(labels: list[int], span: str) -> None:
 
 def test_bad_schedules_are_refused_when_generating() -> None:
     with pytest.raises(ValueError, match=rf"in \[1, {L}\], not {L + 1}"):
-        generate(SamplingConfig(L + 1))
+        generate(TokenBridgeSampling(L + 1))
     with pytest.raises(ValueError, match="Unknown guidance schedule"):
-        generate(SamplingConfig(4, guidance_schedule="other"))  # type: ignore[arg-type]
+        generate(TokenBridgeSampling(4, guidance_schedule="other"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="first element"):
-        generate(SamplingConfig(4, first_element="other"))  # type: ignore[arg-type]
+        generate(TokenBridgeSampling(4, first_element="other"))  # type: ignore[arg-type]
 
 
 # Golden
@@ -300,7 +300,7 @@ def golden_agreement(golden: Golden, *, model: TokenBridge | None = None, flip: 
     tokens = generate_tokens(
         model or golden.model(),
         golden.inputs["labels"] if arguments["labels"] else None,
-        SamplingConfig(**{**settings, **changes}),
+        TokenBridgeSampling(**{**settings, **changes}),
         ImageNoise(orders.flip(1) if flip else orders, torch.zeros(expected.shape)),
     )
     return (tokens == expected).float().mean().item()
@@ -348,7 +348,7 @@ def test_loop_does_not_wait_for_the_device(position_order: Any) -> None:
     model = TokenBridge(**TINY).eval()
     counts = []
     for num_iterations in (2, 8):
-        config = SamplingConfig(num_iterations=num_iterations, guidance_scale=2.0, position_order=position_order)
+        config = TokenBridgeSampling(num_iterations=num_iterations, guidance_scale=2.0, position_order=position_order)
         with Waits() as waits:
             generate_tokens(model, torch.arange(3), config, image_noise(0, [0, 1, 2], 16, 4))
         counts.append(waits.count)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tokenbridge.models.givt.model import GIVT
-from tokenbridge.models.givt.sampling import GivtSamplingConfig
+from tokenbridge.models.givt.sampling import GivtSampling
 from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.published import OFFICIAL, Preset, SamplingRecipe
 
@@ -30,7 +30,7 @@ PRESETS: dict[str, Preset] = {
         },
         num_parameters=304_009_744,
         official_name="givt_causal_256",
-        sampling={OFFICIAL: SamplingRecipe(GivtSamplingConfig(temperature=0.95, guidance_weight=0.4), README)},
+        sampling={OFFICIAL: SamplingRecipe(GivtSampling(temperature=0.95, guidance_weight=0.4), README)},
         published={"FID": 3.35, "precision": 0.84, "recall": 0.53},  # no IS; FID as in the README
     )
 }

@@ -19,7 +19,7 @@ from tokenbridge.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class GivtSamplingConfig:
+class GivtSampling:
     """Everything that decides which image a seed gives."""
 
     temperature: float = 1.0  # multiplies the standard deviations, with and without the class
@@ -99,9 +99,7 @@ class Draw:
 FIRST_ROUND = 32  # proposals: nearly all tokens need fewer
 
 
-def draw_token(
-    conditional: Mixture, unconditional: Mixture | None, config: GivtSamplingConfig, noise: TokenNoise
-) -> Draw:
+def draw_token(conditional: Mixture, unconditional: Mixture | None, config: GivtSampling, noise: TokenNoise) -> Draw:
     """Draw a token of each image from its mixture, [B]; guided if there is an unconditional one.
 
     The component is drawn from the conditional mixture; the unconditional one's of the same index stands against
@@ -152,7 +150,7 @@ def draw_guided(density: GuidedDensity, fallback: Tensor, noise: TokenNoise, num
 
 @torch.inference_mode()
 def generate_draws(
-    model: GIVT, labels: Tensor, config: GivtSamplingConfig, noise: Callable[[int], TokenNoise]
+    model: GIVT, labels: Tensor, config: GivtSampling, noise: Callable[[int], TokenNoise]
 ) -> Iterator[Draw]:
     """Generate the tokens of a batch of images, one position after another; see `generate_latents`."""
     labels = labels.to(model.device)
@@ -172,9 +170,7 @@ def generate_draws(
         x = model.latent_proj(draw.values.to(logits.dtype)).repeat(len(mixtures), 1)
 
 
-def generate_latents(
-    model: GIVT, labels: Tensor, config: GivtSamplingConfig, noise: Callable[[int], TokenNoise]
-) -> Tensor:
+def generate_latents(model: GIVT, labels: Tensor, config: GivtSampling, noise: Callable[[int], TokenNoise]) -> Tensor:
     """Generate the latents of a batch of images.
 
     Args:
@@ -196,7 +192,7 @@ def generate_latents(
 def sample_images(
     model: GIVT,
     tokenizer: LatentTokenizer,
-    config: GivtSamplingConfig,
+    config: GivtSampling,
     labels: Tensor,
     seed: int,
     *,

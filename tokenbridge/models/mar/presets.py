@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokenbridge.models.mar.model import MAR
-from tokenbridge.models.mar.sampling import MarSamplingConfig
+from tokenbridge.models.mar.sampling import MarSampling
 from tokenbridge.weights.published import OFFICIAL, Preset, SamplingRecipe, build_preset, find_preset
 
 
@@ -30,8 +30,8 @@ def _published(width: int, depth: int, num_heads: int, head_width: int, head_dep
 
 def _sampling(guidance_scale: float) -> dict[str, SamplingRecipe]:
     """Return settings of the published evaluations: 256 iterations of 100 diffusion steps, linear guidance."""
-    guided = MarSamplingConfig(256, guidance_scale, "linear", temperature=1.0, num_diffusion_steps=100)
-    plain = MarSamplingConfig(256, 1.0, "linear", temperature=0.95, num_diffusion_steps=100)
+    guided = MarSampling(256, guidance_scale, "linear", temperature=1.0, num_diffusion_steps=100)
+    plain = MarSampling(256, 1.0, "linear", temperature=0.95, num_diffusion_steps=100)
     return {OFFICIAL: SamplingRecipe(guided, _README), "unguided": SamplingRecipe(plain, _README)}
 
 

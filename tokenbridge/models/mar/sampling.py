@@ -12,14 +12,14 @@ from torch import Tensor
 from tokenbridge.models.draw import check_labels, decode_in_batches
 from tokenbridge.models.mar.diffusion import diffusion_process, spaced_timesteps
 from tokenbridge.models.mar.model import MAR
-from tokenbridge.models.masked_sampling import Iteration, MaskedSamplingConfig, contexts, iterations
+from tokenbridge.models.masked_sampling import Iteration, MaskedSampling, contexts, iterations
 from tokenbridge.models.noise import global_noise as global_orders
 from tokenbridge.models.noise import image_streams
 from tokenbridge.tokenizers.base import LatentTokenizer
 
 
 @dataclass(frozen=True)
-class MarSamplingConfig(MaskedSamplingConfig):
+class MarSampling(MaskedSampling):
     """Everything that decides which image a seed gives; the temperature multiplies the noise of diffusion steps."""
 
     num_diffusion_steps: int | str = 100  # or another spacing of the 1,000, see `spaced_timesteps`
@@ -85,9 +85,7 @@ class GenerationStep:
 
 
 @torch.inference_mode()
-def generation(
-    model: MAR, labels: Tensor | None, config: MarSamplingConfig, noise: LatentNoise
-) -> Iterator[GenerationStep]:
+def generation(model: MAR, labels: Tensor | None, config: MarSampling, noise: LatentNoise) -> Iterator[GenerationStep]:
     """Generate the latents of a batch of images, one iteration after another; arguments as `generate_latents`."""
     device = model.device
     process = diffusion_process(config.num_diffusion_steps, device)
@@ -112,7 +110,7 @@ def generation(
         yield GenerationStep(iteration, positions, z, predicted, sequence)
 
 
-def generate_latents(model: MAR, labels: Tensor | None, config: MarSamplingConfig, noise: LatentNoise) -> Tensor:
+def generate_latents(model: MAR, labels: Tensor | None, config: MarSampling, noise: LatentNoise) -> Tensor:
     """Generate the latents of a batch of images.
 
     Args:
@@ -136,7 +134,7 @@ def generate_latents(model: MAR, labels: Tensor | None, config: MarSamplingConfi
 def sample_images(
     model: MAR,
     tokenizer: LatentTokenizer,
-    config: MarSamplingConfig,
+    config: MarSampling,
     labels: Tensor,
     seed: int,
     *,

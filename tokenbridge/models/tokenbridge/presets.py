@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokenbridge.models.tokenbridge.model import TokenBridge
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.weights.published import OFFICIAL, Preset, SamplingRecipe, build_preset, find_preset
 
 PAPER = "paper"
@@ -39,7 +39,7 @@ def _published(width: int, depth: int, num_heads: int, head_width: int, head_dep
 def _sampling(guidance_scale: float, temperature: float, source: str) -> SamplingRecipe:
     """Return settings of the published evaluations: 256 iterations, linear guidance."""
     return SamplingRecipe(
-        SamplingConfig(
+        TokenBridgeSampling(
             num_iterations=256,
             guidance_scale=guidance_scale,
             guidance_schedule="linear",
@@ -68,7 +68,7 @@ _TINY: dict[str, Any] = {
     "head_num_heads": 2,
     "dropout": 0.0,
 }
-_TINY_SAMPLING = SamplingConfig(
+_TINY_SAMPLING = TokenBridgeSampling(
     num_iterations=16, guidance_scale=3.0, temperature=0.95, first_element="training-consistent"
 )
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tokenbridge.models.draw import _picker, check_labels, decode_in_batches
 from tokenbridge.models.layers import take
-from tokenbridge.models.masked_sampling import MaskedSamplingConfig, contexts, iterations
+from tokenbridge.models.masked_sampling import MaskedSampling, contexts, iterations
 from tokenbridge.models.noise import GlobalNoise, ImageNoise, image_noise
 from tokenbridge.models.tokenbridge.heads import FirstElement
 from tokenbridge.models.tokenbridge.model import TokenBridge
@@ -34,7 +34,7 @@ from tokenbridge.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class SamplingConfig(MaskedSamplingConfig):
+class TokenBridgeSampling(MaskedSampling):
     """Everything that decides which image a seed gives; the temperature divides the logits, 0 takes the likeliest."""
 
     position_order: Literal["random", "raster", "confidence"] = "random"
@@ -52,7 +52,7 @@ class SamplingConfig(MaskedSamplingConfig):
 def generate_tokens(
     model: TokenBridge,
     labels: Tensor | None,
-    config: SamplingConfig,
+    config: TokenBridgeSampling,
     noise: ImageNoise | GlobalNoise,
     *,
     on_iteration: Callable[[], object] | None = None,
@@ -113,7 +113,7 @@ def generate_tokens(
 def sample_images(
     model: TokenBridge,
     tokenizer: LatentTokenizer,
-    config: SamplingConfig,
+    config: TokenBridgeSampling,
     labels: Tensor,
     seed: int,
     *,

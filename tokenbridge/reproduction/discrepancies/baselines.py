@@ -92,7 +92,7 @@ def givt_guidance(study: Study) -> list[Row]:
 
 @torch.inference_mode()
 def givt_mixtures(
-    model: givt.GIVT, config: givt_sampling.GivtSamplingConfig, labels: Tensor, seed: int
+    model: givt.GIVT, config: givt_sampling.GivtSampling, labels: Tensor, seed: int
 ) -> tuple[density.Mixture, density.Mixture]:
     """Return conditional and unconditional mixtures [N L] of every token of images sampled the official way."""
     indices, labels = list(range(len(labels))), labels.to(model.device)
@@ -111,7 +111,7 @@ def givt_mixtures(
 def draw_by(
     kind: type[density.GuidedDensity],
     mixtures: tuple[density.Mixture, density.Mixture],
-    config: givt_sampling.GivtSamplingConfig,
+    config: givt_sampling.GivtSampling,
     seed: int,
     model: givt.GIVT,
 ) -> tuple[givt_sampling.Draw, density.GuidedDensity]:
@@ -164,9 +164,9 @@ def without_class_training(model: givt.GIVT, seed: int) -> givt.GIVT:
     return model
 
 
-def _givt(study: Study) -> tuple[givt.GIVT, givt_sampling.GivtSamplingConfig]:
+def _givt(study: Study) -> tuple[givt.GIVT, givt_sampling.GivtSampling]:
     config = study.bench.scale.recipe("givt").sampling
-    assert isinstance(config, givt_sampling.GivtSamplingConfig)
+    assert isinstance(config, givt_sampling.GivtSampling)
     return study.bench.model("givt"), config
 
 

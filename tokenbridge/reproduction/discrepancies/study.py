@@ -26,7 +26,7 @@ from tokenbridge.evaluation.reconstruct import reconstruction_metrics
 from tokenbridge.models.draw import image_batches
 from tokenbridge.models.noise import image_noise
 from tokenbridge.models.tokenbridge import sampling
-from tokenbridge.models.tokenbridge.sampling import SamplingConfig
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench
 from tokenbridge.results.schema import Row
 from tokenbridge.utils.errors import UnusableImageError
@@ -61,10 +61,10 @@ class Study:
         return torch.arange(self.num_images) % len(self.bench.scale.classes)
 
     @property
-    def config(self) -> SamplingConfig:
+    def config(self) -> TokenBridgeSampling:
         """The tiny TokenBridge's own sampling settings."""
         config = self.bench.scale.recipe(MAIN_SYSTEM).sampling
-        assert isinstance(config, SamplingConfig)
+        assert isinstance(config, TokenBridgeSampling)
         return config
 
     @functools.cached_property
@@ -95,7 +95,7 @@ class Study:
         return (raw.float() - self.bench.latents.shift) * self.bench.latents.scale
 
     def generate(
-        self, config: SamplingConfig, labels: Tensor, seed: int, *, model: TokenBridge | None = None
+        self, config: TokenBridgeSampling, labels: Tensor, seed: int, *, model: TokenBridge | None = None
     ) -> Tensor:
         """Return tokens [N, L, C] of one image for each label.
 
@@ -127,7 +127,7 @@ class Study:
             "class accuracy": (logits.argmax(1) == labels).double().mean().item(),
         }
 
-    def score_samples(self, config: SamplingConfig, *, model: TokenBridge | None = None) -> list[Scores]:
+    def score_samples(self, config: TokenBridgeSampling, *, model: TokenBridge | None = None) -> list[Scores]:
         """Sample by `config` and score, for each seed."""
         if (config, model) == (self.config, None):
             return self.base_scores
