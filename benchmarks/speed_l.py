@@ -50,7 +50,7 @@ from tokenbridge.weights.published import find_preset
 from tokenbridge.weights.rule import RULE, rule_state
 
 WEIGHTS = {"rule": RULE, "salt": "speed"}
-TARGETS = {("image", 4): 2.5, ("image", 64): 1.2, ("head", None): 4.0}  # of issue 3, for L on two cores
+TARGETS = {("image", 4): 2.5, ("image", 64): 1.2, ("head", None): 4.0}  # speed-ups to reach, for L on two cores
 AGREEMENT = 0.99  # of tokens in float32: as the goldens ask for; a draw may flip where sums are added in another order
 BUSY = 0.1  # share of the machine that other processes took meanwhile, above which the table says so
 MAX_BATCH = 512

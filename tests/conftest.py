@@ -24,7 +24,7 @@ from tokenbridge.weights.rule import RULE
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "reference_results" / "goldens"  # computed with the official code; README.md there
-SHARED = ROOT.parent / "shared"
+REAL_DATA = ROOT.parent / "shared" / "data"  # CIFAR-10 and real latents: not ours to distribute, tests of them skip
 
 Run = Callable[..., tuple[int, str, str]]  # what `run_command` returns
 
@@ -84,11 +84,8 @@ class Golden:
 
 @cache
 def load_golden(name: str) -> Golden:
-    """Load shared/goldens/tokenbridge-`name`.npz, or skip the test."""
-    path = GOLDENS / f"tokenbridge-{name}.npz"
-    if not path.is_file():
-        pytest.skip(f"golden case {path} is absent")
-    golden = read_golden(path)
+    """Load the golden case tokenbridge-`name`."""
+    golden = read_golden(GOLDENS / f"tokenbridge-{name}.npz")
     inputs, outputs = (
         {key: torch.from_numpy(array) for key, array in arrays.items()} for arrays in (golden.inputs, golden.outputs)
     )
@@ -98,7 +95,7 @@ def load_golden(name: str) -> Golden:
 @pytest.fixture(scope="session")
 def real_latents() -> Tensor:
     """KL latents of ten photographs [10, 32, 32, 32], float32, of unit standard deviation."""
-    path = SHARED / "data" / "real_latents.npz"
+    path = REAL_DATA / "real_latents.npz"
     if not path.is_file():
         pytest.skip(f"real latents {path} are absent")
     latents = torch.from_numpy(np.load(path)["latents"]).float()

@@ -20,6 +20,12 @@ def golden(name: str) -> Path:
     return reference_folder() / "goldens" / f"{name}.npz"
 
 
+def listed_goldens(prefix: str = "") -> dict[str, str]:
+    """Return the SHA-256 of the official code's cases by file name, as they are listed beside them."""
+    lines = (reference_folder() / "goldens" / "SHA256SUMS").read_text().splitlines()
+    return {name: sha256 for sha256, name in map(str.split, lines) if name.startswith(prefix)}
+
+
 def changed(name: str, folder: Path, change: Callable[[dict[str, Any], Arrays], Any]) -> Path:
     """Write a copy of a golden file after `change(meta, arrays)`."""
     with np.load(golden(name)) as file:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, SHARED
+from conftest import ROOT
+from published import published_numbers
 
 from tokenbridge.audit.checks import CHECKS
 from tokenbridge.audit.expected import read_expected
@@ -41,7 +42,7 @@ COUNTED |= {"llamagen_vq16": "llamagen-vq16", "givt_causal_256": "givt-causal-25
 
 def facts() -> dict[str, float]:
     """Return every number of the list of facts, by the id that its claim should have."""
-    tables = yaml.safe_load((SHARED / "paper" / "tables.yaml").read_text())
+    tables = published_numbers()
     found: dict[str, float] = {}
 
     def add(table: str, row: str, columns: list[str], values: list[Any]) -> None:
@@ -94,7 +95,6 @@ def facts() -> dict[str, float]:
     return found
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the list of facts lies beside the project: ../shared is absent")
 def test_every_published_number_has_its_claim() -> None:
     expected = facts()
     assert len(expected) > 200

@@ -50,7 +50,7 @@ def test_counted_flop_of_a_step(setting: s.Setting, number: int, guidance_scale:
 
 
 def test_ceilings_of_l() -> None:
-    """The issue's: how many times as fast the package would be if both paths did as many operations a second."""
+    """How many times as fast the package would be if both paths did as many operations a second."""
     flop = {n: s.flop_of_iterations(PRESETS["tokenbridge-l"].model, n, guided=True) for n in (4, 64)}
     ratios = {n: sum(both["reference"]) / sum(both["fast"]) for n, both in flop.items()}
     assert ratios == {4: pytest.approx(3.30, abs=0.01), 64: pytest.approx(1.22, abs=0.01)}

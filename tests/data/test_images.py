@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import REAL_DATA
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from hypothesis import given
@@ -29,7 +29,7 @@ from tokenbridge.data.images import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CIFAR10 = SHARED / "data" / "cifar10"
+CIFAR10 = REAL_DATA / "cifar10"
 
 
 @pytest.fixture(autouse=True)

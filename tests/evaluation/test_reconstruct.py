@@ -13,7 +13,7 @@ import pytest
 import skimage
 import sklearn.datasets
 import torch
-from conftest import SHARED
+from conftest import REAL_DATA
 from diffusers import UNet2DModel
 from official_files import write_quick_inception
 from PIL import Image
@@ -167,7 +167,7 @@ def test_vq_model_has_one_row_whatever_the_levels(
 
 
 def test_parquet_and_limit(models: dict[str, str], tmp_path: Path) -> None:
-    file = SHARED / "data" / "cifar10" / "test.parquet"
+    file = REAL_DATA / "cifar10" / "test.parquet"
     if not file.is_file():
         pytest.skip(f"{file} is absent")
     settings: dict[str, Any] = {"tokenizer": models["tiny"], "levels": (8,), "limit": 12}

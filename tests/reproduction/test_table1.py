@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 from official_files import write_quick_inception
 from official_names import load_official, rule_state
 from PIL import Image
+from published import published_numbers
 from torch import Tensor
 
 from tokenbridge.cli import main as cli
@@ -126,10 +126,7 @@ def published_results(**changes: Any) -> Results:
 
 
 def test_published_numbers_are_the_papers() -> None:
-    path = SHARED / "paper" / "tables.yaml"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    paper = pytest.importorskip("yaml").safe_load(path.read_text())
+    paper = published_numbers()
     stated = [
         (table, *row[1:]) for table in ("table_1a", "table_1b") for row in paper[table]["rows"]
     ]  # levels or range, rFID, IS
@@ -152,7 +149,7 @@ def test_flop_of_the_full_size_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table1, "create_kl16", create_kl16)
     monkeypatch.setattr(table1, "IMAGE_SIZE", 256)
     encoder, decoder = table1.vae_tflop()
-    assert decoder == pytest.approx(0.25, abs=0.005)  # counted from the official code, porting notes
+    assert decoder == pytest.approx(0.25, abs=0.005)  # counted from the official code
     assert 0.1 < encoder < decoder
 
 

@@ -103,7 +103,7 @@ def test_every_missing_file_is_named_before_anything_is_loaded(monkeypatch: pyte
 def test_a_plan_counts_and_lists_what_is_missing() -> None:
     planned = table3.plan("tokenbridge-l", Options(), out="out", shipped=SHIPPED)
     assert (planned.num_images, planned.num_iterations, len(planned.missing)) == (50_000, 256, 5)
-    assert 107 < sum(planned.flop_per_image.values()) / 1e12 < 112  # porting notes: 111.4 with a whole last block
+    assert 107 < sum(planned.flop_per_image.values()) / 1e12 < 112  # official code: 111.4, with a whole last block
     assert not Path("out").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
 from golden_cases import Arrays, changed, failed, golden, set_meta
 from hypothesis import given
 from hypothesis import strategies as st
 from official_names import from_official, layout, load_official, rule_state, to_official
+from published import published_shapes
 from torch import Tensor, nn
 
 from tokenbridge.conformance import judge as c
@@ -159,8 +158,8 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- sizes
 
 
-def shapes(tree: dict[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(value.shape) for name, value in tree.items()}
+def shapes(tree: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tree.items()}
 
 
 def on_meta(module: nn.Module) -> dict[str, Tensor]:
@@ -177,19 +176,11 @@ def test_parameter_counts() -> None:
 
 
 def test_published_names_and_shapes() -> None:
-    folder = SHARED / "state_dicts"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is absent")
-
-    def published(name: str) -> dict[str, list[int]]:
-        content: dict[str, list[int]] = json.loads((folder / f"{name}.json").read_text())
-        return content
-
     tree = on_meta(create_givt("givt-causal-256"))
-    assert shapes(tree) == published("givt_causal_256_unrolled")
-    assert shapes(scan(tree)) == published("givt_causal_256")
+    assert shapes(tree) == published_shapes("givt_causal_256_unrolled")
+    assert shapes(scan(tree)) == published_shapes("givt_causal_256")
     assert shapes(unroll(scan(tree))) == shapes(tree)
-    assert shapes(on_meta(create_givt_vae())) == published("givt_vae")
+    assert shapes(on_meta(create_givt_vae())) == published_shapes("givt_vae")
 
 
 def test_preset() -> None:

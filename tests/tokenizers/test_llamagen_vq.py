@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 from official_names import layout, load_official, rule_state
+from published import published_shapes
 from torch import Tensor
 
 from tokenbridge.data.images import images_to_pixels
@@ -53,11 +52,8 @@ def test_parameters_and_names_of_a_preset(name: str) -> None:
     preset, vq = lv.PRESETS[name], lv.create_vq(name)
     assert sum(parameter.numel() for parameter in vq.parameters()) == preset.num_parameters
     assert vq.device.type == "meta"
-    path = SHARED / "state_dicts" / f"{preset.official_name}.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    theirs = {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
-    assert {key: tuple(value.shape) for key, value in lv.vq_to_official(vq).items()} == theirs
+    shapes = {key: tuple(value.shape) for key, value in lv.vq_to_official(vq).items()}
+    assert shapes == published_shapes(preset.official_name)
 
 
 def test_unknown_name() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, tiny_model
+from conftest import tiny_model
 from diffusers import AutoencoderKL
 from official_files import (
     SMALL_VAE,
@@ -21,6 +20,7 @@ from official_files import (
     write_kl16,
 )
 from official_names import from_official, layout, load_official, rule_state, to_official
+from published import published_numbers, published_shapes
 from torch import nn
 
 from tokenbridge.models.masked import MaskedBackbone
@@ -36,20 +36,12 @@ RULE = {"rule": "fan-in-normal-v1", "salt": "official"}
 PUBLISHED = [name for name, preset in PRESETS.items() if preset.official_name]
 
 
-def shared_names(name: str) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of shared/state_dicts/`name`.json, or skip the test."""
-    path = SHARED / "state_dicts" / f"{name}.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    return {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
-
-
 # ------------------------------------------------------------------------------------------------ presets
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_names_shapes_and_counts(name: str) -> None:
-    published = shared_names(PRESETS[name].official_name or "")
+    published = published_shapes(PRESETS[name].official_name)
     model = create_model(name)
     assert model.device.type == "meta"
     # The list was made with the official constructor without its quantiser's two buffers.
@@ -61,8 +53,8 @@ def test_presets_have_the_published_names_shapes_and_counts(name: str) -> None:
 
 def test_kl16_has_the_published_names_shapes_and_count() -> None:
     vae = create_kl16()
-    assert {key: place.shape for key, place in layout(vae).places.items()} == shared_names("kl16")
-    assert sum(p.numel() for p in vae.parameters()) == 66_456_019  # shared/paper/tables.yaml, counted
+    assert {key: place.shape for key, place in layout(vae).places.items()} == published_shapes("kl16")
+    assert sum(p.numel() for p in vae.parameters()) == published_numbers()["counted"]["kl16_vae"]["total"]
 
 
 def test_the_tiny_preset_is_the_tiny_recipe() -> None:

@@ -1,4 +1,4 @@
-"""Golden files: numeric cases of the official code (format 1 of shared/goldens/README.md).
+"""Golden files: numeric cases of the official code (format 1 of reference_results/goldens/README.md).
 
 A golden file (`.npz`) holds inputs, outputs, the official constructor's arguments and a rule that makes the
 weights from the official parameter names. Here: the format. What computes the outputs is in `golden_tokenbridge.py`

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED
-from golden_cases import Arrays, changed, failed, golden, only_failure, set_meta
+from golden_cases import Arrays, changed, failed, golden, listed_goldens, only_failure, set_meta
 from hypothesis import given
 from hypothesis import strategies as st
 from official_names import load_official, rule_state
@@ -35,7 +34,7 @@ from tokenbridge.models.givt.sampling import (
 )
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.givt_vae import GivtVAE
-from tokenbridge.utils.files import reference_folder
+from tokenbridge.utils.files import reference_folder, sha256_of
 from tokenbridge.weights.rule import draw_rule
 
 TINY: dict[str, Any] = {
@@ -79,11 +78,7 @@ CASES = sorted((reference_folder() / "goldens").glob("givt-*.npz"))
 
 def test_all_public_cases_are_here() -> None:
     assert len(CASES) == 7
-    public = SHARED / "goldens"
-    if not public.is_dir():
-        pytest.skip(f"{public} is absent")
-    theirs = {path.name: path.read_bytes() for path in public.glob("givt-*.npz")}
-    assert {path.name: path.read_bytes() for path in CASES} == theirs
+    assert {path.name: sha256_of(path) for path in CASES} == listed_goldens("givt-")
 
 
 @pytest.mark.parametrize("path", CASES, ids=[path.stem for path in CASES])

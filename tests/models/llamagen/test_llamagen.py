@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 from official_names import from_official, layout, load_official, rule_state, to_official
+from published import published_shapes
 from scipy import stats
 from torch import Tensor
 from waits import Waits
@@ -74,11 +73,8 @@ def test_parameters_of_a_preset(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == preset.num_parameters
     assert model.device.type == "meta"
     assert model.num_positions == (256 if name.endswith("-256") else 576)
-    path = SHARED / "state_dicts" / f"{preset.official_name}.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    theirs = {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
-    assert {key: place.shape for key, place in layout(model).places.items()} == theirs
+    shapes = {key: place.shape for key, place in layout(model).places.items()}
+    assert shapes == published_shapes(preset.official_name)
 
 
 def test_presets_and_their_sources() -> None:

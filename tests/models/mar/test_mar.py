@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS, SHARED
+from conftest import GOLDENS
 from diffusers import AutoencoderKL
+from golden_cases import listed_goldens
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from official_names import from_official, layout, load_official, rule_state, to_official
+from published import published_numbers, published_shapes
 from torch import Tensor
 
 from tokenbridge.conformance import mar as golden_mar
@@ -42,6 +44,7 @@ from tokenbridge.models.mar.sampling import (
 from tokenbridge.models.masked import MaskedBackbone
 from tokenbridge.models.masked_sampling import masked_counts
 from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights.diffusers import load_model, save_model
 from tokenbridge.weights.published import build_preset
 
@@ -108,10 +111,7 @@ def changed(path: Path, folder: Path, change: Callable[[dict[str, Any], dict[str
 def test_all_public_cases_are_here() -> None:
     assert len(CASES) == 12
     assert {json.loads(str(np.load(path)["meta"]))["entry"] for path in CASES} == set(ENTRIES["mar"])
-    public = SHARED / "goldens"
-    if not public.is_dir():
-        pytest.skip(f"{public} is absent")
-    assert {p.name: p.read_bytes() for p in CASES} == {p.name: p.read_bytes() for p in public.glob("mar-*.npz")}
+    assert {path.name: sha256_of(path) for path in CASES} == listed_goldens("mar-")
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -608,31 +608,17 @@ def test_save_and_load(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ presets and names
 
 
-def shared_names(name: str) -> dict[str, tuple[int, ...]]:
-    path = SHARED / "state_dicts" / f"{name}.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent")
-    return {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
-
-
-@pytest.mark.parametrize(
-    ("name", "num_parameters", "num_head"),
-    [
-        ("mar-b", 207_924_768, 35_749_920),
-        ("mar-l", 478_326_304, 72_230_432),
-        ("mar-h", 942_403_104, 151_206_944),  # shared/paper/tables.yaml, counted
-    ],
-)
-def test_presets_have_the_published_counts(name: str, num_parameters: int, num_head: int) -> None:
-    model = create_mar(name)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_counts(name: str) -> None:
+    model, published = create_mar(name), published_numbers()["counted"][PRESETS[name].official_name]
     assert model.device.type == "meta"
-    assert PRESETS[name].num_parameters == num_parameters == sum(p.numel() for p in model.parameters())
-    assert sum(p.numel() for p in model.head.parameters()) == num_head
+    assert PRESETS[name].num_parameters == published["total"] == sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in model.head.parameters()) == published["head"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_names_and_shapes(name: str) -> None:
-    published = shared_names(PRESETS[name].official_name or "")
+    published = published_shapes(PRESETS[name].official_name)
     assert {key: place.shape for key, place in layout(create_mar(name)).places.items()} == published
 
 
