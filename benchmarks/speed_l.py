@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -394,8 +392,7 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
     Raises:
         RuntimeError: the two paths do not agree, so that comparing their times would mean nothing.
     """
-    started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    busy = provenance.busy_seconds()
+    stopwatch = provenance.Stopwatch()
     first_run = (plan.extrapolated or plan.whole)[0]
     agree = agreement(setting, first_run)
     if setting.autocast is None and agree < AGREEMENT:
@@ -418,8 +415,7 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
             add(time_extrapolated(larger, n, plan.num_points, plan.rounds))
     dtype = next(setting.fast.parameters()).dtype
     peak = matmul_peak(setting.device, dtype)
-    # The load average would not do: it counts this process too, and what ended a minute ago.
-    others = (provenance.busy_seconds() - busy) / ((time.monotonic() - begin) * (os.cpu_count() or 1))
+    record = stopwatch.record()
     return {
         "preset": preset,
         "num_parameters": sum(p.numel() for p in setting.fast.parameters()),
@@ -435,12 +431,10 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
         "rows": [row.to_json(peak) for row in rows],
         "provenance": {
             "command": f"python -m benchmarks.{provenance.command().replace('.py', '')}",
-            "started": started,
-            "seconds": round(time.monotonic() - begin, 1),
-            "share_of_other_processes": round(max(0.0, others), 3),
-            **provenance.commit(),
-            "versions": provenance.versions(),
-            "hardware": provenance.hardware(),
+            "started": record["started"],
+            "seconds": record["wall_seconds"],
+            "share_of_other_processes": stopwatch.share_of_other_processes(),
+            **provenance.origin(),
         },
     }
 

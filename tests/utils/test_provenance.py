@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -188,6 +189,22 @@ def test_versions_and_hardware_are_plain_json() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", versions["python"])
     assert hardware["cores"] >= 1
     assert hardware["memory_gib"] > 0
+
+
+def test_record_is_of_the_moment_the_stopwatch_started(
+    checkout: Path, fresh_commit: Callable[[], dict[str, Any]]
+) -> None:
+    """What is edited while something is measured had no part in it."""
+    stopwatch = provenance.Stopwatch()
+    (checkout / "tokenbridge" / "utils" / "provenance.py").write_text("# changed\n")
+    fresh_commit.cache_clear()  # type: ignore[attr-defined]
+    record = stopwatch.record()
+    assert (record["commit"], record["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
+    assert provenance.origin()["dirty"]
+    assert list(record) == ["command", "started", "wall_seconds", "commit", "dirty", "versions", "hardware"]
+    assert datetime.datetime.fromisoformat(record["started"]).utcoffset() == datetime.timedelta(0)
+    assert 0 <= record["wall_seconds"] < 60
+    assert 0 <= stopwatch.share_of_other_processes() <= 1
 
 
 def test_version_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

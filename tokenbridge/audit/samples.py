@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def score_samples(
         MissingArtifactsError: files cannot be had.
         ValueError: a claim that samples do not decide, or images or files that cannot be used.
     """
-    started = datetime.datetime.now(datetime.UTC)
+    stopwatch = provenance.Stopwatch()
     wanted = {key for other in (claim, *siblings) for key in other.needs}
     known = [key for key in (STATISTICS, REFERENCE_BATCH) if key in wanted]
     scores = {f"{name}-50K": name for name in table3.SCORES}
@@ -75,17 +74,11 @@ def score_samples(
         cache=cache,
     )
     published = sha256_of(inception) == ARTIFACTS[INCEPTION].sha256
-    seconds = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
     return Results(
         scale="paper" if published and len(images) == table3.NUM_IMAGES else "evaluation",
         provenance=Provenance(
-            command=provenance.command(),
+            **stopwatch.record(),
             seed=bootstrap.SEED,
-            started=started.isoformat(timespec="seconds"),
-            wall_seconds=round(seconds, 1),
-            **provenance.commit(),
-            versions=provenance.versions(),
-            hardware=provenance.hardware(),
             data_sha256=scored.data_sha256,
             weights_sha256={INCEPTION: sha256_of(inception)},
             settings={

@@ -75,7 +75,7 @@ def run_file(path: Path | str) -> list[Outcome]:
             computed = entry.run(golden)
         return [_judge(name, golden, computed) for name in golden.outputs]
     except Exception as error:  # a file that breaks anything at all is a failure of that file, not of the run
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return [Outcome("file", None, "", "fail", reason)]
 
 

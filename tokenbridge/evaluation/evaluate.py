@@ -14,8 +14,6 @@ Shape letters: N samples, M reference images, F features, K classes.
 
 from __future__ import annotations
 
-import datetime
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +86,7 @@ def evaluate(
     Raises:
         ValueError: images, statistics or weights that cannot be used, or that are not what was asked for.
     """
-    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    stopwatch = provenance.Stopwatch()
     if num_bootstrap < 0 or num_bootstrap == 1 or batch_size < 1:
         raise UserError("The batch size is at least 1, the bootstrap takes at least 2 resamples (or 0: none).")
     extract = load_inception(inception, allow_other=allow_other_inception)  # first: bad files must not cost hours
@@ -129,13 +127,8 @@ def evaluate(
     return Results(
         scale="evaluation",
         provenance=Provenance(
-            command=provenance.command(),
+            **stopwatch.record(),
             seed=seed,
-            started=started.isoformat(timespec="seconds"),
-            wall_seconds=round(time.perf_counter() - clock, 1),
-            **provenance.commit(),
-            versions=provenance.versions(),
-            hardware=provenance.hardware(),
             data_sha256={images.name: images.sha256 for images in sets} | {target.name: target.sha256},
             weights_sha256=weights,
             settings={

@@ -394,9 +394,7 @@ def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
         "notes": report.notes,
         "provenance": {
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            **provenance.commit(),
-            "versions": provenance.versions(),
-            "hardware": provenance.hardware(),
+            **provenance.origin(),
         },
     }
     write_json(out / "reconstruction.json", value)

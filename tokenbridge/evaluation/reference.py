@@ -146,9 +146,7 @@ def make_reference(
         "inception_sha256": extract.sha256,
         "published_weights": extract.published,
         "command": provenance.command(),
-        **provenance.commit(),
-        "versions": provenance.versions(),
-        "hardware": provenance.hardware(),
+        **provenance.origin(),
     }
     arrays: dict[str, Any] = {"mu": mean, "sigma": covariance, "num_images": len(images), "meta": json.dumps(meta)}
     if keep_images:

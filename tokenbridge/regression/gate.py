@@ -348,7 +348,7 @@ def run_part(name: str, function: Callable[[], list[Check]]) -> Part:
     try:
         checks = function() or [Check("all", "not run", "there was nothing to check")]
     except Exception as error:  # the other parts shall be run, and the report be written
-        why = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         checks = [Check("all", "not run", why)]
     return Part(name, tuple(checks), round(time.monotonic() - start, 1))
 

@@ -6,14 +6,12 @@ much of the machine as of the code; judged here is the ratio of two times of one
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,7 +83,7 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
     """
     if not (root / "benchmarks").is_dir():
         raise UserError(f"There is no folder {root / 'benchmarks'}: benchmarks run in a checkout only.")
-    started, begin, busy = datetime.datetime.now(datetime.UTC), time.monotonic(), provenance.busy_seconds()
+    stopwatch = provenance.Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmarks.json"
         arguments = ["-m", "pytest", *tests, "--benchmark-enable", "--quiet", "--color=no", "-p", "no:cacheprovider"]
@@ -99,17 +97,10 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
             last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
             raise UserError(f"pytest could not run the benchmarks (exit code {done.returncode}): {last}")
         report = json.loads(file.read_text(encoding="utf-8"))
-    seconds = time.monotonic() - begin
-    others = (provenance.busy_seconds() - busy) / (seconds * (os.cpu_count() or 1))
     return Ratios(
         provenance=Origin(
-            command=f"python {' '.join(arguments[: 3 + len(tests)])}",
-            started=started.isoformat(timespec="seconds"),
-            wall_seconds=round(seconds, 1),
-            **provenance.commit(),
-            versions=provenance.versions(),
-            hardware=provenance.hardware(),
-            share_of_other_processes=round(max(0.0, others), 3),
+            **stopwatch.record() | {"command": f"python {' '.join(arguments[: 3 + len(tests)])}"},
+            share_of_other_processes=stopwatch.share_of_other_processes(),
         ),
         ratios=_ratios_of(report),
         failed=tuple(line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))),

@@ -7,7 +7,6 @@ time of one prediction (table 5). Pictures and `results.json` go to one folder.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
 import sys
@@ -79,7 +78,7 @@ def reproduce(
         FileNotFoundError: weights are missing.
         ValueError: the reference file is no result file, or `num_images` is no multiple of the classes.
     """
-    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    stopwatch = provenance.Stopwatch()
     out = Path(out)
     if num_images < 1 or num_images % len(scale.classes):
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
@@ -91,13 +90,8 @@ def reproduce(
     measured = Results(
         scale=scale.name,
         provenance=Provenance(
-            command=provenance.command(),
+            **stopwatch.record(),
             seed=seed,
-            started=started.isoformat(timespec="seconds"),
-            wall_seconds=round(time.perf_counter() - clock, 1),
-            **provenance.commit(),
-            versions=provenance.versions(),
-            hardware=provenance.hardware(),
             data_sha256={
                 f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
                 for split in ("train", "test")

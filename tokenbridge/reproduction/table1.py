@@ -14,10 +14,8 @@ Shape letters: N images, B batch, C latent channels, h, w latent height and widt
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +247,7 @@ def measure(
     Raises:
         ValueError: files that are not what they should be, or too few images.
     """
-    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    stopwatch = provenance.Stopwatch()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference = read_statistics(files[STATISTICS])  # first the files that load at once
     network = load_inception(inception).to(device)
@@ -275,13 +273,8 @@ def measure(
     return Results(
         scale=scale,
         provenance=Provenance(
-            command=provenance.command(),
+            **stopwatch.record(),
             seed=seed,
-            started=started.isoformat(timespec="seconds"),
-            wall_seconds=round(time.perf_counter() - clock, 1),
-            **provenance.commit(),
-            versions=provenance.versions(),
-            hardware=provenance.hardware(),
             data_sha256={f"{IMAGENET}/train, as measured": digest.hexdigest()},
             weights_sha256={**hashes, INCEPTION: inception.sha256},
             settings={

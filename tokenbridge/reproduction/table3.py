@@ -9,9 +9,7 @@ the official evaluation, precision and recall against the images of ADM's refere
 
 from __future__ import annotations
 
-import datetime
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -332,7 +330,7 @@ def _measure(
     show_progress: bool,
 ) -> tuple[Results, Judged] | None:
     """Sample, score against each reference, and write what came out."""
-    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    stopwatch = provenance.Stopwatch()
     config, state = options.run_config(system), process_state()
     system.check(config)
     make = system.stand_in if is_stand_in else system.load
@@ -362,13 +360,8 @@ def _measure(
     results = Results(
         scale=STAND_IN if is_stand_in else "paper",
         provenance=Provenance(
-            command=provenance.command(),
+            **stopwatch.record(),
             seed=options.seed,
-            started=started.isoformat(timespec="seconds"),
-            wall_seconds=round(time.perf_counter() - clock, 1),
-            **provenance.commit(),
-            versions=provenance.versions(),
-            hardware=provenance.hardware(),
             data_sha256=scored.data_sha256,
             weights_sha256={
                 **({} if is_stand_in else described["weights"]),

@@ -306,7 +306,7 @@ def _claim(folder: Path, recipe: Mapping[str, Any]) -> None:
     if not path.exists():
         if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
             raise UserError(f"{folder} is not empty and holds no run ({others[0]} is there). Name another folder.")
-        write_json(path, {"recipe": recipe, "command": provenance.command(), **_provenance()})
+        write_json(path, {"recipe": recipe, "command": provenance.command(), **provenance.origin()})
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))["recipe"]
@@ -325,10 +325,6 @@ def _clear_leftovers(*folders: Path) -> None:
     begun = re.compile(r"\.(run|streams-\d+|samples|no-result|grid|\d+)-\w{8}\.\w+")
     for folder in folders:
         remove(path for path in folder.glob(".*") if begun.fullmatch(path.name))
-
-
-def _provenance() -> dict[str, Any]:
-    return {**provenance.commit(), "versions": provenance.versions(), "hardware": provenance.hardware()}
 
 
 def _differences(there: Any, now: Any, name: str = "") -> list[str]:

@@ -108,9 +108,7 @@ def train_recipe(
             "data": scale.data,
         },
         "command": provenance.command(),
-        **provenance.commit(),
-        "versions": provenance.versions(),
-        "hardware": provenance.hardware(),
+        **provenance.origin(),
     }
     if recipe.kind == "autoencoder":
         model.register_to_config(scaling_factor=_measure_scaling(model, dataset))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -10,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,39 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def origin() -> dict[str, Any]:
+    """Return what made a number: commit, versions and hardware, as the fields of a record."""
+    return {**commit(), "versions": versions(), "hardware": hardware()}
+
+
+class Stopwatch:
+    """Started before a measurement, it gives the record of it: what is edited while it runs has no part in it."""
+
+    def __init__(self) -> None:
+        """Note the time, the commit, and how much other processes have worked until now."""
+        self.started = datetime.datetime.now(datetime.UTC)
+        self._commit = commit()
+        self._begin, self._busy = time.perf_counter(), busy_seconds()
+
+    def record(self) -> dict[str, Any]:
+        """Return command, start, seconds since then, commit, versions and hardware: a record lacks seed and data."""
+        return {
+            "command": command(),
+            "started": self.started.isoformat(timespec="seconds"),
+            "wall_seconds": round(time.perf_counter() - self._begin, 1),
+            **origin(),
+            **self._commit,
+        }
+
+    def share_of_other_processes(self) -> float:
+        """Return the share of the machine's processor time since the start that other processes took.
+
+        The load average would not do: it counts this process too, and what ended a minute ago.
+        """
+        seconds = time.perf_counter() - self._begin
+        return round(max(0.0, (busy_seconds() - self._busy) / (seconds * (os.cpu_count() or 1))), 3)
 
 
 def busy_seconds() -> float:

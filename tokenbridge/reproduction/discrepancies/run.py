@@ -11,10 +11,8 @@ Shape letters: N images or values, L positions, C channels, V levels, W head wid
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,8 +108,7 @@ def measure_discrepancies(
         FileNotFoundError: weights of the autoencoder, the classifier or TokenBridge, or the latents, are missing.
         ValueError: latents of another kind, or `num_images` is no multiple of twice the classes.
     """
-    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    source = provenance.commit()  # now: what is edited while this runs has no part in it
+    stopwatch = provenance.Stopwatch()
     if num_images < 1 or num_images % (2 * len(scale.classes)):
         raise UserError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
     if latents is not None:
@@ -126,13 +123,8 @@ def measure_discrepancies(
     measured = Results(
         scale=scale.name,
         provenance=Provenance(
-            command=provenance.command(),
+            **stopwatch.record(),
             seed=seed,
-            started=started.isoformat(timespec="seconds"),
-            wall_seconds=round(time.perf_counter() - clock, 1),
-            **source,
-            versions=provenance.versions(),
-            hardware=provenance.hardware(),
             data_sha256={
                 f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
                 for split in ("train", "test")
