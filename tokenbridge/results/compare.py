@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from tokenbridge.results.schema import STAND_IN, Results, Row
+from tokenbridge.results.score import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results.tolerances import within
-
-NUM_IMAGES = 50_000  # behind the paper's scores
 
 Verdict = Literal["reproduced", "not reproduced", "not run", "not compared"]
 

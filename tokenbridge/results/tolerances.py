@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from tokenbridge.results.score import read_name
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ METRICS: dict[str, Metric] = {
     "FID": Metric(3, 0.05, 0.002, _SAMPLING),
     # The bootstrap's ends are moved by its bias, below 0 where FID is small.
     **dict.fromkeys(("FID-low", "FID-high", "FID-bias"), Metric(3, 0.05, 0.002, _SAMPLING, low=-math.inf)),
-    "FID-cleanfid": Metric(3, 0.05, 0.002, _SAMPLING),
+    **dict.fromkeys(("FID-cleanfid", "FID-cleanfid-legacy", "FID-cleanfid-clean"), Metric(3, 0.05, 0.002, _SAMPLING)),
     "IS": Metric(2, 0.015, 0.0, _SAMPLING, low=0.999),  # 1 but for rounding, where all images look alike
     "IS-std": Metric(2, 0.015, 0.0, _SAMPLING),
-    "KID": Metric(4, 0.10, 0.0002, _SAMPLING, low=-1.0),
+    **dict.fromkeys(("KID", "KID-std"), Metric(4, 0.10, 0.0002, _SAMPLING, low=-1.0)),
     "precision": Metric(3, 0.0, 0.04, _SAMPLING, high=1.0),
     "recall": Metric(3, 0.0, 0.05, _SAMPLING, high=1.0),
     "class accuracy": Metric(3, 0.0, 0.008, _SAMPLING, high=1.0),
@@ -89,7 +91,7 @@ METRICS: dict[str, Metric] = {
     "speed-up": Metric(2, 1.0, 0.0, _RATIO),
     "against diffusion": Metric(2, 1.0, 0.0, _RATIO),
 }
-"""Metrics by name; `FID-digits` or `FID (50 images)` are found by what they begin with. `-50K`: of 50,000
+"""Metrics by the name of a score (`results/score.py`) without extractor, remark and number of images. `-50K`: of 50,000
 images by the published Inception weights, against the paper."""
 
 
@@ -99,10 +101,12 @@ def metric(name: str) -> Metric:
     Raises:
         KeyError: an unknown metric.
     """
-    known = name.partition(" (")[0]
-    while known and known not in METRICS:
-        known = known.rpartition("-")[0]
-    return METRICS[known or name]
+    read = replace(read_name(name), extractor=None, remark=None)
+    whole = replace(read, num_images=None)
+    found = METRICS.get(str(read)) or METRICS.get(str(whole)) or METRICS.get(read.metric)
+    if found is None:
+        raise KeyError(name)
+    return found
 
 
 def within(name: str, measured: float, reference: float) -> bool:
