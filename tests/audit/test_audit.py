@@ -141,7 +141,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "tiny" / "weights").symlink_to(SHIPPED / "tiny" / "weights")
     shutil.copy(SHIPPED / "tiny" / "results.json", folder / "tiny")
     edit(folder / "tiny" / "results.json", without_diffusion)
-    monkeypatch.setattr("tokenbridge.cli.audit.reference_folder", lambda: folder)
+    monkeypatch.setattr("tokenbridge.utils.files.reference_folder", lambda: folder)
     monkeypatch.setattr("tokenbridge.audit.audit._all_checks", lambda: CHECKS)
     return folder
 
@@ -264,7 +264,7 @@ def test_without_tolerance_a_count_is_exact() -> None:
 
 
 def test_verdicts_of_the_small_ledger(shipped: Path) -> None:
-    done = audit_claims(shipped=shipped, checks=CHECKS)
+    done = audit_claims(checks=CHECKS)
     assert verdicts_of(done) == TODAY
     assert done.failures == ()
     fid = finding_of(done, "table3/tokenbridge-l/FID")
@@ -305,7 +305,7 @@ def test_verdicts_of_the_small_ledger(shipped: Path) -> None:
     ],
 )
 def test_a_number_of_the_paper(shipped: Path, tmp_path: Path, metrics: dict[str, Any], verdict: str) -> None:
-    done = audit_claims([paper_results(tmp_path / "results.json", **metrics)], shipped=shipped, checks=CHECKS)
+    done = audit_claims([paper_results(tmp_path / "results.json", **metrics)], checks=CHECKS)
     finding = finding_of(done, "table3/tokenbridge-l/FID")
     assert finding.verdict == verdict
     if "FID_50K" in metrics:
@@ -332,7 +332,7 @@ def test_a_number_of_the_paper(shipped: Path, tmp_path: Path, metrics: dict[str,
 def test_what_never_counts(shipped: Path, tmp_path: Path, scale: str, settings: dict[str, Any], reason: str) -> None:
     path = paper_results(tmp_path / "results.json", scale=scale, FID_50K=1.76)
     edit(path, lambda value: value["provenance"]["settings"].update(settings))
-    finding = finding_of(audit_claims([path], shipped=shipped, checks=CHECKS), "table3/tokenbridge-l/FID")
+    finding = finding_of(audit_claims([path], checks=CHECKS), "table3/tokenbridge-l/FID")
     assert finding.verdict == "not run"
     assert reason in finding.why
 
@@ -345,7 +345,7 @@ def test_tiny_results_decide_no_number_of_the_paper(shipped: Path) -> None:
         value["rows"].append({**row, "id": "table3/tokenbridge-l", "metrics": {"FID-50K": 1.76}})
 
     edit(shipped / "tiny" / "results.json", change)
-    assert verdicts_of(audit_claims(shipped=shipped, checks=CHECKS)) == TODAY
+    assert verdicts_of(audit_claims(checks=CHECKS)) == TODAY
 
 
 # ------------------------------------------------------------------------------------------------------- the files
@@ -357,7 +357,7 @@ def test_the_order_of_files_changes_nothing(shipped: Path, tmp_path: Path) -> No
         paper_results(tmp_path / "b.json", row="table3/tokenbridge-h", FID_50K=1.55),
         Path(shutil.copy(shipped / "tiny" / "results.json", tmp_path / "c.json")),
     ]
-    first, second = (audit_claims(f, shipped=shipped, checks=CHECKS) for f in (files, files[::-1]))
+    first, second = (audit_claims(f, checks=CHECKS) for f in (files, files[::-1]))
     assert first.model_copy(update={"made": ""}) == second.model_copy(update={"made": ""})
     assert [e.file for e in first.evidence] == [
         "reference_results/tiny/results.json",  # the copy of it is the same evidence
@@ -372,16 +372,13 @@ def test_two_files_about_one_row_are_refused(shipped: Path, tmp_path: Path) -> N
         with pytest.raises(
             ValueError, match=r"a\.json and .*b\.json both measured table3/tokenbridge-l at scale paper"
         ):
-            audit_claims(order, shipped=shipped, checks=CHECKS)
+            audit_claims(order, checks=CHECKS)
     # The same numbers are one measurement; and a row that was not run is none.
     shutil.copy(files[0], files[1])
-    assert len(audit_claims(files, shipped=shipped, checks=CHECKS).evidence) == 2
+    assert len(audit_claims(files, checks=CHECKS).evidence) == 2
     paper_results(files[1], FID_50K=1.90)
     edit(files[1], lambda value: value["rows"][0].update(metrics={}, not_run="no time"))
-    assert (
-        finding_of(audit_claims(files, shipped=shipped, checks=CHECKS), "table3/tokenbridge-l/FID").verdict
-        == "reproduced"
-    )
+    assert finding_of(audit_claims(files, checks=CHECKS), "table3/tokenbridge-l/FID").verdict == "reproduced"
 
 
 def test_a_newer_run_stands_in_for_the_shipped_one(shipped: Path) -> None:
@@ -389,11 +386,11 @@ def test_a_newer_run_stands_in_for_the_shipped_one(shipped: Path) -> None:
     own.parent.mkdir(parents=True)
     shutil.copy(shipped / "tiny" / "results.json", own)
     edit(own, lambda value: value["provenance"].update(started="2020-01-01T00:00:00+00:00"))
-    (old,) = audit_claims(shipped=shipped, checks=CHECKS).evidence
+    (old,) = audit_claims(checks=CHECKS).evidence
     assert old.file == "reference_results/tiny/results.json"
     assert old.notes[-1] == "runs/tiny/results.json is older and was left out"
     edit(own, lambda value: value["provenance"].update(started="2030-01-01T00:00:00+00:00"))
-    done = audit_claims(shipped=shipped, checks=CHECKS)
+    done = audit_claims(checks=CHECKS)
     (new,) = done.evidence
     assert (new.file, new.notes[-1]) == ("runs/tiny/results.json", "stands in for reference_results/tiny/results.json")
     assert done.failures == ()
@@ -402,13 +399,11 @@ def test_a_newer_run_stands_in_for_the_shipped_one(shipped: Path) -> None:
         value["rows"][0]["metrics"]["SSIM"] += 0.01
 
     edit(own, off)
-    (failure,) = audit_claims(shipped=shipped, checks=CHECKS).failures
+    (failure,) = audit_claims(checks=CHECKS).failures
     assert failure.startswith("runs/tiny/results.json: table1a/vae is not that of reference_results/tiny/results.json")
-    assert audit_claims(shipped=shipped, checks=CHECKS, fail_on=["within doubt"]).failures == ()
+    assert audit_claims(checks=CHECKS, fail_on=["within doubt"]).failures == ()
     # Files that are named are taken alone.
-    assert (
-        audit_claims([shipped / "tiny" / "results.json"], shipped=shipped, checks=CHECKS).evidence[0].file == old.file
-    )
+    assert audit_claims([shipped / "tiny" / "results.json"], checks=CHECKS).evidence[0].file == old.file
 
 
 def test_a_trend_is_computed_not_read(shipped: Path) -> None:
@@ -421,7 +416,7 @@ def test_a_trend_is_computed_not_read(shipped: Path) -> None:
         value["trends"] = []
 
     edit(shipped / "tiny" / "results.json", worse)
-    done = audit_claims(shipped=shipped, checks=CHECKS)
+    done = audit_claims(checks=CHECKS)
     finding = finding_of(done, "table2a/ar-better")
     assert finding.verdict == "not reproduced"
     assert "does not hold" in finding.why
@@ -535,12 +530,12 @@ def test_hashes_of_published_files(shipped: Path, tmp_path: Path, name: str) -> 
     }
     entries = {key: {"path": "x", "size": 1, "mtime_ns": 1, "sha256": 64 * digit} for key, digit in hashes.values()}
     write_json(Path(LOCK_FILE), entries)
-    done = audit_claims([path], shipped=shipped, checks=CHECKS)
+    done = audit_claims([path], checks=CHECKS)
     assert done.evidence[1].notes == ("4 hashes of weights and images compared with the files here",)
     part = "data_sha256" if name.endswith("npz") else "weights_sha256"
     edit(path, lambda value: value["provenance"][part].update({name: "9" * 64}))
     with pytest.raises(ValueError, match=rf"results\.json was measured with {re.escape(name)} of SHA-256 9999"):
-        audit_claims([path], shipped=shipped, checks=CHECKS)
+        audit_claims([path], checks=CHECKS)
 
 
 def test_results_of_own_weights_need_their_folder(shipped: Path, tmp_path: Path) -> None:
@@ -551,8 +546,8 @@ def test_results_of_own_weights_need_their_folder(shipped: Path, tmp_path: Path)
     path = Path(shutil.copy(SHIPPED / "tiny" / "results.json", tmp_path / "mine.json"))
     edit(path, lambda value: value["provenance"]["weights_sha256"].update({"vq/config.json": sha256_of(changed)}))
     with pytest.raises(ValueError, match="name their folder with --weights"):
-        audit_claims([path], shipped=shipped, checks=CHECKS)
-    done = audit_claims([path], shipped=shipped, weights=own, checks=CHECKS)
+        audit_claims([path], checks=CHECKS)
+    done = audit_claims([path], weights=own, checks=CHECKS)
     assert [e.file for e in done.evidence] == [str(path)]
 
 
@@ -589,14 +584,14 @@ def test_claims_without_a_stored_verdict_and_verdicts_without_a_claim() -> None:
 
 def test_accepted_verdicts_keep_their_reasons(shipped: Path) -> None:
     path = shipped / "paper" / "expected.json"
-    done = audit_claims(shipped=shipped, checks={**CHECKS, "classes": lambda: 0.0})
+    done = audit_claims(checks={**CHECKS, "classes": lambda: 0.0})
     assert [failure.split(" is ")[0] for failure in done.failures] == ["text/classes"]
     write_expected(path, done, "the paper says otherwise")
     expected = read_expected(path)
     assert expected["table2e/head"].reason == "no way of counting gives it"
     assert expected["text/classes"] == Expected(verdict="not reproduced", reason="the paper says otherwise")
     assert expected.keys() == TODAY.keys()
-    assert audit_claims(shipped=shipped, checks={**CHECKS, "classes": lambda: 0.0}).failures == ()
+    assert audit_claims(checks={**CHECKS, "classes": lambda: 0.0}).failures == ()
     with pytest.raises(ValueError, match="for a reason"):
         write_expected(path, done, " ")
 
@@ -615,9 +610,9 @@ def test_accepted_verdicts_keep_their_reasons(shipped: Path) -> None:
 def test_damaged_expectations(shipped: Path, change: Callable[[Path], Any], message: str) -> None:
     change(shipped / "paper" / "expected.json")
     with pytest.raises(ValueError, match=message) as caught:
-        audit_claims(shipped=shipped, checks=CHECKS)
+        audit_claims(checks=CHECKS)
     assert "expected.json" in str(caught.value)
-    assert verdicts_of(audit_claims(shipped=shipped, checks=CHECKS, fail_on=["within doubt"])) == TODAY
+    assert verdicts_of(audit_claims(checks=CHECKS, fail_on=["within doubt"])) == TODAY
 
 
 def test_the_shipped_ledger_and_its_stored_verdicts() -> None:
@@ -640,7 +635,7 @@ def test_the_shipped_ledger_and_its_stored_verdicts() -> None:
 @pytest.fixture
 def done(shipped: Path, tmp_path: Path) -> Audit:
     path = paper_results(tmp_path / "results.json", FID_50K=1.80, FID_low=1.76, FID_high=1.84, IS_50K=200.0)
-    return audit_claims([path], shipped=shipped, checks=CHECKS)
+    return audit_claims([path], checks=CHECKS)
 
 
 def test_reports_agree(done: Audit, shipped: Path) -> None:
@@ -787,9 +782,7 @@ def test_samples_judge_a_row(
     """The number of images that decides is made small; the rest is what 50,000 go through."""
     monkeypatch.setattr(table3, "NUM_IMAGES", FEW_IMAGES)
     monkeypatch.setattr(evaluation, "FEW", FEW_IMAGES)
-    done = audit_samples(
-        samples, "table3/tokenbridge-l/FID", out="out", shipped=shipped, folder=folder, num_bootstrap=3, checks=CHECKS
-    )
+    done = audit_samples(samples, "table3/tokenbridge-l/FID", out="out", folder=folder, num_bootstrap=3, checks=CHECKS)
     found = {f.claim.id.rpartition("/")[2]: f for f in done.findings}
     assert [found[name].verdict for name in ("FID", "IS")] == ["not reproduced"] * 2
     assert found["FID"].interval is not None
@@ -798,12 +791,12 @@ def test_samples_judge_a_row(
     stored = read("out/results.json")
     assert found["FID"].measured == stored.rows[0].metrics["FID-50K"]
     # The file that it leaves is evidence for a later audit; and what was measured, claimed, is reproduced.
-    again = audit_claims(["out/results.json"], shipped=shipped, folder=folder, checks=CHECKS)
+    again = audit_claims(["out/results.json"], folder=folder, checks=CHECKS)
     assert finding_of(again, "table3/tokenbridge-l/FID").measured == found["FID"].measured
     ledger = yaml.safe_load((shipped / "paper" / "claims.yaml").read_text())
     ledger["claims"][0]["value"] = found["FID"].measured
     (shipped / "paper" / "claims.yaml").write_text(yaml.safe_dump(ledger))
-    again = audit_claims(["out/results.json"], shipped=shipped, folder=folder, checks=CHECKS)
+    again = audit_claims(["out/results.json"], folder=folder, checks=CHECKS)
     assert verdict_of_fid(again) in ("reproduced", "within doubt")
 
 
@@ -814,11 +807,11 @@ def verdict_of_fid(done: Audit) -> str:
 def test_samples_of_another_size(shipped: Path, folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "small.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match="64 x 64 pixels"):
-        audit_samples(tmp_path / "small.npz", "table3/tokenbridge-l/FID", out="out", shipped=shipped, folder=folder)
+        audit_samples(tmp_path / "small.npz", "table3/tokenbridge-l/FID", out="out", folder=folder)
     assert not Path("out").exists()
 
 
 def test_precision_needs_the_images_too(shipped: Path, samples: Path, folder: Path) -> None:
     with pytest.raises(MissingArtifactsError) as caught:
-        audit_samples(samples, "table3/tokenbridge-l/precision", out="out", shipped=shipped, folder=folder)
+        audit_samples(samples, "table3/tokenbridge-l/precision", out="out", folder=folder)
     assert [missing.artifact.key for missing in caught.value.missing] == ["adm-reference"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, tiny_model
+from conftest import TINY, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,7 +98,7 @@ def test_llamagen(sampling: LlamaGenSampling, changes: dict[str, Any]) -> None:
     model = LlamaGen(**sizes).eval()  # type: ignore[arg-type]
     with Counter() as counter:
         generate_llamagen(model, LABEL, sampling, torch.rand(1, 9))
-    vq = find_system("llamagen-b-256", shipped=ROOT / "reference_results").create_decoder()
+    vq = find_system("llamagen-b-256").create_decoder()
     assert without_decoder(llamagen_flop(sizes, sampling, vq)) == counter.get_total_flops()
 
 
@@ -140,14 +140,14 @@ def test_tokenbridge_of_published_size(num_iterations: int, caches_head: bool, e
 
 def test_others_of_published_size() -> None:
     """The same table: MAR-L has the backbone of TokenBridge-L, LlamaGen-3B makes 576 tokens."""
-    mar = find_system("mar-l", shipped=ROOT / "reference_results").flop_per_image()
+    mar = find_system("mar-l").flop_per_image()
     assert round(mar["encoder"] / 1e12, 1) == 40.9
     # The official head embeds timestep and context for every row of every step; ours each once.
     width, context_width, rows, steps = 1280, 1024, 2 * 256, 100
     times, condition = 2 * width * (256 + width) * steps, 2 * width * context_width
     official = mar["head"] + (rows - 256) * times + (steps - 1) * rows * condition
     assert round(official / 1e12, 2) == 7.39
-    llamagen = find_system("llamagen-3b-384", shipped=ROOT / "reference_results").flop_per_image()
+    llamagen = find_system("llamagen-3b-384").flop_per_image()
     # The official attention goes over all 577 slots of the cache for every token, the filled ones and the others.
     unfilled = 2 * 24 * 4 * 3200 * sum(577 - (place + 1) for place in range(576))
     counts = (llamagen["transformer"] + unfilled, llamagen["VQ decoder"], sum(llamagen.values()) + unfilled)
@@ -158,7 +158,7 @@ def test_every_system_is_counted() -> None:
     assert {kind.name for kind, _ in all_presets().values()} == set(KINDS)
     tiny = [f"tiny/{name}" for name in ("tokenbridge-64", "mar", "llamagen", "givt")]
     for name in [*tiny, *(name for name, (_, preset) in all_presets().items() if preset.sampling)]:
-        system = find_system(name, shipped=ROOT / "reference_results")
+        system = find_system(name)
         flop = system.flop_per_image()
         assert all(count > 0 for count in flop.values()), name
         assert decoder_flop(system.create_decoder(), system.model.get("latent_size", 2)) > 0

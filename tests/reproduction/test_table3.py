@@ -22,11 +22,10 @@ from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.table3 import Options, judge, published_row, reproduce_table3
 from tokenbridge.results.schema import STAND_IN, Results, Row, read
 from tokenbridge.tokenizers.kl16 import create_kl16
-from tokenbridge.utils.files import reference_folder, sha256_of
+from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, MissingArtifactsError
 
-SHIPPED = reference_folder()
 NUM_IMAGES = 6
 
 
@@ -91,24 +90,24 @@ def options(**changes: Any) -> Options:
 def test_every_missing_file_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table3, "find_system", lambda *_, **__: pytest.fail("this comes later"))
     with pytest.raises(MissingArtifactsError) as caught:
-        reproduce_table3("tokenbridge-l", Options(), out="out", shipped=SHIPPED)
+        reproduce_table3("tokenbridge-l", Options(), out="out")
     named = ["tokenbridge-l", "kl16", "inception", "adm-statistics", "adm-reference"]
     assert [missing.artifact.key for missing in caught.value.missing] == named
     assert not Path("out").exists()
     with pytest.raises(MissingArtifactsError) as caught:
-        reproduce_table3("tokenbridge-h", Options(with_precision_recall=False), out="out", shipped=SHIPPED)
+        reproduce_table3("tokenbridge-h", Options(with_precision_recall=False), out="out")
     assert [missing.artifact.key for missing in caught.value.missing] == ["tokenbridge-h", *named[1:4]]
 
 
 def test_a_plan_counts_and_lists_what_is_missing() -> None:
-    planned = table3.plan("tokenbridge-l", Options(), out="out", shipped=SHIPPED)
+    planned = table3.plan("tokenbridge-l", Options(), out="out")
     assert (planned.num_images, planned.num_iterations, len(planned.missing)) == (50_000, 256, 5)
     assert 107 < sum(planned.flop_per_image.values()) / 1e12 < 112  # official code: 111.4, with a whole last block
     assert not Path("out").exists()
 
 
 def test_the_whole_of_it_on_small_files(preset: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = reproduce_table3(preset, options(), out="out", shipped=SHIPPED, folder=folder, show_progress=False)
+    done = reproduce_table3(preset, options(), out="out", folder=folder, show_progress=False)
     assert done is not None
     results, judged = done
     (row,) = results.rows
@@ -131,7 +130,7 @@ def test_the_whole_of_it_on_small_files(preset: str, folder: Path, monkeypatch: 
     # What was measured, published: then it is reproduced. One number off: then not.
     measured = {name: row.metrics[f"{name}-50K"] for name in table3.SCORES}
     monkeypatch.setitem(PRESETS, preset, replace(PRESETS[preset], published=measured))
-    again = reproduce_table3(preset, options(), out="out", shipped=SHIPPED, folder=folder, show_progress=False)
+    again = reproduce_table3(preset, options(), out="out", folder=folder, show_progress=False)
     assert again is not None
     assert again[1][row.id][0] == "reproduced"
     assert again[0].provenance.settings["run"]["num_made"] == 0  # resumed: nothing was sampled twice
@@ -144,7 +143,7 @@ def test_other_numbers_of_images_and_stand_ins_are_not_compared(
 ) -> None:
     fewer = options(num_images=4, with_precision_recall=False, num_bootstrap=0)
     (folder / ARTIFACTS["adm-reference"].file).unlink()
-    done = reproduce_table3(preset, fewer, out="few", shipped=SHIPPED, folder=folder, show_progress=False)
+    done = reproduce_table3(preset, fewer, out="few", folder=folder, show_progress=False)
     assert done is not None
     results, judged = done
     assert list(judged.values()) == [("not compared", f"the paper's numbers are of {NUM_IMAGES:,} images")]
@@ -155,7 +154,7 @@ def test_other_numbers_of_images_and_stand_ins_are_not_compared(
     monkeypatch.setattr(table3, "PHOTOGRAPHS", ("astronaut", "coffee"))
     monkeypatch.setitem(ARTIFACTS, "inception", replace(ARTIFACTS["inception"], sha256="0" * 64))
     Path("stand-in/stand-in").mkdir(parents=True)
-    done = table3.stand_in(preset, options(), out="stand-in", shipped=SHIPPED, show_progress=False)
+    done = table3.stand_in(preset, options(), out="stand-in", show_progress=False)
     assert done is not None
     results, judged = done
     assert results.scale == STAND_IN

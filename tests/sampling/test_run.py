@@ -47,7 +47,6 @@ from tokenbridge.tokenizers.kl16 import create_kl16
 from tokenbridge.weights.published import Preset, SamplingRecipe
 from tokenbridge.weights.rule import RULE
 
-SHIPPED = ROOT / "reference_results"
 CPU = torch.device("cpu")
 
 
@@ -206,7 +205,7 @@ def test_compiled_system_makes_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, but by the eager backend: inductor takes half a minute."""
     plain = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: plain(self, backend="eager", **options))
-    system = find_system("tokenbridge-tiny", shipped=SHIPPED).sampled(num_iterations=3)
+    system = find_system("tokenbridge-tiny").sampled(num_iterations=3)
     labels, both = torch.arange(2), []
     for compiled in (False, True):
         sampler = system.load(CPU, compiled=compiled)
@@ -233,7 +232,7 @@ def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_made"] == 11  # printed once
-    sampler = find_system("tokenbridge-tiny", shipped=SHIPPED).sampled(num_iterations=4).load(CPU)
+    sampler = find_system("tokenbridge-tiny").sampled(num_iterations=4).load(CPU)
     one = quiet(sampler, RunConfig(11, batch_size=2), tmp_path / "one")
     assert contents(one.samples) == contents(tmp_path / "two" / "images")
     recipes = [json.loads((tmp_path / name / "run.json").read_text())["recipe"] for name in ("one", "two")]
@@ -565,7 +564,7 @@ def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     saved(vae, tmp_path / "vae")
 
     def find(name: str | None = None, **options: Any) -> Any:
-        return find_system(name or str(model), shipped=SHIPPED, **options)
+        return find_system(name or str(model), **options)
 
     return find
 
@@ -630,7 +629,7 @@ def test_stand_in_is_marked_everywhere(
 
 
 def test_stand_in_has_the_rule_s_weights() -> None:
-    sampler = find_system("tokenbridge-tiny", shipped=SHIPPED).stand_in(CPU)
+    sampler = find_system("tokenbridge-tiny").stand_in(CPU)
     expected = with_rule_weights(TokenBridge(**PRESETS["tokenbridge-tiny"].model), {"rule": RULE, "salt": "stand-in"})
     ours = dict(sampler.model.named_parameters())
     assert all(torch.equal(ours[name], parameter) for name, parameter in expected.named_parameters())

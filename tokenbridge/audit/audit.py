@@ -26,9 +26,8 @@ from tokenbridge.audit.ledger import Ledger, read_ledger
 from tokenbridge.audit.samples import score_samples
 from tokenbridge.audit.verdicts import VERDICTS, Audit, _effect, _evidence, _judge
 from tokenbridge.results import schema as result_files
-from tokenbridge.utils import provenance
+from tokenbridge.utils import files, provenance
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import reference_folder
 from tokenbridge.weights import artifacts
 
 Checks = Mapping[str, Callable[[], float]]
@@ -37,7 +36,6 @@ Checks = Mapping[str, Callable[[], float]]
 def audit_claims(
     results: Sequence[Path | str] = (),
     *,
-    shipped: Path | str | None = None,
     runs: Path | str = "runs",
     weights: Path | str | None = None,
     folder: Path | str | None = None,
@@ -49,7 +47,6 @@ def audit_claims(
 
     Args:
         results: result files that stand in for the shipped ones or add to them; if none, those in `runs` are taken.
-        shipped: folder `reference_results`, with the claims in `paper/`; the package's own by default.
         runs: where the commands leave their results by default.
         weights: folder of models, where results of a small scale are not of the shipped ones.
         folder: holds the published files; see `artifacts.resolve`.
@@ -61,17 +58,17 @@ def audit_claims(
     Raises:
         ValueError: a file that is refused, an unknown verdict to fail on, or claims that cannot be read.
     """
-    shipped = Path(shipped) if shipped is not None else reference_folder()
+    paper = files.reference_folder() / "paper"
     if unknown := set(fail_on) - {WORSE, *VERDICTS}:
         raise UserError(f"The gate fails on {WORSE!r} or on verdicts ({', '.join(VERDICTS)}), not on {min(unknown)!r}.")
-    ledger = read_ledger(shipped / "paper")
-    expected = read_expected(shipped / "paper" / "expected.json") if WORSE in fail_on else {}
+    ledger = read_ledger(paper)
+    expected = read_expected(paper / "expected.json") if WORSE in fail_on else {}
     if row is not None:
         ledger = Ledger(claims=tuple(c for c in ledger.claims if c.row == row), discrepancies=())
-    sources, regressions = choose(gather(results, shipped=shipped, runs=Path(runs), weights=weights, folder=folder))
-    files = {s.artifact.key: s for s in artifacts.status({k for c in ledger.claims for k in c.needs}, folder=folder)}
+    sources, regressions = choose(gather(results, runs=Path(runs), weights=weights, folder=folder))
+    statuses = {s.artifact.key: s for s in artifacts.status({k for c in ledger.claims for k in c.needs}, folder=folder)}
     run_check = functools.cache(functools.partial(_run_check, _all_checks() if checks is None else checks))
-    findings = tuple(_judge(claim, sources, files, run_check) for claim in ledger.claims)
+    findings = tuple(_judge(claim, sources, statuses, run_check) for claim in ledger.claims)
     failures = gate_failures(findings, expected, fail_on, whole=row is None)
     return Audit(
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -89,7 +86,6 @@ def audit_samples(
     claim_id: str,
     *,
     out: Path | str,
-    shipped: Path | str | None = None,
     folder: Path | str | None = None,
     given: Mapping[str, Path | str | None] | None = None,
     other_inception: Path | str | None = None,
@@ -106,7 +102,6 @@ def audit_samples(
         samples: folder of images of 256 x 256 pixels, or .npz; only 50,000 decide the claim.
         claim_id: about FID, Inception Score, precision or recall.
         out: folder for the result file and features.
-        shipped: as for `audit_claims`.
         folder: holds the published files; see `artifacts.resolve`.
         given: files named by the user, by key.
         other_inception: Inception weights that are not the published ones; scores are labelled and decide nothing.
@@ -119,8 +114,8 @@ def audit_samples(
         MissingArtifactsError: files cannot be had; the message lists all of them.
         ValueError: a claim that samples do not decide, or images or files that cannot be used.
     """
-    shipped = Path(shipped) if shipped is not None else reference_folder()
-    claims = {claim.id: claim for claim in read_ledger(shipped / "paper").claims}
+    paper = files.reference_folder() / "paper"
+    claims = {claim.id: claim for claim in read_ledger(paper).claims}
     if claim_id not in claims:
         raise UserError(f"There is no claim {claim_id!r}; `tokenbridge audit` lists them.")
     claim = claims[claim_id]
@@ -137,7 +132,7 @@ def audit_samples(
     )
     path = Path(out) / "results.json"
     result_files.write(path, measured)
-    return audit_claims([path], shipped=shipped, folder=folder, fail_on=fail_on, row=claim.row, checks=checks)
+    return audit_claims([path], folder=folder, fail_on=fail_on, row=claim.row, checks=checks)
 
 
 def _all_checks() -> Checks:

@@ -18,7 +18,7 @@ from tokenbridge.reproduction.trends import trends as trends_of
 from tokenbridge.results import schema as result_files
 from tokenbridge.results.compare import incomparable, verdicts
 from tokenbridge.results.schema import Results, Trend
-from tokenbridge.utils import provenance
+from tokenbridge.utils import files, provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
@@ -55,7 +55,6 @@ class Source:
 def gather(
     results: Sequence[Path | str],
     *,
-    shipped: Path,
     runs: Path,
     weights: Path | str | None = None,
     folder: Path | str | None = None,
@@ -65,6 +64,7 @@ def gather(
     Raises:
         ValueError: a file that is refused, with the reason.
     """
+    shipped = files.reference_folder()
     paths: list[tuple[Path, Literal["shipped", "found", "given"]]] = []
     paths += [(path, "shipped") for path in sorted(shipped.glob("*/results.json"))]
     if results:

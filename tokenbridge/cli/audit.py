@@ -12,8 +12,8 @@ from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app, find_scale
 from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils import files
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import reference_folder as reference_folder
 
 
 @app.command()
@@ -30,7 +30,7 @@ def gate(
     from tokenbridge.regression import gate as g
 
     chosen = parts or g.PARTS
-    done = g.run_gate(find_scale("tiny"), references or reference_folder(), out, parts=chosen, quick=quick)
+    done = g.run_gate(find_scale("tiny"), references or files.reference_folder(), out, parts=chosen, quick=quick)
     g.write_junit(out / "junit.xml", done)
     g.print_parts(done)
     sys.exit(g.exit_code(done))
@@ -49,7 +49,7 @@ def update_references(
     """Measure the references anew and show what differs; with --write and --why, replace them and record it."""
     from tokenbridge.regression import references as r
 
-    folder = references or reference_folder()
+    folder = references or files.reference_folder()
     changes = r.update(find_scale("tiny"), folder, out, parts=parts or r.PARTS, why=why if write else None)
     _print_table("Stored references against new ones", r.COLUMNS, [[escape(c) for c in change] for change in changes])
     print(f"{folder} is updated; the record is in {folder / r.RECORD}." if write else "Nothing was written.")
@@ -106,14 +106,13 @@ def audit(
         raise UserError("--samples and --claim go together, without result files and without --accept.")
     if accept is not None and not accept.strip():
         raise UserError("Verdicts are accepted for a reason: give one.")
-    shipped, failing = reference_folder(), fail_on or ([] if accept is not None else [WORSE])
+    failing = fail_on or ([] if accept is not None else [WORSE])
     if samples is not None:
         assert claim is not None
         done = audit_samples(
             samples,
             claim,
             out=out,
-            shipped=shipped,
             folder=folder,
             given={"inception": inception, "adm-statistics": reference, "adm-reference": reference_batch},
             other_inception=other_inception,
@@ -121,12 +120,12 @@ def audit(
             fail_on=failing,
         )
     else:
-        done = run(results or [], shipped=shipped, weights=weights, folder=folder, fail_on=failing)
+        done = run(results or [], weights=weights, folder=folder, fail_on=failing)
     tiny = [Path(e.file).parent for e in done.evidence if any(t.id == "right-class" for t in e.trends)]
     own = next((path for path in tiny if path != Path("reference_results/tiny")), None)
-    write_report(done, out, reference=shipped, runs=own)
+    write_report(done, out, reference=files.reference_folder(), runs=own)
     if accept is not None:
-        write_expected(shipped / "paper" / "expected.json", done, accept)
+        write_expected(files.reference_folder() / "paper" / "expected.json", done, accept)
     if as_json:
         print(done.model_dump_json(indent=2))
     else:

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from tokenbridge.cli.options import Json, app
 from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils import files
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import reference_folder as reference_folder
 
 
 @app.command()
@@ -47,7 +47,7 @@ def reconstruct(
         raise UserError(f"Levels are whole numbers separated by commas, not {levels!r}.") from error
     report = run(
         source,
-        tokenizer=tokenizer or str(reference_folder() / "tiny" / "weights" / "vae"),
+        tokenizer=tokenizer or str(files.reference_folder() / "tiny" / "weights" / "vae"),
         out=out,
         levels=chosen_levels,
         quantizer=quantizer,

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from tokenbridge.cli.options import Data, Json, ScaleName, app, find_scale
 from tokenbridge.cli.printing import _COLOURS, _print_table
-from tokenbridge.utils.files import reference_folder as reference_folder
+from tokenbridge.utils import files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def reproduce(
     from tokenbridge.results.compare import verdicts
 
     chosen = find_scale(scale, data)
-    shipped = reference_folder() / scale
+    shipped = files.reference_folder() / scale
     out = out or Path("runs") / scale
     if reference is None and (shipped / "results.json").is_file():
         reference = shipped / "results.json"
@@ -101,7 +101,7 @@ def discrepancies(
 
     measured = study.measure_discrepancies(
         find_scale(scale, data),
-        weights=weights or reference_folder() / scale / "weights",
+        weights=weights or files.reference_folder() / scale / "weights",
         out=out,
         latents=latents,
         num_images=num_images,
@@ -245,7 +245,7 @@ def reproduce_table3(
     }
     if folder is None and FOLDER_VARIABLE not in os.environ and weights is not None and weights.is_dir():
         folder = weights  # the other files may lie there too
-    where: dict[str, Any] = {"out": out, "shipped": reference_folder()}
+    where: dict[str, Any] = {"out": out}
     if plan:
         planned = table3.plan(preset.name, options, folder=folder, given=given, **where)
         if as_json:
@@ -297,7 +297,7 @@ def reproduce_tables(
 
     chosen = tables.check_names(names or [])
     options = Options(num_images=num_images, seed=seed, batch_size=batch_size, with_precision_recall=precision_recall)
-    where: dict[str, Any] = {"out": out, "shipped": reference_folder()}
+    where: dict[str, Any] = {"out": out}
     if plan:
         planned = tables.plan_tables(chosen, options, folder=folder, **where)
         if as_json:

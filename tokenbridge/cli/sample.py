@@ -12,7 +12,6 @@ from rich.markup import escape
 from tokenbridge.cli.options import Json, app
 from tokenbridge.cli.printing import _print_table
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import reference_folder as reference_folder
 
 
 @app.command()
@@ -71,7 +70,7 @@ def sample(
     from tokenbridge.sampling.run import sampling_run, save_overview
     from tokenbridge.utils.devices import process_state
 
-    system = find_system(model, shipped=reference_folder(), preset=preset, variant=variant, weights=weights, vae=vae)
+    system = find_system(model, preset=preset, variant=variant, weights=weights, vae=vae)
     if stand_in:
         system = system.for_stand_in()
         if num_images is None and labels in (None, "balanced", "random"):

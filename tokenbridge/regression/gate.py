@@ -31,7 +31,7 @@ from tokenbridge.reproduction.workbench import open_bench
 from tokenbridge.results import compare
 from tokenbridge.results import schema as results
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.utils.files import references_in, sha256_of, write_text
 from tokenbridge.utils.provenance import hash_of_dataset
 
 if TYPE_CHECKING:
@@ -246,9 +246,9 @@ def audit(folder: Path | str, out: Path | str, own: Path | None = None) -> list[
 
 def audit_of(folder: Path, own: Path | None, fail_on: Sequence[str] = (WORSE,)) -> Audit:
     """Audit the references, `own` tiny results in the place of theirs, and no other run that lies about."""
-    with tempfile.TemporaryDirectory() as no_runs:
+    with references_in(folder), tempfile.TemporaryDirectory() as no_runs:
         given = [] if own is None else [own / "results.json"]
-        return run_audit(given, shipped=folder, runs=no_runs, fail_on=fail_on)
+        return run_audit(given, runs=no_runs, fail_on=fail_on)
 
 
 def verdict_checks(done: Audit, expected: Mapping[str, Expected]) -> list[Check]:

@@ -79,7 +79,6 @@ def reproduce_tables(
     options: Options,
     *,
     out: Path | str,
-    shipped: Path,
     folder: Path | str | None = None,
     say: Say,
     show_progress: bool = True,
@@ -92,7 +91,6 @@ def reproduce_tables(
         names: of `all_names`.
         options: of the rows of table 3.
         out: each row's results go to a folder of it.
-        shipped: see `systems.find_system`.
         folder: see `artifacts.resolve`.
         say: told what is going on.
         show_progress: on stderr.
@@ -106,7 +104,7 @@ def reproduce_tables(
         if reason is None:
             say(f"Running {name}")
             try:
-                outcomes += _run(name, options, Path(out) / name, shipped, folder, show_progress)
+                outcomes += _run(name, options, Path(out) / name, folder, show_progress)
                 continue
             except UserError as error:  # of one row's files; the others can be run
                 reason = str(error)
@@ -115,7 +113,7 @@ def reproduce_tables(
 
 
 def stand_in_tables(
-    names: Sequence[str], options: Options, *, out: Path | str, shipped: Path, say: Say, show_progress: bool = True
+    names: Sequence[str], options: Options, *, out: Path | str, say: Say, show_progress: bool = True
 ) -> list[Outcome]:
     """Run full-size stand-ins (see `table3.stand_in`) of all that could be reproduced with files: no result."""
     outcomes: list[Outcome] = []
@@ -125,7 +123,7 @@ def stand_in_tables(
             continue
         say(f"Stand-in of {name}")
         if name != TABLE1:
-            done = table3.stand_in(name, options, out=Path(out) / name, shipped=shipped, show_progress=show_progress)
+            done = table3.stand_in(name, options, out=Path(out) / name, show_progress=show_progress)
         elif process_state().is_main_process:
             done = table1.stand_in(out=Path(out) / name)
         else:
@@ -135,7 +133,7 @@ def stand_in_tables(
 
 
 def plan_tables(
-    names: Sequence[str], options: Options, *, out: Path | str, shipped: Path, folder: Path | str | None = None
+    names: Sequence[str], options: Options, *, out: Path | str, folder: Path | str | None = None
 ) -> list[dict[str, Any]]:
     """Return, as JSON values, what each row takes and what is missing for it; nothing is run or downloaded."""
     planned: list[dict[str, Any]] = []
@@ -144,18 +142,14 @@ def plan_tables(
         if name == TABLE1:
             entry["plan"] = table1.plan(folder=folder)
         elif unpublished(find_preset(name)[1]) is None:
-            entry["plan"] = table3.plan(name, options, out=Path(out) / name, shipped=shipped, folder=folder).as_json()
+            entry["plan"] = table3.plan(name, options, out=Path(out) / name, folder=folder).as_json()
         planned.append(entry)
     return planned
 
 
-def _run(
-    name: str, options: Options, out: Path, shipped: Path, folder: Path | str | None, show_progress: bool
-) -> list[Outcome]:
+def _run(name: str, options: Options, out: Path, folder: Path | str | None, show_progress: bool) -> list[Outcome]:
     if name != TABLE1:
-        done = table3.reproduce_table3(
-            name, options, out=out, shipped=shipped, folder=folder, show_progress=show_progress
-        )
+        done = table3.reproduce_table3(name, options, out=out, folder=folder, show_progress=show_progress)
     elif process_state().is_main_process:
         done = table1.reproduce_table1(out=out, folder=folder)
     else:

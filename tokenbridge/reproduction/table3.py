@@ -92,7 +92,6 @@ def reproduce_table3(
     options: Options,
     *,
     out: Path | str,
-    shipped: Path,
     folder: Path | str | None = None,
     given: Mapping[str, Path | str | None] | None = None,
     show_progress: bool = True,
@@ -105,7 +104,6 @@ def reproduce_table3(
         name: of the preset.
         options: how.
         out: folder of the run.
-        shipped: folder of reference results (see `samplers.find_system`).
         folder: see `artifacts.resolve`.
         given: files named by the user, by key; see `artifacts.resolve`.
         show_progress: on stderr.
@@ -123,7 +121,6 @@ def reproduce_table3(
         files = artifacts.resolve(needed_files(name, options), folder=folder, given=given)
     system = find_system(
         preset.name,
-        shipped=shipped,
         variant=options.variant,
         weights=files[preset.name],
         vae=files[kind.tokenizer.key],
@@ -137,7 +134,7 @@ def reproduce_table3(
 
 
 def stand_in(
-    name: str, options: Options, *, out: Path | str, shipped: Path, show_progress: bool = True
+    name: str, options: Options, *, out: Path | str, show_progress: bool = True
 ) -> tuple[Results, Judged] | None:
     """Run the full-size model with weights drawn by the golden rule, to prove the path: no result.
 
@@ -148,14 +145,13 @@ def stand_in(
         name: of the preset.
         options: as for `reproduce_table3`; 50,000 images, the default, become two.
         out: folder of the run.
-        shipped: as for `reproduce_table3`.
         show_progress: on stderr.
     """
     (_, preset), out = published_preset(name), Path(out)
     if options.num_images == NUM_IMAGES:
         options = replace(options, num_images=STAND_IN_IMAGES)
     options = replace(options, num_bootstrap=min(options.num_bootstrap, STAND_IN_BOOTSTRAP))
-    system = find_system(preset.name, shipped=shipped, variant=options.variant).for_stand_in()
+    system = find_system(preset.name, variant=options.variant).for_stand_in()
     inception, reference = out / "stand-in" / "inception.pth", out / "stand-in" / "reference.npz"
     if process_state().is_main_process:
         write_random_inception(inception)
@@ -182,13 +178,12 @@ def plan(
     options: Options,
     *,
     out: Path | str,
-    shipped: Path,
     folder: Path | str | None = None,
     given: Mapping[str, Path | str | None] | None = None,
 ) -> Plan:
     """Estimate the sampling run and list the files that are missing; nothing is run, downloaded or hashed."""
     _, preset = published_preset(name)
-    system = find_system(preset.name, shipped=shipped, variant=options.variant)
+    system = find_system(preset.name, variant=options.variant)
     config = options.run_config(system)
     system.check(config)
     state = process_state()

@@ -35,9 +35,10 @@ from tokenbridge.sampling.samplers import (
     image_channels,
     image_size,
 )
+from tokenbridge.utils import files
 from tokenbridge.utils.devices import DTYPES, Dtype, process_state
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import reference_folder, replacing_folder
+from tokenbridge.utils.files import replacing_folder
 from tokenbridge.weights.artifacts import ARTIFACTS, resolve
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
 from tokenbridge.weights.official import check_replaceable, flat_layout, load_official
@@ -202,7 +203,6 @@ class System:
 def find_system(
     name: str,
     *,
-    shipped: Path,
     preset: str | None = None,
     variant: str | None = None,
     weights: Path | None = None,
@@ -212,7 +212,6 @@ def find_system(
 
     Args:
         name: a preset, SCALE/RECIPE, or the path of a checkpoint or model folder.
-        shipped: folder of results, which holds the models of a scale in SCALE/weights.
         preset: which model is at the path `name`.
         variant: of the preset's sampling settings; the default one if None.
         weights: of a preset, the official file, its folder, or a converted folder; of a scale, its folder of models.
@@ -227,7 +226,7 @@ def find_system(
             raise UserError(f"{name} is a path: say with --preset which model is there ({', '.join(known)}).")
         if weights is not None:
             raise UserError("Weights are given twice: as the model's path, and with --weights.")
-        system = find_system(find_preset(preset)[1].name, shipped=shipped, variant=variant, vae=vae)
+        system = find_system(find_preset(preset)[1].name, variant=variant, vae=vae)
         return replace(system, weights=Path(name))
     if preset is not None:
         raise UserError(f"--preset says which model a path holds, but there is no path {name!r}.")
@@ -245,7 +244,7 @@ def find_system(
         sampling = recipe.sampling
     else:
         raise UserError(f"{name} has no variants.")
-    kind, folder = KINDS[recipe.kind], weights or shipped / scale.name / "weights"
+    kind, folder = KINDS[recipe.kind], weights or files.reference_folder() / scale.name / "weights"
     decoder, decoder_class = scale.recipe(kind.recipe), {"vae": AutoencoderKL, "vq": VQModel}[kind.recipe]
     return System(
         name=name,
@@ -389,7 +388,7 @@ def sample(
         MissingArtifactsError: files cannot be had; the message lists all of them.
         ValueError: an unknown model or setting, or one out of range.
     """
-    system = find_system(model, shipped=reference_folder(), weights=weights, vae=vae).sampled(**settings)
+    system = find_system(model, weights=weights, vae=vae).sampled(**settings)
     config = RunConfig(num_images, system.labels if labels is None else labels, seed, batch_size=batch_size)
     system.check(config)
     if system.is_published:

@@ -67,8 +67,26 @@ def sha256_of(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_other_references: list[Path] = []
+
+
+@contextmanager
+def references_in(folder: Path | str) -> Iterator[None]:
+    """Let `reference_folder` return this folder within the block, as `gate --references` asks for."""
+    _other_references.append(Path(folder))
+    try:
+        yield
+    finally:
+        _other_references.pop()
+
+
 def reference_folder() -> Path:
-    """Return `reference_results/`: beside the package in a checkout, inside it in an installed wheel."""
+    """Return `reference_results/`: beside the package in a checkout, inside it in an installed wheel.
+
+    Callers go through the module (`files.reference_folder()`), so that a test replaces it for all of them.
+    """
+    if _other_references:
+        return _other_references[-1]
     package = Path(__file__).resolve().parent.parent
     beside = package.parent / "reference_results"
     return beside if beside.is_dir() else package / "reference_results"
