@@ -338,7 +338,7 @@ def reference_of(model: TokenBridge) -> Reference:
         "std_range": c.num_sigmas,
     }
     return make_reference(
-        weights={name: parameters[place.name] for name, place in tokenbridge_layout(model).places.items()},
+        weights={name: parameters[mapping.name] for name, mapping in tokenbridge_layout(model).mappings.items()},
         config=config,
         channel_order=model.channel_order,
     )

@@ -265,8 +265,9 @@ def test_a_full_size_preset_is_built_without_memory() -> None:
     model = gt.make_model(config)
     assert sum(p.numel() for p in model.parameters()) == 486_889_472
     assert model.device.type == "meta"
-    parts = {**layout(gt.make_backbone(config)).places, **layout(gt.make_head(config)).places}
-    assert {name: place.shape for name, place in parts.items()} == {n: p.shape for n, p in layout(model).places.items()}
+    parts = {**layout(gt.make_backbone(config)).mappings, **layout(gt.make_head(config)).mappings}
+    whole = layout(model).mappings
+    assert {name: mapping.shape for name, mapping in parts.items()} == {name: m.shape for name, m in whole.items()}
 
 
 ASYMMETRIC: dict[str, Any] = {
@@ -292,7 +293,7 @@ ASYMMETRIC: dict[str, Any] = {
 def test_encoder_and_decoder_of_different_widths() -> None:
     """Checked against the official code when this was written; here: sizes, and that everything runs."""
     model = gt.make_model(gt.tokenbridge_config(ASYMMETRIC))
-    shapes = {name: place.shape for name, place in layout(model).places.items()}
+    shapes = {name: mapping.shape for name, mapping in layout(model).mappings.items()}
     assert shapes["decoder_embed.weight"] == (32, 24)
     assert shapes["fake_latent"] == (1, 24)
     assert shapes["condition_proj.weight"] == (16, 32)

@@ -220,7 +220,7 @@ def test_kv_heads_of_a_case_are_followed() -> None:
     """Checked against the official code when this was written; here: that groups share their head, in order."""
     config = gl.gpt_config({"vocab_size": 16, "block_size": 4, "dim": 32, "n_layer": 1, "n_head": 4, "n_kv_head": 2})
     model = gl.make_gpt(config)
-    assert layout(model).places["layers.0.attention.wqkv.weight"].shape == (64, 32)
+    assert layout(model).mappings["layers.0.attention.wqkv.weight"].shape == (64, 32)
     full = gl.make_gpt(config | {"n_kv_head": 4})
     state = rule_state(model, {"rule": "fan-in-normal-v1", "salt": "kv"})
     q, k, v = state["layers.0.attention.wqkv.weight"].split([32, 16, 16])

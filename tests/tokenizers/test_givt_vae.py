@@ -163,7 +163,7 @@ def shapes(tree: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def on_meta(module: nn.Module) -> dict[str, Tensor]:
-    return {name: torch.empty(place.shape, device="meta") for name, place in layout(module).places.items()}
+    return {name: torch.empty(mapping.shape, device="meta") for name, mapping in layout(module).mappings.items()}
 
 
 def test_parameter_counts() -> None:
@@ -433,7 +433,7 @@ def nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def test_the_published_vae_file(tmp_path: Path, small_presets: None) -> None:
     """A training state: both weights, without `cnn_`, and the optimizers beside them."""
-    names = {name: name.removeprefix("cnn_") for name in layout(VAE).places}
+    names = {name: name.removeprefix("cnn_") for name in layout(VAE).mappings}
     ema = nested({names[name]: value.numpy() for name, value in tree_of_vae().items()})
     plain = nested({names[name]: value.numpy() + 1 for name, value in tree_of_vae().items()})
     state = {

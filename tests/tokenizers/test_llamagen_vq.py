@@ -129,7 +129,7 @@ def test_levels_need_not_agree() -> None:
     vq = small(encoder_multipliers=(1,), decoder_multipliers=(2, 1))
     assert vq.encode(IMAGES).shape == (2, 8, 12)
     assert vq.decode(vq.encode(IMAGES)).shape == (2, 3, 16, 24)
-    names = layout(vq).places
+    names = layout(vq).mappings
     assert {"encoder.conv_blocks.0.attn.1.q.weight", "decoder.conv_blocks.0.attn.2.proj_out.bias"} < names.keys()
     assert "decoder.conv_blocks.1.attn.0.q.weight" not in names
 

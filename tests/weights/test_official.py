@@ -46,14 +46,14 @@ def test_presets_have_the_published_names_shapes_and_counts(name: str) -> None:
     assert model.device.type == "meta"
     # The list was made with the official constructor without its quantiser's two buffers.
     state = {key: tuple(value.shape) for key, value in official_buffers(model).items() if key == "channel_mask"}
-    state |= {key: place.shape for key, place in layout(model).places.items()}
+    state |= {key: mapping.shape for key, mapping in layout(model).mappings.items()}
     assert state == published
     assert sum(p.numel() for p in model.parameters()) == PRESETS[name].num_parameters
 
 
 def test_kl16_has_the_published_names_shapes_and_count() -> None:
     vae = create_kl16()
-    assert {key: place.shape for key, place in layout(vae).places.items()} == published_shapes("kl16")
+    assert {key: mapping.shape for key, mapping in layout(vae).mappings.items()} == published_shapes("kl16")
     assert sum(p.numel() for p in vae.parameters()) == published_numbers()["counted"]["kl16_vae"]["total"]
 
 
@@ -132,7 +132,7 @@ def test_loading_takes_the_tensors_themselves() -> None:
 def test_parts_have_official_names() -> None:
     backbone = tiny_model().backbone
     assert isinstance(backbone, MaskedBackbone)
-    assert "encoder_blocks.0.attn.qkv.weight" in layout(backbone).places
+    assert "encoder_blocks.0.attn.qkv.weight" in layout(backbone).mappings
 
 
 def test_buffers_may_be_absent_but_not_wrong() -> None:
@@ -152,7 +152,7 @@ def test_strictness(kind: str) -> None:
     full: nn.Module = tiny_model() if kind == "tokenbridge" else small_vae()
     empty: nn.Module = empty_tiny() if kind == "tokenbridge" else create_kl16(**SMALL_VAE)
     state = official_state(full)
-    names = list(layout(full).places)
+    names = list(layout(full).mappings)
     lacking = {name: value for name, value in state.items() if name not in names[3:10]}
     with pytest.raises(ValueError, match=rf"7 missing: {names[3]}, .* and 2 more"):
         from_official(empty, lacking)
@@ -175,8 +175,8 @@ def test_two_tensors_that_change_places_are_kept_apart() -> None:
 
 
 def test_the_error_names_the_model_that_it_is(tmp_path: Path) -> None:
-    places = layout(create_model("tokenbridge-b")).places
-    state = {name: torch.zeros(()).expand(place.shape) for name, place in places.items()}
+    mappings = layout(create_model("tokenbridge-b")).mappings
+    state = {name: torch.zeros(()).expand(mapping.shape) for name, mapping in mappings.items()}
     torch.save({"model_ema": state, "model": state}, tmp_path / "wrong.pth")
     for name, described in (("tokenbridge-h", "tokenbridge-h"), ("mar-b", "MAR"), ("kl16", "KL-16")):
         with pytest.raises(ValueError, match=rf"not the state of {described} .* It is the state of tokenbridge-b\.$"):

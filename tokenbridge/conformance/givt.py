@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenbridge.conformance.golden import Computed, Entries, Entry, Golden, entry, with_rule_weights
+from tokenbridge.conformance.golden import (
+    Computed,
+    Entries,
+    Entry,
+    Golden,
+    check_keys,
+    choose_preset,
+    complete,
+    entry,
+    with_rule_weights,
+)
 from tokenbridge.models.givt.checkpoint import givt_layout
 from tokenbridge.models.givt.density import Gaussian, GuidedDensity, Mixture
 from tokenbridge.models.givt.model import GIVT
@@ -45,7 +56,7 @@ GIVT_DEFAULTS: dict[str, Any] = {
     "scan": False,
 }
 # Arguments that play no part in evaluation without an encoder, in causal style.
-GIVT_IDLE = frozenset(
+GIVT_UNUSED = frozenset(
     {
         "enc_dropout_rate",
         "dec_dropout_rate",
@@ -78,7 +89,7 @@ GIVT_PRESETS: dict[str, dict[str, Any]] = {
     )
 }
 # What this project's GIVT is: the causal ImageNet models.
-FIXED: dict[str, tuple[Any, str]] = {
+GIVT_FIXED: dict[str, tuple[Any, str]] = {
     "num_layers": (0, "an encoder takes an image, which these cases have not"),
     "posemb_type": ("learn", "the official code asserts it"),
     "style": ("ar", "the masked (MaskGIT) model is not built here"),
@@ -99,7 +110,7 @@ VAE_DEFAULTS: dict[str, Any] = {
     "malib_ckpt": False,
     "pixel_shuffle_patch_size": (1, 1),
 }
-VAE_IDLE = frozenset({"code_len", "code_dropout", "dtype"})  # training, or the official code's only value
+VAE_UNUSED = frozenset({"code_len", "code_dropout", "dtype"})  # training, or the official code's only value
 VAE_PRESETS: dict[str, dict[str, Any]] = {
     "givt_vae": {"codeword_dim": 16, "channel_multipliers": (1, 1, 2, 2, 4), "malib_ckpt": True}
 }
@@ -117,37 +128,29 @@ SAMPLE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def complete(
-    given: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    presets: Mapping[str, Mapping[str, Any]],
-    fixed: Mapping[str, tuple[Any, str]],
-    idle: frozenset[str],
-) -> dict[str, Any]:
-    """Complete official keyword arguments by their preset, if there is one, and the constructor's defaults.
+def givt_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the official arguments of a GIVT; see `complete`."""
+    find_sizes = partial(choose_preset, GIVT_PRESETS)
+    return complete(_without_null_preset(given), GIVT_DEFAULTS, find_sizes, unused=GIVT_UNUSED, fixed=GIVT_FIXED)
 
-    Raises:
-        ValueError: an unknown preset or argument, or a value for which nothing is built here.
-    """
-    if unknown := sorted(set(given) - set(defaults) - idle - {"preset"}):
-        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
-    if (preset := given.get("preset")) is not None and preset not in presets:
-        raise UserError(f"Unknown preset {preset!r}; there are {', '.join(presets)}.")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    config = {**defaults, **presets.get(str(preset), {}), **{k: v for k, v in values.items() if k in defaults}}
-    for key, (value, reason) in fixed.items():
-        if config[key] != value:
-            raise UserError(f"{key} {config[key]!r} cannot be run: {reason}.")
-    return config
+
+def vae_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the official arguments of GIVT's VAE; see `complete`."""
+    find_sizes = partial(choose_preset, VAE_PRESETS)
+    return complete(_without_null_preset(given), VAE_DEFAULTS, find_sizes, unused=VAE_UNUSED, fixed=VAE_FIXED)
+
+
+def _without_null_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key != "preset" or value is not None}
 
 
 def make_givt(given: Mapping[str, Any]) -> GIVT:
     """Return the model of an official configuration, on the meta device.
 
     Raises:
-        ValueError: as `complete`; a model without labels, or one that never uses them.
+        UserError: as `complete`; a model without labels, or one that never uses them.
     """
-    config = complete(given, GIVT_DEFAULTS, GIVT_PRESETS, FIXED, GIVT_IDLE)
+    config = givt_config(given)
     if config["num_labels"] is None:
         raise UserError("num_labels None cannot be run: a model without labels is not built here.")
     if config["drop_labels_probability"] >= 0.999:
@@ -169,12 +172,8 @@ def make_givt(given: Mapping[str, Any]) -> GIVT:
 
 
 def make_vae(given: Mapping[str, Any]) -> GivtVAE:
-    """Return the VAE of an official configuration, on the meta device.
-
-    Raises:
-        ValueError: as `complete`.
-    """
-    config = complete(given, VAE_DEFAULTS, VAE_PRESETS, VAE_FIXED, VAE_IDLE)
+    """Return the VAE of an official configuration, on the meta device."""
+    config = vae_config(given)
     with torch.device("meta"):
         return GivtVAE(
             latent_channels=config["codeword_dim"],
@@ -194,8 +193,8 @@ def _givt(golden: Golden) -> GIVT:
     model = make_givt(given)
     _check_count(model, golden)
     layout = givt_layout(model)
-    shapes = {name: place.shape for name, place in layout.places.items()}
-    if complete(given, GIVT_DEFAULTS, GIVT_PRESETS, FIXED, GIVT_IDLE)["scan"]:
+    shapes = {name: mapping.shape for name, mapping in layout.mappings.items()}
+    if givt_config(given)["scan"]:
         empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in scan(empty).items()}
     load_official(model, unroll(draw_rule(shapes, golden.meta["weights"])), layout)
@@ -335,8 +334,7 @@ def _density_outputs(density: GuidedDensity, draw: Draw) -> dict[str, Tensor]:
 def _run_density(golden: Golden) -> Computed:
     """The rejection sampler alone, on given mixtures."""
     config = golden.meta["config"]
-    if unknown := sorted(set(config) - {"cfg_inference_weight", "max_samples"}):
-        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
+    check_keys(config, {"cfg_inference_weight", "max_samples"})
     log_weights = golden.tensor("mixture_logits").log_softmax(-1)
     mixtures = [Mixture(log_weights, golden.tensor(f"locs_{side}"), golden.tensor(f"scales_{side}")) for side in "cu"]
     batch, length = log_weights.shape[:2]

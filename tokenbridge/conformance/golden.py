@@ -1,14 +1,14 @@
 """Golden files: numeric cases of the official code (format 1 of reference_results/goldens/README.md).
 
-A golden file (`.npz`) holds inputs, outputs, the official constructor's arguments and a rule that makes the
-weights from the official parameter names. Here: the format. What computes the outputs is in `golden_tokenbridge.py`
-and its like, one file a system; `conformance.py` runs and judges them.
+A golden file (`.npz`) holds inputs, outputs, the official constructor's arguments and a rule that makes the weights
+from the official parameter names. This module reads the format; one module for each system (`tokenbridge.py`,
+`mar.py`, `llamagen.py`, `givt.py`) computes the outputs, and `judge.py` compares them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,49 @@ def read_golden(path: Path | str) -> Golden:
     inputs = {name[3:]: value for name, value in arrays.items() if name.startswith("in.")}
     outputs = {name[4:]: value for name, value in arrays.items() if name.startswith("out.")}
     return Golden(meta, inputs, outputs)
+
+
+def complete(
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    find_sizes: Callable[[str], Mapping[str, Any]],
+    *,
+    unused: frozenset[str],
+    fixed: Mapping[str, tuple[Any, str]] | None = None,
+) -> dict[str, Any]:
+    """Complete a case's official keyword arguments by its preset, if it names one, and the constructor's defaults.
+
+    Args:
+        given: the case's arguments; lists become tuples.
+        defaults: of the official constructor.
+        find_sizes: returns the arguments that an official preset sets.
+        unused: arguments that play no part in what a case computes; they are dropped.
+        fixed: by argument, the only value that is built here, and why there is no other.
+
+    Raises:
+        UserError: an unknown preset or argument, or a value for which nothing is built here.
+    """
+    check_keys(given, {*defaults, *unused, "preset"})
+    sizes = find_sizes(str(given["preset"])) if "preset" in given else {}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    config = {**defaults, **sizes, **{key: value for key, value in values.items() if key in defaults}}
+    for key, (only, reason) in (fixed or {}).items():
+        if config[key] != only:
+            raise UserError(f"{key} {config[key]!r} cannot be run: {reason}.")
+    return config
+
+
+def check_keys(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a configuration with keys that are not known."""
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
+
+
+def choose_preset(presets: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """Return the arguments that the preset of this name sets."""
+    if name not in presets:
+        raise UserError(f"Unknown preset {name!r}; there are {', '.join(presets)}.")
+    return presets[name]
 
 
 def with_rule_weights(module: Any, layout_of: Callable[[Any], Layout], golden: Golden) -> Any:

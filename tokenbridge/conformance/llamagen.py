@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenbridge.conformance.golden import Computed, Entry, Golden, entry, with_rule_weights
+from tokenbridge.conformance.golden import Computed, Entry, Golden, choose_preset, complete, entry, with_rule_weights
 from tokenbridge.models.llamagen.checkpoint import llamagen_layout
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.llamagen.presets import SIZES
@@ -75,33 +75,15 @@ VQ_DEFAULTS: dict[str, Any] = {
 VQ_UNUSED = frozenset({"codebook_show_usage", "commit_loss_beta", "entropy_loss_ratio", "dropout_p"})
 
 
-def _completed(
-    given: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    unused: frozenset[str],
-    presets: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Complete official keyword arguments by their preset, if there is one, and the constructor's defaults.
-
-    Raises:
-        ValueError: an unknown preset or argument.
-    """
-    if unknown := sorted(set(given) - set(defaults) - unused - {"preset"}):
-        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
-    config = dict(defaults)
-    if "preset" in given:
-        name = str(given["preset"]).replace("_", "-")  # the function GPT_B builds what the table calls GPT-B
-        if name not in presets:
-            raise UserError(f"Unknown preset {given['preset']!r}; there are {', '.join(presets)}.")
-        config |= presets[name]
-    return config | {key: value for key, value in given.items() if key in defaults}
-
-
 def gpt_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the official arguments of a GPT; see `_completed`."""
+    """Complete the official arguments of a GPT; see `complete`."""
     words = {"width": "dim", "depth": "n_layer", "num_heads": "n_head"}
     presets = {name: {words[ours]: value for ours, value in sizes.items()} for name, sizes in SIZES.items()}
-    return _completed(given, GPT_DEFAULTS, GPT_UNUSED, presets)
+    return complete(given, GPT_DEFAULTS, lambda name: _choose_preset(presets, name), unused=GPT_UNUSED)
+
+
+def _choose_preset(presets: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    return choose_preset(presets, name.replace("_", "-"))  # the function GPT_B builds what the table calls GPT-B
 
 
 def make_gpt(config: Mapping[str, Any]) -> LlamaGen:
@@ -199,14 +181,14 @@ def _run_filter(golden: Golden) -> Computed:
 
 
 def vq_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the official arguments of a VQ model; see `_completed`."""
+    """Complete the official arguments of a VQ model; see `complete`."""
     presets = {
         str(preset.official_name): {
             f"{side}_ch_mult": preset.model[f"{side}_multipliers"] for side in ("encoder", "decoder")
         }
         for preset in llamagen_vq.PRESETS.values()
     }
-    return _completed(given, VQ_DEFAULTS, VQ_UNUSED, presets)
+    return complete(given, VQ_DEFAULTS, lambda name: _choose_preset(presets, name), unused=VQ_UNUSED)
 
 
 def make_vq(config: Mapping[str, Any]) -> LlamaGenVQ:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenbridge.conformance.golden import Computed, Entry, Golden, entry, with_rule_weights
+from tokenbridge.conformance.golden import Computed, Entry, Golden, complete, entry, with_rule_weights
 from tokenbridge.conformance.tokenbridge import (
     BACKBONE_DEFAULTS,
     backbone_sizes,
     check_shapes,
-    completed,
     positions_a_side,
     split_mask,
 )
@@ -44,7 +43,7 @@ MAR_DEFAULTS: dict[str, Any] = {
     "num_sampling_steps": "100",
     "diffusion_batch_mul": 4,
 }
-IGNORED = frozenset({"mask_ratio_min", "grad_checkpointing"})  # a case holds the mask rate; same numbers either way
+UNUSED = frozenset({"mask_ratio_min", "grad_checkpointing"})  # a case holds the mask rate; same numbers either way
 # Defaults of the official `sample_tokens`. `labels` may say that none are given; `bsz` and `progress` play no part.
 SAMPLE_DEFAULTS: dict[str, Any] = {
     "bsz": None,
@@ -58,14 +57,9 @@ SAMPLE_DEFAULTS: dict[str, Any] = {
 
 
 def mar_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete official keyword arguments by their preset, if there is one, and the constructor's defaults.
-
-    Raises:
-        ValueError: an unknown preset or argument.
-    """
+    """Complete the official arguments of a MAR; see `complete`."""
     # The official preset functions leave the head to their caller.
-    sizes = backbone_sizes(find_preset(str(given["preset"]), PRESETS)) if "preset" in given else {}
-    return completed(given, MAR_DEFAULTS, sizes, IGNORED)
+    return complete(given, MAR_DEFAULTS, lambda name: backbone_sizes(find_preset(name, PRESETS)), unused=UNUSED)
 
 
 def make_mar(config: Mapping[str, Any]) -> MAR:

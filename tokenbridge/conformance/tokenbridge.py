@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenbridge.conformance.golden import Computed, Entry, Golden, entry, with_rule_weights
+from tokenbridge.conformance.golden import Computed, Entry, Golden, check_keys, complete, entry, with_rule_weights
 from tokenbridge.models.layers import take
 from tokenbridge.models.masked import BackboneConfig, MaskedBackbone
 from tokenbridge.models.noise import ImageNoise
@@ -79,38 +79,18 @@ TRAINING_ARGUMENTS = frozenset(
 
 
 def tokenbridge_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete official keyword arguments by their preset, if there is one, and the constructor's defaults.
+    """Complete the official arguments of a TokenBridge; see `complete`."""
 
-    Raises:
-        ValueError: an unknown preset or argument.
-    """
-    sizes: dict[str, Any] = {}
-    if "preset" in given:
-        preset = find_preset(str(given["preset"]), PRESETS)
+    def find_sizes(name: str) -> dict[str, Any]:
+        preset = find_preset(name, PRESETS)
         head = {"channel_embed_dim": "head_width", "channel_depth": "head_depth", "channel_heads": "head_num_heads"}
-        sizes = backbone_sizes(preset) | {theirs: preset.model[ours] for theirs, ours in head.items()}
-    return completed(given, TOKENBRIDGE_DEFAULTS, sizes, TRAINING_ARGUMENTS)
+        return backbone_sizes(preset) | {theirs: preset.model[ours] for theirs, ours in head.items()}
 
-
-def completed(
-    given: Mapping[str, Any], defaults: Mapping[str, Any], sizes: Mapping[str, Any], ignored: frozenset[str]
-) -> dict[str, Any]:
-    """Return the constructor's defaults, replaced by a preset's sizes, replaced by the given arguments.
-
-    Raises:
-        ValueError: an argument that is neither known nor ignored.
-    """
-    if unknown := sorted(set(given) - set(defaults) - ignored - {"preset"}):
-        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
-    return {**defaults, **sizes, **{key: value for key, value in given.items() if key in defaults}}
+    return complete(given, TOKENBRIDGE_DEFAULTS, find_sizes, unused=TRAINING_ARGUMENTS)
 
 
 def backbone_sizes(preset: Preset) -> dict[str, Any]:
-    """Return what an official preset function passes on; the rest stays at the constructor's defaults.
-
-    Raises:
-        ValueError: a preset of ours that the official code lacks.
-    """
+    """Return the arguments that an official preset function sets; the others stay at the constructor's defaults."""
     if preset.official_name is None:
         raise UserError(f"{preset.name!r} is no preset of the official code.")
     model = preset.model
@@ -334,8 +314,7 @@ KL16_KEYS = frozenset({"embed_dim", "ch", "ch_mult", "num_res_blocks", "attn_res
 
 def _run_kl16(golden: Golden) -> Computed:
     given = golden.meta["config"]
-    if unknown := sorted(set(given) - KL16_KEYS):
-        raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
+    check_keys(given, KL16_KEYS)
     sizes: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     vae = with_rule_weights(create_kl16(**sizes), kl16_layout, golden)
     posterior = vae.encode(golden.tensor("image")).latent_dist

@@ -268,7 +268,7 @@ def recognised_states() -> Iterator[None]:
         yield
     except WrongStateError as error:
         for name, module, layout in _published_modules():
-            if {official: place.shape for official, place in layout(module).places.items()} == error.shapes:
+            if {official: mapping.shape for official, mapping in layout(module).mappings.items()} == error.shapes:
                 raise WrongStateError(f"{error} It is the state of {name}.", error.shapes) from error
         raise
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from tokenbridge.tokenizers.givt_vae import GivtVAE, ResBlock
 from tokenbridge.weights.flax_files import load_into, load_tree
-from tokenbridge.weights.official import Layout, Place
+from tokenbridge.weights.official import Layout, ParamMapping
 
 
 def givt_vae_layout(vae: GivtVAE) -> Layout:
-    """Return the places of a GIVT VAE's parameters; Flax counts the modules of a kind as they come."""
-    places: dict[str, Place] = {}
+    """Return how the official tensors map to the parameters; Flax counts the modules of a kind as they come."""
+    mappings: dict[str, ParamMapping] = {}
     for side in ("encoder", "decoder"):
         for theirs, ours, module in _numbered(f"cnn_{side}", side, vae.get_submodule(side)):
             if isinstance(module, ResBlock):
@@ -27,8 +27,8 @@ def givt_vae_layout(vae: GivtVAE) -> Layout:
             else:
                 parts = [(theirs, ours, module)]
             for part in parts:
-                places |= _convolution_or_norm(*part)
-    return Layout(places, "GivtVAE")
+                mappings |= _convolution_or_norm(*part)
+    return Layout(mappings, "GivtVAE")
 
 
 def _numbered(theirs: str, ours: str, modules: nn.Module) -> list[tuple[str, str, nn.Module]]:
@@ -43,16 +43,16 @@ def _numbered(theirs: str, ours: str, modules: nn.Module) -> list[tuple[str, str
     return named
 
 
-def _convolution_or_norm(theirs: str, ours: str, module: nn.Module) -> dict[str, Place]:
+def _convolution_or_norm(theirs: str, ours: str, module: nn.Module) -> dict[str, ParamMapping]:
     shape = tuple(module.get_parameter("weight").shape)
     if isinstance(module, nn.Conv2d):
         out, width, height, length = shape
-        places = {f"{theirs}/kernel": Place(f"{ours}.weight", (height, length, width, out), kernel=True)}
+        mappings = {f"{theirs}/kernel": ParamMapping(f"{ours}.weight", (height, length, width, out), kernel=True)}
     else:
-        places = {f"{theirs}/scale": Place(f"{ours}.weight", shape)}
+        mappings = {f"{theirs}/scale": ParamMapping(f"{ours}.weight", shape)}
     if module.bias is not None:
-        places[f"{theirs}/bias"] = Place(f"{ours}.bias", (shape[0],))
-    return places
+        mappings[f"{theirs}/bias"] = ParamMapping(f"{ours}.bias", (shape[0],))
+    return mappings
 
 
 def load_givt_vae(path: Path | str, *, ema: bool = True) -> GivtVAE:

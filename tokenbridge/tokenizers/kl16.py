@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from tokenbridge.weights.official import Layout, Place
+from tokenbridge.weights.official import Layout, ParamMapping
 from tokenbridge.weights.torch_files import load_from
 
 KL16 = "kl16"
@@ -77,7 +77,7 @@ LDM_WORDS = (  # diffusers' and LDM's, applied in this order
 
 def kl16_layout(vae: AutoencoderKL) -> Layout:
     """Return where the tensors of `kl16.ckpt` go in diffusers' AutoencoderKL."""
-    places: dict[str, Place] = {}
+    mappings: dict[str, ParamMapping] = {}
     last = len(vae.config.block_out_channels) - 1
     for name, parameter in vae.named_parameters():
         # LDM counts the decoder's levels from the finest, diffusers in the order they run.
@@ -86,6 +86,6 @@ def kl16_layout(vae: AutoencoderKL) -> Layout:
             official = official.replace(ours, theirs)
         # LDM's attention projections are 1 × 1 convolutions.
         ones = (1, 1) if re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", official) else ()
-        assert official not in places, "two parameters share an official name"
-        places[official] = Place(name, (*parameter.shape, *ones))
-    return Layout(places, "KL-16")
+        assert official not in mappings, "two parameters share an official name"
+        mappings[official] = ParamMapping(name, (*parameter.shape, *ones))
+    return Layout(mappings, "KL-16")

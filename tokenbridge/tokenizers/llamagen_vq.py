@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tokenbridge.tokenizers.kl16 import LDM_WORDS
 from tokenbridge.utils.errors import UserError
-from tokenbridge.weights.official import Layout, Place, State, WrongStateError, load_official, to_official
+from tokenbridge.weights.official import Layout, ParamMapping, State, WrongStateError, load_official, to_official
 from tokenbridge.weights.published import Preset
 from tokenbridge.weights.torch_files import load_weights
 
@@ -205,16 +205,16 @@ def create_vq(name: str = "llamagen-vq16", **changes: Any) -> LlamaGenVQ:
 
 
 def vq_layout(vq: LlamaGenVQ) -> Layout:
-    """Return the official name, shape and place of every parameter."""
-    places = {}
+    """Return how the official tensors map to the parameters."""
+    mappings = {}
     for name, parameter in vq.named_parameters():
         official = name
         for ours, theirs in (*_WORDS, *LDM_WORDS):
             official = official.replace(ours, theirs)
         # Their attention projections are 1 x 1 convolutions.
         ones = (1, 1) if official.endswith((".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")) else ()
-        places[official] = Place(name, (*parameter.shape, *ones))
-    return Layout(places, "LlamaGenVQ")
+        mappings[official] = ParamMapping(name, (*parameter.shape, *ones))
+    return Layout(mappings, "LlamaGenVQ")
 
 
 def vq_to_official(vq: LlamaGenVQ) -> State:

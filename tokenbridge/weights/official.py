@@ -1,10 +1,8 @@
 """Published checkpoints: official tensors by their official names, into our modules and back.
 
-- TokenBridge (YuqingWang1029/TokenBridge at 3ede281, models/tokenbridge.py): flat names, which are ours without
-  `backbone.` or `head.`; and three buffers that follow from the sizes, which we compute and only verify.
-- KL-16 (the same repository, models/vae.py; LDM's names) into diffusers' AutoencoderKL.
-
-Loading is strict: every tensor is used once, every parameter is filled, shapes agree. Nothing pickled is run.
+A `Layout` says which parameter each official tensor becomes; every system and tokenizer makes its own, in its folder.
+Loading is strict: every tensor is used once, every parameter is filled, and shapes agree. Reading the files is the
+work of `torch_files` and `flax_files`.
 """
 
 from __future__ import annotations
@@ -24,10 +22,10 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an official tensor goes."""
+class ParamMapping:
+    """The parameter of ours that an official tensor becomes, and how its shape changes on the way."""
 
-    name: str  # in our module
+    name: str  # of the parameter in our module
     shape: tuple[int, ...]  # official; ours may drop trailing ones (1 × 1 convolutions that are linear layers here)
     kernel: bool = False  # laid out as in Flax: [in, out] however split further, or [height, width, in, out]
     part: tuple[int, int] | None = None  # (i, n): it is the i-th of n equal parts of ours, along the first dimension
@@ -53,9 +51,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of an official state dict go in a module."""
+    """How the tensors of an official state dict map to the parameters of a module."""
 
-    places: Mapping[str, Place]  # by official name
+    mappings: Mapping[str, ParamMapping]  # by official name
     name: str  # of the model, for messages
     buffers: Mapping[str, Tensor] = field(default_factory=dict)  # official tensors that follow from the sizes
     buffer_tolerance: float = 0.0  # absolute; what the rounding of other libraries makes of the buffers
@@ -71,8 +69,8 @@ class WrongStateError(UserError):
 
 def flat_layout(module: nn.Module, name: str | None = None) -> Layout:
     """Return the layout of a module whose parameters have the official names and shapes."""
-    places = {key: Place(key, tuple(parameter.shape)) for key, parameter in module.named_parameters()}
-    return Layout(places, name or type(module).__name__)
+    mappings = {key: ParamMapping(key, tuple(parameter.shape)) for key, parameter in module.named_parameters()}
+    return Layout(mappings, name or type(module).__name__)
 
 
 def to_official(module: nn.Module, layout: Layout) -> State:
@@ -82,7 +80,7 @@ def to_official(module: nn.Module, layout: Layout) -> State:
     the inverse of `from_official`.
     """
     ours = dict(module.named_parameters())
-    state = {name: place.to_official(ours[place.name].detach()) for name, place in layout.places.items()}
+    state = {name: mapping.to_official(ours[mapping.name].detach()) for name, mapping in layout.mappings.items()}
     return {**state, **layout.buffers}
 
 
@@ -95,12 +93,12 @@ def from_official(module: nn.Module, state: Mapping[str, Tensor], layout: Layout
         WrongStateError: tensors missing, left over, of another shape or type, or buffers of another model; the message
             lists the first of each kind and counts the rest.
     """
-    places, buffers = layout.places, layout.buffers
+    mappings, buffers = layout.mappings, layout.buffers
     problems = [
-        *_listed("missing", [name for name in places if name not in state]),
-        *_listed("left over", [name for name in state if name not in places and name not in buffers]),
-        *_listed("of another shape", _wrong_shapes(places, state)),
-        *_listed("not floating point", _wrong_types(places, state)),
+        *_listed("missing", [name for name in mappings if name not in state]),
+        *_listed("left over", [name for name in state if name not in mappings and name not in buffers]),
+        *_listed("of another shape", _wrong_shapes(mappings, state)),
+        *_listed("not floating point", _wrong_types(mappings, state)),
         *_listed("of another model", _wrong_buffers(layout, state)),
     ]
     if problems:
@@ -111,8 +109,8 @@ def from_official(module: nn.Module, state: Mapping[str, Tensor], layout: Layout
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     parts: dict[str, list[Tensor]] = {}
-    for name, place in places.items():
-        parts.setdefault(place.name, []).append(place.from_official(state[name], shapes[place.name]))
+    for name, mapping in mappings.items():
+        parts.setdefault(mapping.name, []).append(mapping.from_official(state[name], shapes[mapping.name]))
     return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
 
 
@@ -142,16 +140,16 @@ def _listed(kind: str, names: Iterable[str]) -> list[str]:
     return [f"{len(names)} {kind}: {', '.join(names[:NUM_LISTED])}{rest}"]
 
 
-def _wrong_shapes(places: Mapping[str, Place], state: Mapping[str, Tensor]) -> list[str]:
+def _wrong_shapes(mappings: Mapping[str, ParamMapping], state: Mapping[str, Tensor]) -> list[str]:
     return [
-        f"{name} {list(state[name].shape)} instead of {list(place.shape)}"
-        for name, place in places.items()
-        if name in state and tuple(state[name].shape) != place.shape
+        f"{name} {list(state[name].shape)} instead of {list(mapping.shape)}"
+        for name, mapping in mappings.items()
+        if name in state and tuple(state[name].shape) != mapping.shape
     ]
 
 
-def _wrong_types(places: Mapping[str, Place], state: Mapping[str, Tensor]) -> list[str]:
-    return [f"{n} {state[n].dtype}" for n in places if n in state and not state[n].is_floating_point()]
+def _wrong_types(mappings: Mapping[str, ParamMapping], state: Mapping[str, Tensor]) -> list[str]:
+    return [f"{n} {state[n].dtype}" for n in mappings if n in state and not state[n].is_floating_point()]
 
 
 def _wrong_buffers(layout: Layout, state: Mapping[str, Tensor]) -> list[str]:

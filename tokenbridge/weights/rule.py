@@ -20,7 +20,7 @@ RULE = "fan-in-normal-v1"
 
 def rule_state(layout: Layout, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """Draw an official state dict of this layout, without its buffers; see `draw_rule`."""
-    return draw_rule({name: place.shape for name, place in layout.places.items()}, weights)
+    return draw_rule({name: mapping.shape for name, mapping in layout.mappings.items()}, weights)
 
 
 def draw_rule(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any]) -> dict[str, Tensor]:

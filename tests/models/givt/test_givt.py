@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokenbridge.conformance import givt as gg
 from tokenbridge.conformance import judge as c
+from tokenbridge.conformance.golden import complete
 from tokenbridge.models.givt import model as g
 from tokenbridge.models.givt.density import Gaussian, GuidedDensity, Mixture
 from tokenbridge.models.givt.model import GIVT, givt_loss
@@ -260,7 +261,7 @@ def test_configurations() -> None:
     model = gg.make_givt({"preset": "givt_causal_256", "num_labels": 7, "dec_dropout_rate": 0.5})
     assert model.config["num_classes"] == 7
     assert sum(p.numel() for p in model.parameters()) == 304_009_744 - 993 * 1024
-    bare = gg.complete({}, gg.GIVT_DEFAULTS, gg.GIVT_PRESETS, {}, gg.GIVT_IDLE)
+    bare = complete({}, gg.GIVT_DEFAULTS, gg.GIVT_PRESETS.__getitem__, unused=gg.GIVT_UNUSED)
     assert (bare["emb_dim"], bare["fix_square_plus"], bare["per_channel_mixtures"]) == (512, False, True)
     assert sum(p.numel() for p in gg.make_vae({"preset": "givt_vae"}).parameters()) == 53_032_611
 

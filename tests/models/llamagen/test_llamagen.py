@@ -73,7 +73,7 @@ def test_parameters_of_a_preset(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == preset.num_parameters
     assert model.device.type == "meta"
     assert model.num_positions == (256 if name.endswith("-256") else 576)
-    shapes = {key: place.shape for key, place in layout(model).places.items()}
+    shapes = {key: mapping.shape for key, mapping in layout(model).mappings.items()}
     assert shapes == published_shapes(preset.official_name)
 
 

@@ -157,9 +157,9 @@ def _swap(first: str, second: str) -> Callable[[pytest.MonkeyPatch], None]:
 
         def swapped(model: MAR) -> Any:
             layout = original(model)
-            places = dict(layout.places)
-            places[first], places[second] = places[second], places[first]
-            return replace(layout, places=places)
+            mappings = dict(layout.mappings)
+            mappings[first], mappings[second] = mappings[second], mappings[first]
+            return replace(layout, mappings=mappings)
 
         patch.setattr("tokenbridge.conformance.mar.mar_layout", swapped)
 
@@ -619,7 +619,7 @@ def test_presets_have_the_published_counts(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_names_and_shapes(name: str) -> None:
     published = published_shapes(PRESETS[name].official_name)
-    assert {key: place.shape for key, place in layout(create_mar(name)).places.items()} == published
+    assert {key: mapping.shape for key, mapping in layout(create_mar(name)).mappings.items()} == published
 
 
 def test_published_settings() -> None:

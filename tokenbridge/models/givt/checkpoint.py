@@ -1,10 +1,9 @@
-"""GIVT's published parameters: their names, their files, their presets.
+"""The published checkpoints of GIVT.
 
 Source: google-research/big_vision at 0127fb6, models/proj/givt and configs/proj/givt. A parameter tree is a flat dict
 here: names are the '/'-joined paths of the Flax tree. The transformer's blocks are published scanned (one array
 for all blocks, stacked along axis 1, `decoder/EncDecBlock/...`); unrolled, a block has arrays of its own
-(`decoder/EncDecBlock7/...`). `unroll` and `scan` are each other's inverse; places (`official.Place`) are of the
-unrolled tree.
+(`decoder/EncDecBlock7/...`). `flax_files.unroll` takes the first form to the second, which the layout here is for.
 """
 
 from __future__ import annotations
@@ -16,40 +15,42 @@ from torch import nn
 from tokenbridge.models.givt.model import GIVT, GIVTBlock
 from tokenbridge.models.givt.presets import create_givt
 from tokenbridge.weights.flax_files import load_into, load_tree
-from tokenbridge.weights.official import Layout, Place
+from tokenbridge.weights.official import Layout, ParamMapping
 
 
 def givt_layout(model: GIVT) -> Layout:
-    """Return the places of a GIVT's unrolled parameters."""
+    """Return how the unrolled tensors of the official tree map to the parameters of a GIVT."""
     width = model.pos_emb.shape[-1]
     split = (model.num_heads, width // model.num_heads)
-    places = {
-        "EmbedLabels/embedding": Place("class_emb.weight", tuple(model.class_emb.weight.shape)),
+    mappings = {
+        "EmbedLabels/embedding": ParamMapping("class_emb.weight", tuple(model.class_emb.weight.shape)),
         **_dense("EmbedTargets", "latent_proj", model.latent_proj),
-        "decoder/pos_emb": Place("pos_emb", tuple(model.pos_emb.shape)),
-        "decoder/LayerNorm/scale": Place("norm.weight", (width,)),
-        "decoder/LayerNorm/bias": Place("norm.bias", (width,)),
+        "decoder/pos_emb": ParamMapping("pos_emb", tuple(model.pos_emb.shape)),
+        "decoder/LayerNorm/scale": ParamMapping("norm.weight", (width,)),
+        "decoder/LayerNorm/bias": ParamMapping("norm.bias", (width,)),
         **_dense("decoder/LogitsDense", "head", model.head),
     }
     for i, block in enumerate(model.blocks):
         assert isinstance(block, GIVTBlock)
         theirs, ours = f"decoder/EncDecBlock{i}", f"blocks.{i}"
         # There is no LayerNorm2: it stands before the attention to an encoder.
-        places[f"{theirs}/LayerNorm1/scale"] = Place(f"{ours}.norm1.weight", (width,))
-        places[f"{theirs}/LayerNorm3/scale"] = Place(f"{ours}.norm2.weight", (width,))
+        mappings[f"{theirs}/LayerNorm1/scale"] = ParamMapping(f"{ours}.norm1.weight", (width,))
+        mappings[f"{theirs}/LayerNorm3/scale"] = ParamMapping(f"{ours}.norm2.weight", (width,))
         for part, name in enumerate(("query", "key", "value")):
-            place = Place(f"{ours}.attn.qkv.weight", (width, *split), kernel=True, part=(part, 3))
-            places[f"{theirs}/SelfAttn/{name}/kernel"] = place
-        places[f"{theirs}/SelfAttn/out/kernel"] = Place(f"{ours}.attn.proj.weight", (*split, width), kernel=True)
-        places |= _dense(f"{theirs}/MLP/Dense_0", f"{ours}.fc1", block.fc1)
-        places |= _dense(f"{theirs}/MLP/Dense_1", f"{ours}.fc2", block.fc2)
-    return Layout(places, "GIVT")
+            mapping = ParamMapping(f"{ours}.attn.qkv.weight", (width, *split), kernel=True, part=(part, 3))
+            mappings[f"{theirs}/SelfAttn/{name}/kernel"] = mapping
+        mappings[f"{theirs}/SelfAttn/out/kernel"] = ParamMapping(
+            f"{ours}.attn.proj.weight", (*split, width), kernel=True
+        )
+        mappings |= _dense(f"{theirs}/MLP/Dense_0", f"{ours}.fc1", block.fc1)
+        mappings |= _dense(f"{theirs}/MLP/Dense_1", f"{ours}.fc2", block.fc2)
+    return Layout(mappings, "GIVT")
 
 
-def _dense(theirs: str, ours: str, linear: nn.Linear) -> dict[str, Place]:
+def _dense(theirs: str, ours: str, linear: nn.Linear) -> dict[str, ParamMapping]:
     return {
-        f"{theirs}/kernel": Place(f"{ours}.weight", (linear.in_features, linear.out_features), kernel=True),
-        f"{theirs}/bias": Place(f"{ours}.bias", (linear.out_features,)),
+        f"{theirs}/kernel": ParamMapping(f"{ours}.weight", (linear.in_features, linear.out_features), kernel=True),
+        f"{theirs}/bias": ParamMapping(f"{ours}.bias", (linear.out_features,)),
     }
 
 

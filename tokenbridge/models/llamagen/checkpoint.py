@@ -9,17 +9,17 @@ import torch
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.llamagen.presets import create_model
 from tokenbridge.utils.errors import UserError
-from tokenbridge.weights.official import Layout, Place
+from tokenbridge.weights.official import Layout, ParamMapping
 from tokenbridge.weights.torch_files import load_state, load_weights
 
 
 def llamagen_layout(model: LlamaGen) -> Layout:
-    """Return the official name and place of every parameter; only one has another name here."""
-    places = {
-        name.replace("class_embedding.", "cls_embedding.embedding_table."): Place(name, tuple(parameter.shape))
+    """Return how the official tensors map to the parameters; only one has another name here."""
+    mappings = {
+        name.replace("class_embedding.", "cls_embedding.embedding_table."): ParamMapping(name, tuple(parameter.shape))
         for name, parameter in model.named_parameters()
     }
-    return Layout(places, "LlamaGen")
+    return Layout(mappings, "LlamaGen")
 
 
 def load_llamagen(path: Path | str, name: str) -> LlamaGen:

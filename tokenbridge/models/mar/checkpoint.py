@@ -6,12 +6,12 @@ from pathlib import Path
 
 from tokenbridge.models.mar.model import MAR
 from tokenbridge.models.mar.presets import create_mar
-from tokenbridge.weights.official import Layout, Place
+from tokenbridge.weights.official import Layout, ParamMapping
 from tokenbridge.weights.torch_files import load_from
 
 
 def mar_layout(model: MAR) -> Layout:
-    """Return the place of every tensor of the official model, by official name."""
+    """Return how the official tensors map to the parameters."""
 
     def official(name: str) -> str:
         part, rest = name.split(".", 1)
@@ -19,8 +19,8 @@ def mar_layout(model: MAR) -> Layout:
             return f"diffloss.net.{rest}"
         return "diffusion_pos_embed_learned" if rest == "output_pos_embed" else rest
 
-    places = {official(name): Place(name, tuple(value.shape)) for name, value in model.named_parameters()}
-    return Layout(places, "MAR")
+    mappings = {official(name): ParamMapping(name, tuple(value.shape)) for name, value in model.named_parameters()}
+    return Layout(mappings, "MAR")
 
 
 def load_mar(path: Path | str, name: str, *, ema: bool = True) -> MAR:

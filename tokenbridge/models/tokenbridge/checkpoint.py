@@ -10,7 +10,7 @@ import torch
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
 from tokenbridge.tokenizers.quantizer import gaussian_bin_edges
-from tokenbridge.weights.official import Layout, Place, State
+from tokenbridge.weights.official import Layout, ParamMapping, State
 from tokenbridge.weights.torch_files import load_from
 
 BUFFER_TOLERANCE = 1e-4  # buffers carry float32 rounding of erf and exp, about 1e-5 at 64 levels; spacing is 1e-2
@@ -38,14 +38,14 @@ def tokenbridge_layout(model: TokenBridge) -> Layout:
     The channel order is a constant of the official code and not a part of its state: only models of that order mean
     the same there.
     """
-    places: dict[str, Place] = {}
+    mappings: dict[str, ParamMapping] = {}
     for name, parameter in model.named_parameters():
         official = name.split(".", 1)[1]
-        assert official not in places, "two parameters share an official name"
-        places[official] = Place(name, tuple(parameter.shape))
+        assert official not in mappings, "two parameters share an official name"
+        mappings[official] = ParamMapping(name, tuple(parameter.shape))
     count = sum(parameter.numel() for parameter in model.parameters())
     name = next((preset.name for preset in PRESETS.values() if preset.num_parameters == count), "TokenBridge")
-    return Layout(places, name, official_buffers(model), BUFFER_TOLERANCE)
+    return Layout(mappings, name, official_buffers(model), BUFFER_TOLERANCE)
 
 
 def load_tokenbridge(path: Path | str, name: str, *, ema: bool = True) -> TokenBridge:
