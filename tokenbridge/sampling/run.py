@@ -41,7 +41,7 @@ from torch import Tensor
 from tokenbridge.data.images import to_pixels
 from tokenbridge.data.pictures import save_grid
 from tokenbridge.sampling.config import RunConfig, run_labels
-from tokenbridge.sampling.store import STORES, first_of_npz, remove
+from tokenbridge.sampling.store import STORES, read_first_images, remove
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import _duration
 from tokenbridge.utils.devices import peak_memory, process_state
@@ -201,7 +201,7 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
 def save_overview(path: Path, samples: Path, title: str, *, num_images: int = 100) -> None:
     """Draw the first images of a finished run as one picture, ten in a row."""
     if samples.suffix == ".npz":
-        pixels = first_of_npz(samples, num_images)
+        pixels = read_first_images(samples, num_images)
     else:
         paths = sorted(samples.glob("*.png"))[:num_images]
         pixels = to_pixels([Image.open(path) for path in paths])

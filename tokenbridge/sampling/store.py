@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +20,14 @@ from tokenbridge.sampling.config import RunConfig
 from tokenbridge.utils.files import replacing
 
 
-def first_of_npz(samples: Path, num_images: int) -> Tensor:
-    """Return the first images [n, C, H, W] without reading the others: 50,000 do not fit into memory."""
+def read_first_images(samples: Path, num_images: int) -> Tensor:
+    """Return the first pixels [n, C, H, W] of an .npz without reading the others: 50,000 do not fit into memory."""
     with zipfile.ZipFile(samples) as archive, archive.open("arr_0.npy") as file:
         np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         shape = (min(num_images, shape[0]), *shape[1:])
-        pixels = np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
-    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
+        pixels = np.frombuffer(bytearray(file.read(math.prod(shape) * dtype.itemsize)), dtype).reshape(shape)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 class PngFolder:
@@ -71,37 +72,33 @@ class Npz:
     def write(self, number: int, pixels: Tensor, present: set[int]) -> None:
         """Write the part of a batch."""
         pixels = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()  # [B, H, W, 3]
-        with replacing(self._part(number)) as temporary, temporary.open("wb") as file:
-            _write_npy(file, pixels.shape, [pixels.numpy()])
+        content = io.BytesIO()  # written to a file by numpy itself, the error of a full disk would have no errno
+        np.save(content, pixels.numpy())
+        with replacing(self._part(number)) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
     def finish(self, labels: NDArray[Any] | None) -> None:
         """Put the parts together, one at a time, and remove them."""
         paths = [self._part(number) for number in range(self.config.num_batches)]
         if not self.samples.exists():
-            parts = (np.load(path, allow_pickle=False) for path in paths)
-            shape = (self.config.num_images, *np.load(paths[0], allow_pickle=False, mmap_mode="r").shape[1:])
+            header = np.lib.format.header_data_from_array_1_0(np.load(paths[0], mmap_mode="r"))
+            header["shape"] = (self.config.num_images, *header["shape"][1:])
             with replacing(self.samples) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                # A memory map of all images would take their size on the disk once more, and on a full disk it ends
+                # the process by a signal.
                 with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    _write_npy(file, shape, parts)
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for path in paths:
+                        file.write(np.load(path).data)
                 if labels is not None:
                     with archive.open("arr_1.npy", "w") as file:
-                        _write_npy(file, labels.shape, [labels])
+                        np.lib.format.write_array(file, labels)
         remove(paths)
         if self.pieces.exists():
             self.pieces.rmdir()
 
 
 STORES: dict[str, type[PngFolder] | type[Npz]] = {"png": PngFolder, "npz": Npz}
-
-
-def _write_npy(file: IO[bytes], shape: Sequence[int], chunks: Iterable[NDArray[Any]]) -> None:
-    """Write an array piece by piece along its first axis; numpy's own writer hides what the disk says."""
-    header: dict[str, Any] | None = None
-    for chunk in chunks:
-        if header is None:
-            header = {**np.lib.format.header_data_from_array_1_0(chunk), "shape": tuple(shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-        file.write(chunk.tobytes())
 
 
 def remove(paths: Iterable[Path]) -> None:
