@@ -91,10 +91,6 @@ class World:
         return self.root / "first" / "results.json"
 
 
-def silent(text: str) -> None:
-    pass
-
-
 @functools.cache
 def some_digits(split: str, per_class: int) -> Dataset:
     dataset = load_images("digits", split)
@@ -115,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         logs = {
             name: train_recipe(MINI, name, weights="runs/weights", runs="runs", show_progress=False) for name in TRAINED
         }
-        measured, _ = reproduce(MINI, weights="runs/weights", out="first", reference=None, num_images=20, say=silent)
+        measured, _ = reproduce(MINI, weights="runs/weights", out="first", reference=None, num_images=20)
         yield World(root, logs, measured)
 
 
@@ -302,9 +298,7 @@ def untimed(results: Results) -> dict[str, dict[str, float]]:
 def test_reproducing_again_gives_the_same_numbers(world: World, tmp_path: Path) -> None:
     """On one machine with one thread all numbers but times come out the same to the last bit."""
     torch.manual_seed(4321)
-    again, stored = reproduce(
-        MINI, weights=world.weights, out=tmp_path, reference=world.reference, num_images=20, say=silent
-    )
+    again, stored = reproduce(MINI, weights=world.weights, out=tmp_path, reference=world.reference, num_images=20)
     assert stored == world.results
     assert untimed(again) == untimed(world.results)
     assert again.provenance.data_sha256 == world.results.provenance.data_sha256
@@ -318,7 +312,7 @@ def test_reproducing_again_gives_the_same_numbers(world: World, tmp_path: Path) 
 
 
 def test_other_seed_is_not_reproduced(world: World, tmp_path: Path) -> None:
-    again, _ = reproduce(MINI, weights=world.weights, out=tmp_path, reference=None, num_images=20, seed=1, say=silent)
+    again, _ = reproduce(MINI, weights=world.weights, out=tmp_path, reference=None, num_images=20, seed=1)
     ours, first = untimed(again), untimed(world.results)
     systems = {f"table3/{name.removesuffix('-64')}" for name in GENERATORS}
     samples = [id_ for id_ in ours if id_ in {"table2a/autoregressive", *systems}]
@@ -338,13 +332,13 @@ def test_missing_model_is_an_error_that_names_its_file(world: World, tmp_path: P
     shutil.copytree(world.weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / missing)
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "weights" / missing / WEIGHTS_FILE))):
-        reproduce(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10, say=silent)
+        reproduce(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10)
 
 
 def test_main_system_missing_is_not_run_like_the_others(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / "tokenbridge-64")
-    found, _ = reproduce(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10, say=silent)
+    found, _ = reproduce(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10)
     assert {row.id for row in found.rows if row.not_run} >= {"table3/tokenbridge", "table5/cached"}
 
 

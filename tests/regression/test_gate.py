@@ -93,9 +93,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scale]:
         (folder / "goldens" / "SHA256SUMS").write_text("".join(x for x in sums if Path(x.split()[1]).stem in GOLDENS))
         for name in MODELS:
             shutil.copytree(SHIPPED / "tiny" / "weights" / name, folder / "tiny" / "weights" / name)
-        reproduce(
-            scale, weights=folder / "tiny" / "weights", out=folder / "tiny", reference=None, num_images=20, say=silent
-        )
+        reproduce(scale, weights=folder / "tiny" / "weights", out=folder / "tiny", reference=None, num_images=20)
         (folder / "paper").mkdir()
         (folder / "paper" / "claims.yaml").write_text(yaml.safe_dump({"claims": CLAIMS}))
         patch.setitem(recipes.SCALES, "tiny", scale)
@@ -117,11 +115,7 @@ def scale(made: tuple[Path, Scale]) -> Scale:
     return made[1]
 
 
-def silent(text: str) -> None:
-    pass
-
-
-def quiet_times(bench: Any, say: Any) -> list[Any]:
+def quiet_times(bench: Any) -> list[Any]:
     """Give the stored times: those of a machine that runs tests are no ratio to judge by."""
     return [row for row in read(bench.weights.parent / "results.json").rows if row.table == "table5"]
 

@@ -32,8 +32,8 @@ from tokenbridge.configs.schema import TrainingConfig
 from tokenbridge.data.latents import cache_latents
 from tokenbridge.models.tokenbridge.model import generator_loss
 from tokenbridge.tokenizers.base import sample_posterior
-from tokenbridge.training import loop as training
 from tokenbridge.training.loop import batch_indices, learning_rate_at, step_seed, train
+from tokenbridge.utils import console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -490,7 +490,7 @@ def test_gradients_are_clipped(tmp_path: Path, gradient_norms: list[float], scal
 def test_lines_of_progress_without_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0)
     train(tiny(), toy_data(), toy_loss, CONFIG, tmp_path / "a", name="toy")
     out, err = capsys.readouterr()
     assert out == ""
@@ -498,7 +498,7 @@ def test_lines_of_progress_without_a_terminal(
     assert [line.split(",")[0] for line in lines] == [f"train toy: step {s} of 70" for s in (20, 40, 60, 70)]
     assert lines[-1].endswith("0.0 min left")
 
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_LINES", 3600)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 3600)
     train(tiny(), toy_data(), toy_loss, CONFIG, tmp_path / "b", name="toy")
     assert "step 70 of 70" in capsys.readouterr().err  # the last one always
     train(tiny(), toy_data(), toy_loss, CONFIG, tmp_path / "c", name="toy", show_progress=False)

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app, find_scale
-from tokenbridge.cli.printing import _print_table
 from tokenbridge.utils import files
+from tokenbridge.utils.console import print_line, print_table
 from tokenbridge.utils.errors import UserError
 
 
@@ -51,7 +50,7 @@ def update_references(
 
     folder = references or files.reference_folder()
     changes = r.update(find_scale("tiny"), folder, out, parts=parts or r.PARTS, why=why if write else None)
-    _print_table("Stored references against new ones", r.COLUMNS, [[escape(c) for c in change] for change in changes])
+    print_table("Stored references against new ones", r.COLUMNS, [[escape(c) for c in change] for change in changes])
     print(f"{folder} is updated; the record is in {folder / r.RECORD}." if write else "Nothing was written.")
 
 
@@ -131,7 +130,7 @@ def audit(
     else:
         if samples is not None:
             (row,) = done.evidence[-1].rows
-            _print_table(f"Scores of {samples}", ["", row.label], [[name, cell(row, name)] for name in row.metrics])
+            print_table(f"Scores of {samples}", ["", row.label], [[name, cell(row, name)] for name in row.metrics])
         _print_audit(done, out)
     if done.failures:
         sys.exit(1)
@@ -140,12 +139,11 @@ def audit(
 def _print_audit(done: Any, out: Path) -> None:
     from tokenbridge.audit.report import counts, lines_of
 
-    _print_table("Published claims", ["verdict", "claims"], [[verdict, str(n)] for verdict, n in counts(done).items()])
-    console = Console(soft_wrap=True)
+    print_table("Published claims", ["verdict", "claims"], [[verdict, str(n)] for verdict, n in counts(done).items()])
     for evidence in done.evidence:
-        console.print(f"Evidence: {evidence.file}: {'; '.join(evidence.notes)}.", highlight=False, markup=False)
+        print_line(f"Evidence: {evidence.file}: {'; '.join(evidence.notes)}.")
     for line in lines_of(done, ("not reproduced", "within doubt")):
-        console.print(line, highlight=False, markup=False)
+        print_line(line)
     for failure in done.failures:
-        console.print(f"The gate fails: {failure}", highlight=False, markup=False, style="bold red")
-    console.print(f"The page is {out}/index.html.", highlight=False, markup=False)
+        print_line(f"The gate fails: {failure}", style="bold red")
+    print_line(f"The page is {out}/index.html.")

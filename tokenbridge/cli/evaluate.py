@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tokenbridge.cli.options import Json, app
-from tokenbridge.cli.printing import _print_table
 from tokenbridge.utils import files
+from tokenbridge.utils.console import print_line, print_table
 from tokenbridge.utils.errors import UserError
 
 
@@ -64,9 +63,9 @@ def reconstruct(
         rows = [row.model_dump() for row in report.rows]
         print(json.dumps({"settings": report.settings, "rows": rows, "notes": report.notes}, indent=2))
         return
-    _print_table("Reconstruction", ["", *COLUMNS], [[r.label, *[cell(r, c) for c in COLUMNS]] for r in report.rows])
+    print_table("Reconstruction", ["", *COLUMNS], [[r.label, *[cell(r, c) for c in COLUMNS]] for r in report.rows])
     for note in report.notes:
-        Console(soft_wrap=True).print(note, highlight=False, markup=False)
+        print_line(note)
     print(f"Table and picture are in {out}/.")
 
 
@@ -121,13 +120,12 @@ def evaluate(
         return
     scored = [row for row in measured.rows if row.not_run is None]
     body = [[name, *[cell(row, name) for row in scored]] for name in columns_of(scored)]
-    _print_table(f"Evaluation against {reference}", ["", *[row.label for row in scored]], body)
-    console = Console(soft_wrap=True)
+    print_table(f"Evaluation against {reference}", ["", *[row.label for row in scored]], body)
     for row in measured.rows:
         if row.not_run is not None:
-            console.print(f"{row.label}: not run: {row.not_run}.", highlight=False, markup=False)
+            print_line(f"{row.label}: not run: {row.not_run}.")
     for note in measured.provenance.settings["notes"]:
-        console.print(note, highlight=False, markup=False)
+        print_line(note)
 
 
 @app.command()

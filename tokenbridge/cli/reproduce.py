@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from tokenbridge.cli.options import Data, Json, ScaleName, app, find_scale
-from tokenbridge.cli.printing import _COLOURS, _print_table
 from tokenbridge.utils import files
+from tokenbridge.utils.console import COLORS, colored, print_line, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +48,6 @@ def reproduce(
         reference=reference,
         num_images=num_images,
         seed=seed,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     judged = verdicts(measured, stored)
     if as_json:
@@ -69,17 +67,16 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
         body = []
         for row in rows:
             verdict, _ = judged[row.id]
-            body.append([escape(row.label), *[cell(row, c) for c in columns], f"[{_COLOURS[verdict]}]{verdict}[/]"])
-        _print_table(TITLES.get(table, table), ["", *columns, "verdict"], body)
+            body.append([escape(row.label), *[cell(row, c) for c in columns], colored(verdict)])
+        print_table(TITLES.get(table, table), ["", *columns, "verdict"], body)
     trends = [trend_cells(trend) for trend in measured.trends]
-    _print_table("The paper's argument at this scale", TREND_COLUMNS, trends)
-    console = Console(soft_wrap=True)
+    print_table("The paper's argument at this scale", TREND_COLUMNS, trends)
     for id_, (verdict, why) in judged.items():
         if verdict not in ("reproduced", "not compared"):
-            console.print(f"{id_}: {verdict}: {why}", highlight=False, markup=False)
-    counts = {v: sum(1 for verdict, _ in judged.values() if verdict == v) for v in _COLOURS}
+            print_line(f"{id_}: {verdict}: {why}")
+    counts = {v: sum(1 for verdict, _ in judged.values() if verdict == v) for v in COLORS}
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    console.print(f"{summary}. Tables and pictures are in {out}/.", highlight=False, markup=False)
+    print_line(f"{summary}. Tables and pictures are in {out}/.")
 
 
 @app.command()
@@ -106,21 +103,19 @@ def discrepancies(
         latents=latents,
         num_images=num_images,
         seed=seed,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     if as_json:
         print(json.dumps(measured.model_dump(), indent=2))
         return
-    console = Console(soft_wrap=True)
     for title, rows in study.by_comparison(measured).items():
         ran = [row for row in rows if row.not_run is None]
         columns = columns_of(ran)
         if ran:
-            _print_table(title, ["", *columns], [[escape(r.label), *[cell(r, c) for c in columns]] for r in ran])
+            print_table(title, ["", *columns], [[escape(r.label), *[cell(r, c) for c in columns]] for r in ran])
         for row in rows:
             if row.not_run is not None:
-                console.print(f"{row.id}: not run: {row.not_run}", highlight=False, markup=False)
-    _print_table("Within the seeds' noise?", TREND_COLUMNS, [trend_cells(trend) for trend in measured.trends])
+                print_line(f"{row.id}: not run: {row.not_run}")
+    print_table("Within the seeds' noise?", TREND_COLUMNS, [trend_cells(trend) for trend in measured.trends])
     print(f"Tables and numbers are in {out}/.")
 
 
@@ -251,7 +246,7 @@ def reproduce_table3(
         if as_json:
             print(json.dumps(planned.as_json(), indent=2))
         else:
-            _print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
+            print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
         return
     if stand_in:
         done = table3.stand_in(preset.name, options, **where)
@@ -305,7 +300,6 @@ def reproduce_tables(
         else:
             _print_table_plans(planned)
         return
-    where["say"] = lambda text: print(text, file=sys.stderr, flush=True)
     if stand_in:
         outcomes = tables.stand_in_tables(chosen, options, **where)
     else:
@@ -327,7 +321,7 @@ def _print_table_plans(planned: Sequence[Mapping[str, Any]]) -> None:
         hours = f"{plan['estimated_hours_at_least']:,.0f}" if "estimated_hours_at_least" in plan else "–"
         total = plan.get("tflop_per_image", {}).get("total")
         body.append([entry["id"], "–" if total is None else f"{total:.4g}", hours, escape(entry["not_run"] or "ready")])
-    _print_table("Plan: tables 1 and 3", ["", "TFLOP an image", "hours at least", ""], body)
+    print_table("Plan: tables 1 and 3", ["", "TFLOP an image", "hours at least", ""], body)
 
 
 def _print_outcomes(outcomes: Sequence[Any]) -> None:
@@ -337,6 +331,6 @@ def _print_outcomes(outcomes: Sequence[Any]) -> None:
     body = []
     for outcome in outcomes:
         cells = [f"{cell(outcome.row, c)} ({cell(outcome.published, c)})" for c in columns]
-        verdict = f"[{_COLOURS[outcome.verdict]}]{outcome.verdict}[/]"
+        verdict = colored(outcome.verdict)
         body.append([escape(outcome.row.id), *cells, verdict, escape(outcome.why)])
-    _print_table("Tables 1 and 3: measured (published)", ["", *columns, "verdict", "why"], body)
+    print_table("Tables 1 and 3: measured (published)", ["", *columns, "verdict", "why"], body)

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app
-from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils.console import print_table
 from tokenbridge.utils.errors import UserError
 
 
@@ -116,7 +116,7 @@ def sample(
         if as_json:
             print(json.dumps(planned.as_json(), indent=2))
         else:
-            _print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
+            print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
         return
     if system.is_published and not stand_in:
         system = with_artifacts(system)
@@ -169,4 +169,4 @@ def models(as_json: Json = False) -> None:
         source, licence = escape(listing.source), escape(listing.licence)
         body.append([listing.name, parameters, tokens, *scores, shown or "not published", licence, source])
     header = ["", "parameters", "tokens of an image", "FID", "IS", "settings", "licence", "weights"]
-    _print_table("Models, and what was published of them (50,000 images, ImageNet 256 x 256)", header, body)
+    print_table("Models, and what was published of them (50,000 images, ImageNet 256 x 256)", header, body)

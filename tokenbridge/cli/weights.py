@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app
-from tokenbridge.cli.printing import _print_table
+from tokenbridge.utils.console import colored, print_table
 from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,12 +83,10 @@ def artifacts(
 
 
 def _print_artifacts(listed: Sequence[Any]) -> None:
-    colours = {"verified": "green", "present": "yellow", "changed": "bold red", "missing": "red"}
     body = []
     for status in listed:
         size = f"{status.size / 1e6:,.1f} MB" if status.size is not None else "–"
         sha256 = f"{status.sha256[:12]}…" if status.sha256 else "–"
-        where = str(status.path or status.artifact.origin)
-        state = f"[{colours[status.state]}]{status.state}[/]"
-        body.append([status.artifact.key, state, size, sha256, escape(status.artifact.licence), escape(where)])
-    _print_table("Published files", ["", "", "size", "SHA-256", "licence", "path, or origin"], body)
+        licence, where = escape(status.artifact.licence), escape(str(status.path or status.artifact.origin))
+        body.append([status.artifact.key, colored(status.state), size, sha256, licence, where])
+    print_table("Published files", ["", "", "size", "SHA-256", "licence", "path, or origin"], body)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -19,15 +18,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tokenbridge.conformance import givt as golden_givt
 from tokenbridge.conformance import llamagen as golden_llamagen
 from tokenbridge.conformance import mar as golden_mar
 from tokenbridge.conformance import tokenbridge as golden_tokenbridge
 from tokenbridge.conformance.golden import Computed, Entries, Entry, Golden, read_golden
+from tokenbridge.utils.console import colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 
 TIE = 1e-6  # latents this near to a midpoint may round to either level: float32 error of the map to normalised units
@@ -83,7 +81,7 @@ def run_files(paths: Iterable[Path | str]) -> list[Report]:
     """Run golden files; a folder stands for all `.npz` files in it. Progress goes to stderr."""
     reports = []
     for path in _expand(paths):
-        print(f"conformance: {path}", file=sys.stderr, flush=True)
+        log(f"conformance: {path}")
         start = time.monotonic()
         reports.append(Report(str(path), run_file(path), round(time.monotonic() - start, 2)))
     return reports
@@ -109,25 +107,20 @@ def conformance(paths: Iterable[Path | str], *, as_json: bool = False) -> bool:
 def print_reports(reports: Iterable[Report]) -> None:
     """Print a table: file, output, largest error, tolerance, verdict; reasons below it."""
     reports = list(reports)
-    table = Table(title="Conformance with the official code", title_justify="left", title_style="bold")
-    for name in ("file", "output", "largest error", "tolerance", "verdict"):
-        table.add_column(name, justify="right" if name == "largest error" else "left", overflow="fold")
+    body = []
     for report in reports:
         for i, outcome in enumerate(report.outcomes):
-            colour = "green" if outcome.verdict == "pass" else "bold red"
             error = "" if outcome.error is None else f"{outcome.error:.2g}"
             cells = [Path(report.path).name if i == 0 else "", outcome.name, error, outcome.tolerance]
-            table.add_row(*map(escape, cells), f"[{colour}]{outcome.verdict}[/]")
-    # Not cut to 80 columns where the output goes to a file or a log.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-    console = Console(soft_wrap=True)
+            body.append([*map(escape, cells), colored(outcome.verdict)])
+    header = ["file", "output", "largest error", "tolerance", "verdict"]
+    print_table("Conformance with the official code", header, body)
     for report in reports:
         for outcome in report.outcomes:
             if outcome.reason:
-                line = f"{report.path}, {outcome.name}: {outcome.verdict}: {outcome.reason}"
-                console.print(line, highlight=False, markup=False)
+                print_line(f"{report.path}, {outcome.name}: {outcome.verdict}: {outcome.reason}")
     num_passed = sum(report.passed for report in reports)
-    console.print(f"{num_passed} of {len(reports)} files pass.", highlight=False)
+    print_line(f"{num_passed} of {len(reports)} files pass.")
 
 
 def _entry_of(golden: Golden) -> Entry:

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenbridge.data.images import IMAGE_SUFFIXES, to_pixels
+from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 
@@ -53,7 +52,7 @@ class ImageFiles(Dataset[Tensor]):
             raise UserError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: it holds {held}.")
         digest = hashlib.sha256()
         sizes: dict[tuple[int, int], Path] = {}
-        for file in track(self.files, "check", console=Console(stderr=True), transient=True):
+        for file in track(self.files, "check"):
             content = file.read_bytes()
             digest.update(hashlib.sha256(content).digest())
             try:

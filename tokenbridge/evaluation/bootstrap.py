@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.features import _device
 from tokenbridge.evaluation.metrics import Statistics
+from tokenbridge.utils.console import track
 
 SEED = 2020  # torch-fidelity's default, and so the official evaluation's: shuffle of IS, subsets of KID
 INTERVAL = (0.025, 0.975)  # quantiles of the bootstrap
@@ -50,8 +49,7 @@ def bootstrap_fid(features: Tensor, reference: Statistics, num_bootstrap: int, s
     norms = x.square().sum(dim=1)
     generator = torch.Generator().manual_seed(seed)
     distances = []
-    console = Console(stderr=True)
-    for _ in track(range(num_bootstrap), "bootstrap", console=console, transient=True):
+    for _ in track(range(num_bootstrap), "bootstrap"):
         drawn = torch.randint(num_images, (num_images,), generator=generator)
         weights = torch.bincount(drawn, minlength=num_images).double().to(device)
         mean = weights @ x / num_images

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from cleanfid.inception_torchscript import InceptionV3W
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader
 from tokenbridge.data.image_sets import CroppedImages, ImageArray, ImageFiles
 from tokenbridge.evaluation import inception
 from tokenbridge.evaluation.inception import InceptionWeights
+from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION
@@ -132,7 +131,7 @@ def _forward(
     # An .npz is read in order, by one reader.
     num_workers = NUM_WORKERS if device.type == "cuda" and not isinstance(images, ImageArray) else 0
     loader: Iterable[Tensor] = DataLoader(images, batch_size=batch_size, num_workers=num_workers)
-    for pixels in track(loader, what, console=Console(stderr=True), transient=True):
+    for pixels in track(loader, what):
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             outputs = network(prepare(pixels).to(device))
         yield pixels, tuple(x.cpu() for x in outputs)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from tokenbridge.data.images import images_to_pixels
 from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 
 Pick = Callable[[Tensor, int], Tensor]
@@ -50,8 +49,7 @@ def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> I
     if num_images < 1:
         raise UserError("The number of images must be at least 1.")
     starts = range(0, num_images, batch_size)
-    console = Console(stderr=True)
-    for start in track(starts, "sample", console=console, transient=True, disable=not show_progress):
+    for start in track(starts, "sample", show=show_progress):
         yield list(range(start, min(start + batch_size, num_images)))
 
 

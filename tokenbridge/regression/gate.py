@@ -6,18 +6,16 @@ Every part is a list of checks. A check that fails says what changed; one that c
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tokenbridge.audit.audit import audit_claims as run_audit
 from tokenbridge.audit.expected import WORSE, expected_verdict, gate_failures, is_worse, read_expected
@@ -30,6 +28,7 @@ from tokenbridge.reproduction.trends import trends
 from tokenbridge.reproduction.workbench import open_bench
 from tokenbridge.results import compare
 from tokenbridge.results import schema as results
+from tokenbridge.utils.console import colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import references_in, sha256_of, write_text
 from tokenbridge.utils.provenance import hash_of_dataset
@@ -123,7 +122,7 @@ def tiny(scale: Scale, folder: Path | str, out: Path | str, *, quick: bool = Fal
     checks = stored_checks(stored, Path(folder) / "weights")
     if quick:
         bench = open_bench(scale, Path(folder) / "weights")
-        checks += row_checks(reconstruction_rows(bench, Path(out), _say), stored)
+        checks += row_checks(reconstruction_rows(bench, Path(out)), stored)
         measured = {check.name for check in checks}
         rest = [*(row.id for row in stored.rows), *(trend.id for trend in stored.trends)]
         return checks + [Check(id_, "skipped", "--quick") for id_ in rest if id_ not in measured]
@@ -134,7 +133,6 @@ def tiny(scale: Scale, folder: Path | str, out: Path | str, *, quick: bool = Fal
         reference=None,
         num_images=stored.provenance.settings["num_images"],
         seed=stored.provenance.seed,
-        say=_say,
     )
     held = {trend.id for trend in stored.trends if trend.holds}
     checks += row_checks(done.rows, stored, whole=True)
@@ -337,7 +335,7 @@ def run_gate(
         if quick and name in SLOW:
             done.append(Part(name, (Check("all", "skipped", "--quick"),)))
             continue
-        _say(f"gate: {name}")
+        log(f"gate: {name}")
         done.append(run_part(name, functions[name]))
     return done
 
@@ -361,23 +359,17 @@ def exit_code(parts: Iterable[Part]) -> int:
 
 def print_parts(parts: Sequence[Part]) -> None:
     """Print a table of the parts, and below it every check that failed or could not be run."""
-    colours = {"pass": "green", "fail": "bold red", "not run": "bold red", "skipped": "yellow"}
-    table = Table(title="Regression gate", title_justify="left", title_style="bold")
-    for name in ("part", "passed", "skipped", "seconds", "verdict", "why"):
-        table.add_column(name, justify="right" if name in ("passed", "skipped", "seconds") else "left", overflow="fold")
+    body = []
     for part in parts:
-        count = {verdict: sum(check.verdict == verdict for check in part.checks) for verdict in colours}
-        compared = len(part.checks) - count["skipped"]
-        cells = [part.name, f"{count['pass']} of {compared}", str(count["skipped"]), f"{part.seconds:.0f}"]
-        table.add_row(*cells, f"[{colours[part.verdict]}]{part.verdict}[/]", escape(part.why))
-    # Not cut to 80 columns where the output goes to a file or a log.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-    console = Console(soft_wrap=True)
+        count = Counter(check.verdict for check in part.checks)
+        compared = f"{count['pass']} of {len(part.checks) - count['skipped']}"
+        seconds = f"{part.seconds:.0f}"
+        body.append([part.name, compared, str(count["skipped"]), seconds, colored(part.verdict), escape(part.why)])
+    print_table("Regression gate", ["part", "passed", "skipped", "seconds", "verdict", "why"], body)
     for part in parts:
         for check in part.checks:
             if check.verdict in ("fail", "not run"):
-                line = f"{part.name}, {check.name}: {check.verdict}: {check.why}"
-                console.print(line, highlight=False, markup=False)
+                print_line(f"{part.name}, {check.name}: {check.verdict}: {check.why}")
 
 
 def write_junit(path: Path | str, parts: Iterable[Part]) -> None:
@@ -410,7 +402,3 @@ _JUNIT = {"fail": "failure", "not run": "error", "skipped": "skipped"}
 
 def _check(name: str, good: bool, why: str) -> Check:
     return Check(name, "pass" if good else "fail", "" if good else why)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

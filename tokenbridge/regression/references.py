@@ -10,7 +10,6 @@ import functools
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,7 +142,6 @@ def _measure_tiny(scale: Scale, folder: Path, out: Path) -> tuple[list[Path], li
         weights=folder / "weights",
         out=out,
         reference=None if stored is None else folder / "results.json",
-        say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     judged = compare.verdicts(measured, stored)
     if any(verdict == "not reproduced" for verdict, _ in judged.values()):

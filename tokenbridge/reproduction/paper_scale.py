@@ -7,7 +7,7 @@ what they want (`tokenbridge artifacts KEY... --download`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from tokenbridge.reproduction import table1, table3
 from tokenbridge.reproduction.table3 import Options, published_row
 from tokenbridge.results.compare import Verdict
 from tokenbridge.results.schema import Results, Row
+from tokenbridge.utils.console import log
 from tokenbridge.utils.devices import process_state
 from tokenbridge.utils.errors import UserError
 from tokenbridge.weights import artifacts
 
 TABLE1 = "table1"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ def reproduce_tables(
     *,
     out: Path | str,
     folder: Path | str | None = None,
-    say: Say,
     show_progress: bool = True,
 ) -> list[Outcome]:
     """Run what can be run; a run that was killed goes on where it was.
@@ -92,7 +91,6 @@ def reproduce_tables(
         options: of the rows of table 3.
         out: each row's results go to a folder of it.
         folder: see `artifacts.resolve`.
-        say: told what is going on.
         show_progress: on stderr.
 
     Returns:
@@ -102,7 +100,7 @@ def reproduce_tables(
     for name in names:
         reason = why_not(name, options, folder)
         if reason is None:
-            say(f"Running {name}")
+            log(f"Running {name}")
             try:
                 outcomes += _run(name, options, Path(out) / name, folder, show_progress)
                 continue
@@ -113,7 +111,7 @@ def reproduce_tables(
 
 
 def stand_in_tables(
-    names: Sequence[str], options: Options, *, out: Path | str, say: Say, show_progress: bool = True
+    names: Sequence[str], options: Options, *, out: Path | str, show_progress: bool = True
 ) -> list[Outcome]:
     """Run full-size stand-ins (see `table3.stand_in`) of all that could be reproduced with files: no result."""
     outcomes: list[Outcome] = []
@@ -121,7 +119,7 @@ def stand_in_tables(
         if name != TABLE1 and (reason := unpublished(find_preset(name)[1])):
             outcomes.append(_not_run(name, reason))
             continue
-        say(f"Stand-in of {name}")
+        log(f"Stand-in of {name}")
         if name != TABLE1:
             done = table3.stand_in(name, options, out=Path(out) / name, show_progress=show_progress)
         elif process_state().is_main_process:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from tokenbridge.models.tokenbridge import sampling
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.reproduction.timing import prediction_time_rows
 from tokenbridge.reproduction.trends import trends
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench, Say, open_bench
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench, open_bench
 from tokenbridge.results import markdown
 from tokenbridge.results import schema as results
 from tokenbridge.results.schema import Provenance, Results, Row
@@ -38,6 +37,7 @@ from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.distortion import measure_distortion
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
+from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of, write_text
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -58,7 +58,6 @@ def reproduce(
     reference: Path | str | None,
     num_images: int = 2000,
     seed: int = 0,
-    say: Say = lambda text: print(text, file=sys.stderr),
 ) -> tuple[Results, Results | None]:
     """Rebuild all tables of a scale; write results.json, tables.md and pictures into `out`.
 
@@ -69,7 +68,6 @@ def reproduce(
         reference: results to compare with; None compares with nothing.
         num_images: samples of each system, spread evenly over the classes.
         seed: of the samples.
-        say: told what is going on.
 
     Returns:
         (results, reference results or None).
@@ -84,9 +82,9 @@ def reproduce(
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
     stored = results.read(reference) if reference is not None else None  # first: a bad file must not cost minutes
     bench = open_bench(scale, weights)
-    rows = [*reconstruction_rows(bench, out, say), *generation_rows(bench, out, num_images, seed, say)]
+    rows = [*reconstruction_rows(bench, out), *generation_rows(bench, out, num_images, seed)]
     write_text(out / "tokens.json", json.dumps(golden_tokens(bench)))
-    rows += prediction_time_rows(bench, say)
+    rows += prediction_time_rows(bench)
     measured = Results(
         scale=scale.name,
         provenance=Provenance(
@@ -115,9 +113,9 @@ def reproduce(
     return measured, stored
 
 
-def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
+def reconstruction_rows(bench: Bench, out: Path) -> list[Row]:
     """Rebuild tables 1a and 1b on the test images; draw the reconstruction grid."""
-    say("Table 1: reconstruction")
+    log("Table 1: reconstruction")
     vq = bench.vq
     latents = bench.latents.latents(pixels_to_images(bench.test_pixels).to(bench.device)).cpu()
 
@@ -157,7 +155,7 @@ def reconstruction_rows(bench: Bench, out: Path, say: Say) -> list[Row]:
     return [Row(id=id_, label=label, metrics=metrics) for id_, (label, (metrics, _)) in measured.items()]
 
 
-def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Say) -> list[Row]:
+def generation_rows(bench: Bench, out: Path, num_images: int, seed: int) -> list[Row]:
     """Sample every generator; rebuild tables 2a, 2b, 2c and 3; draw a grid of samples for each."""
     measured: dict[str, dict[str, float]] = {}
     missing: dict[str, str] = {}
@@ -169,9 +167,9 @@ def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Sa
             model = bench.model(recipe.name)
         except FileNotFoundError as error:
             missing[recipe.name] = f"there are no weights of {recipe.name}; `tokenbridge train` makes them"
-            say(f"Not run: {error}")
+            log(f"Not run: {error}")
             continue
-        say(f"Sampling {num_images} images: {recipe.name}")
+        log(f"Sampling {num_images} images: {recipe.name}")
         clock = time.perf_counter()
         pixels = sample_images(bench, recipe.kind, model, recipe.sampling, labels, seed)
         seconds = (time.perf_counter() - clock) / num_images
@@ -189,7 +187,7 @@ def generation_rows(bench: Bench, out: Path, num_images: int, seed: int, say: Sa
             # The Frechet distance falls with the number of images: as many as there are real ones, to set beside them.
             as_many = min(num_images, len(bench.test_pixels))
             measured["as many"] = measure_samples(bench, pixels[:as_many], labels[:as_many])
-    say(f"Scoring real {bench.scale.data}: test against training images")
+    log(f"Scoring real {bench.scale.data}: test against training images")
     measured["real"] = measure_samples(bench, bench.test_pixels, bench.test_labels)
 
     def row(id_: str, label: str, name: str, *columns: str) -> Row:

@@ -25,8 +25,6 @@ import numpy as np
 import skimage.data
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
@@ -45,6 +43,7 @@ from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
+from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_text
 from tokenbridge.weights import artifacts
@@ -258,7 +257,7 @@ def measure(
     digest = hashlib.sha256()
     outputs: dict[tuple[int | None, float | None], list[tuple[Tensor, Tensor]]] = {q: [] for q in tokenizers}
     batches = chosen.split(batch_size)
-    for number, indices in enumerate(track(batches, "Table 1", console=Console(stderr=True))):
+    for number, indices in enumerate(track(batches, "Table 1", transient=False)):
         pixels = to_pixels(list(dataset.select(indices.tolist())["image"]), size=IMAGE_SIZE)
         digest.update(pixels.numpy().tobytes())
         first = number * batch_size

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from tokenbridge.models.givt import sampling as givt_sampling
 from tokenbridge.models.mar.diffusion import diffusion_process
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench, Say
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench
 from tokenbridge.results.schema import Row
+from tokenbridge.utils.console import log
 
 NUM_DIFFUSION_STEPS = 100  # table 5
 
 
-def prediction_time_rows(bench: Bench, say: Say, *, runs: int = 100) -> list[Row]:
+def prediction_time_rows(bench: Bench, *, runs: int = 100) -> list[Row]:
     """Rebuild table 5: milliseconds to predict all channels of one position, batch 1, mean of `runs` runs.
 
     The head alone, from a context on: what is drawn or chosen counts, the transformer before it and guidance do not.
     """
-    say("Table 5: time of one prediction")
+    log("Table 5: time of one prediction")
     heads: dict[str, tuple[str, str, Callable[[Any, Tensor], Callable[[], object]]]] = {
         "uncached": ("AR head, all recomputed for each channel", MAIN_SYSTEM, _predict_uncached),
         "cached": ("AR head, key/value cache", MAIN_SYSTEM, _predict_cached),

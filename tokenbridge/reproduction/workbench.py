@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 
 MAIN_SYSTEM = "tokenbridge-64"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

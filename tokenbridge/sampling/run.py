@@ -23,7 +23,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,14 +41,12 @@ from tokenbridge.data.images import to_pixels
 from tokenbridge.data.pictures import save_grid
 from tokenbridge.sampling.config import RunConfig, run_labels
 from tokenbridge.sampling.store import STORES, read_first_images, remove
-from tokenbridge.utils import provenance
-from tokenbridge.utils.console import _duration
+from tokenbridge.utils import console, provenance
 from tokenbridge.utils.devices import peak_memory, process_state
 from tokenbridge.utils.errors import StorageError, UnusableImageError, UserError
 from tokenbridge.utils.files import replacing, write_json
 
 RECIPE_FILE = "run.json"
-SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 NUM_LISTED = 8  # differences in an error message
 
 
@@ -175,12 +172,20 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
             left = [store.present()]
         # One process looks at the disk, and all go by what it saw; others might look while a first one writes.
         present: set[int] = broadcast_object_list(left)[0]
+        progress = console.progress(
+            f"sample {sampler.name}",
+            config.num_images,
+            "{done} of {total} images",
+            "{rate:.3g} images/s, {left} left, {note}",
+            first=len(present),
+            show=show_progress and state.is_main_process,
+        )
         start = time.perf_counter()
-        with _progress(show_progress and state.is_main_process, sampler.name, config, len(present)) as tell:
+        with progress as advance:
             for number, seed in _batches(config, present, state, folder):
                 pixels = _make(sampler, config, labels, number, seed, state.device)
                 store.write(number, pixels, present)
-                tell(len(store.present()))
+                advance(len(store.present()), f"{peak_memory() / 2**30:.2f} GiB at most")
         state.wait_for_everyone()
         seconds = time.perf_counter() - start
         if state.is_main_process:
@@ -351,46 +356,3 @@ def _storage_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"{folder} cannot be written to: {error.strerror} ({error.filename}).") from error
         raise
-
-
-# ------------------------------------------------------------------------------------------------------ progress
-
-
-@contextmanager
-def _progress(show: bool, name: str, config: RunConfig, num_present: int) -> Iterator[Any]:
-    """Yield `tell(images on the disk)`: a bar on a terminal, now and then a line elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    start = last = time.perf_counter()
-
-    def status(done: int) -> str:
-        rate = (done - num_present) / (time.perf_counter() - start)
-        left = (config.num_images - done) / rate if rate else float("nan")
-        return f"{rate:.3g} images/s, {_duration(left)} left, {peak_memory() / 2**30:.2f} GiB at most"
-
-    if not show:
-        yield lambda done: None
-    elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(f"sample {name}", completed=num_present, total=config.num_images, status="")
-            yield lambda done: bar.update(task, completed=done, status=status(done))
-    else:
-
-        def tell(done: int) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            if now - last >= SECONDS_BETWEEN_LINES or done == config.num_images:
-                last = now
-                text = f"sample {name}: {done} of {config.num_images} images, {status(done)}"
-                print(text, file=sys.stderr, flush=True)
-
-        yield tell

@@ -13,9 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from tokenbridge.configs.schema import LOG_EVERY, TrainingConfig
+from tokenbridge.utils import console
 from tokenbridge.utils.errors import UnusableImageError, UserError
 from tokenbridge.utils.files import replacing, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from datasets import Dataset
 
     Batch = dict[str, Tensor]
     Loss = Callable[[nn.Module, Batch], Tensor]
     """Loss of a model on one batch: a scalar tensor to minimise."""
-
-
-SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 class _Step(nn.Module):
@@ -131,7 +127,14 @@ def train(
     first_step, curve, seconds = _resume(checkpoint, fingerprint, model, optimizer, ema)
 
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    progress = _progress(show_progress and accelerator.is_main_process, name, first_step, config.num_steps)
+    progress = console.progress(
+        f"train {name}",
+        config.num_steps,
+        "step {done} of {total}",
+        "{note}, {minutes:.1f} min left",
+        first=first_step,
+        show=show_progress and accelerator.is_main_process,
+    )
     start = time.perf_counter()
     model.train()
     recent: list[Tensor] = []
@@ -159,7 +162,7 @@ def train(
                 if not math.isfinite(mean):
                     raise UnusableImageError(f"The loss of {name} became {mean} by step {done}.")
                 curve.append((done, mean))
-                advance(done, mean)
+                advance(done, f"loss {mean:.4f}")
             if done % config.checkpoint_every == 0 or done == config.num_steps:
                 total = seconds + time.perf_counter() - start
                 if accelerator.is_main_process:
@@ -237,41 +240,6 @@ def _resume(
     ema.load_state_dict(state["ema"])
     ema.to(next(model.parameters()).device)
     return state["step"], [(int(s), float(v)) for s, v in state["curve"]], float(state["seconds"])
-
-
-@contextmanager
-def _progress(show: bool, name: str, first_step: int, num_steps: int) -> Iterator[Callable[[int, float], None]]:
-    """Yield `advance(step, loss)`: a bar with loss and time left on a terminal, now and then a line elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not show:
-        yield lambda step, loss: None
-    elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(f"train {name}", completed=first_step, total=num_steps, loss=math.nan)
-            yield lambda step, loss: bar.update(task, completed=step, loss=loss)
-    else:
-        start = last = time.perf_counter()
-
-        def tell(step: int, loss: float) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            if now - last >= SECONDS_BETWEEN_LINES or step == num_steps:
-                last = now
-                left = (now - start) / (step - first_step) * (num_steps - step) / 60
-                text = f"train {name}: step {step} of {num_steps}, loss {loss:.4f}, {left:.1f} min left"
-                print(text, file=sys.stderr, flush=True)
-
-        yield tell
 
 
 def _plot(path: Path, curve: list[tuple[int, float]], name: str) -> None:

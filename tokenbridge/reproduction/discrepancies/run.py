@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +23,11 @@ from tokenbridge.reproduction.discrepancies.precision import latents_precision, 
 from tokenbridge.reproduction.discrepancies.quantizing import encode, gaussian_fit, posterior, read_latents
 from tokenbridge.reproduction.discrepancies.sampling import class_labels, num_images, pixels, temperature
 from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Say, open_bench
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_bench
 from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, trend_cells
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
 from tokenbridge.utils import provenance
+from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of, write_text
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -91,7 +91,6 @@ def measure_discrepancies(
     latents: Path | None = None,
     num_images: int = 1000,
     seed: int = 0,
-    say: Say = lambda text: print(text, file=sys.stderr),
 ) -> Results:
     """Measure every comparison at a scale; write results.json and tables.md into `out`.
 
@@ -102,7 +101,6 @@ def measure_discrepancies(
         latents: real latents to quantise, .npz (see `read_latents`); rows about them are not run without.
         num_images: samples of each seed, spread evenly over the classes.
         seed: the first of NUM_SEEDS.
-        say: told what is going on.
 
     Raises:
         FileNotFoundError: weights of the autoencoder, the classifier or TokenBridge, or the latents, are missing.
@@ -117,7 +115,7 @@ def measure_discrepancies(
     study = Study(bench, num_images, seed, latents)
     rows = []
     for title, compare in COMPARISONS.values():
-        say(title)
+        log(title)
         rows += compare(study)
     given = {} if latents is None else {f"given latents ({latents.name})": sha256_of(latents)}
     measured = Results(
