@@ -1,9 +1,10 @@
-"""Latents cached on disk: what the generators train on, so that the autoencoder runs once per image.
+"""Images encoded once: tables of latents' moments or of tokens, which the generators are trained on.
 
-The cache is a `datasets` Arrow table of the posterior's moments (mean and log-variance), and of the mirrored
-image's, as main_cache.py of the official code keeps them: training still draws a fresh posterior sample each time.
+The table of latents is kept on the disk. It holds the posterior's moments (mean and log-variance), and those of the
+mirrored image, as main_cache.py of the official code keeps them: training still draws a fresh posterior sample each
+time.
 
-Shape letters: C latent channels, h, w latent height and width.
+Shape letters: B batch, C latent channels, h, w latent height and width, H, W height and width of images.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tokenbridge.data.images import pixels_to_images, to_pixels
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from datasets import Dataset
 
@@ -40,47 +42,91 @@ def cache_latents(
     A folder that exists already is loaded instead; it appears whole or not at all.
 
     Args:
-        autoencoder: diffusers' AutoencoderKL (or another with a `latent_dist`).
+        autoencoder: diffusers' AutoencoderKL, or another whose `encode` returns a `latent_dist`.
         images: data set with the columns `image` and, optionally, `label`.
         folder: where the table lies.
         image_size: centre-crop to this size.
         channels: 1 or 3 image channels.
-        with_mirrored: also encode the mirrored images (not for digits: a mirrored digit is none).
+        with_mirrored: also encode the mirrored images (not for digits, whose mirror images are no digits).
         batch_size: images encoded at a time.
     """
-    from datasets import Array3D, Dataset, Features, Value
+    from datasets import Array3D, Dataset
 
     folder = Path(folder)
     if not folder.exists():
         device = next(autoencoder.parameters()).device
 
-        def rows(images: Dataset) -> Iterator[dict[str, Any]]:
-            for batch in images.iter(batch_size):
-                pixels = pixels_to_images(to_pixels(batch["image"], size=image_size, channels=channels)).to(device)
-                columns = {"moments": _moments(autoencoder, pixels)}
-                if with_mirrored:
-                    columns["moments_mirrored"] = _moments(autoencoder, pixels.flip(-1))
-                for i in range(len(pixels)):
-                    row: dict[str, Any] = {name: value[i].numpy() for name, value in columns.items()}
-                    if "label" in batch:
-                        row["label"] = batch["label"][i]
-                    yield row
+        @torch.inference_mode()
+        def encode(batch: Tensor) -> Tensor:
+            return autoencoder.encode(batch.to(device)).latent_dist.parameters.float()
 
         if not len(images):
             raise UserError("There are no images to encode.")
-        first = next(rows(images.select([0])))
-        features = Features(
-            {
-                name: Value("int64") if name == "label" else Array3D(value.shape, "float32")
-                for name, value in first.items()
-            }
-        )
+        first = pixels_to_images(to_pixels(images[:1]["image"], size=image_size, channels=channels))
         with tempfile.TemporaryDirectory() as cache, replacing_folder(folder) as temporary:
-            table = Dataset.from_generator(rows, gen_kwargs={"images": images}, features=features, cache_dir=cache)
+            table = encode_images(
+                images,
+                encode,
+                "moments",
+                Array3D(tuple(encode(first).shape[1:]), "float32"),
+                image_size=image_size,
+                channels=channels,
+                with_mirrored=with_mirrored,
+                batch_size=batch_size,
+                file=Path(cache) / "moments.arrow",
+            )
             table.save_to_disk(str(temporary))
     return Dataset.load_from_disk(str(folder)).with_format("torch")
 
 
-@torch.inference_mode()
-def _moments(autoencoder: Any, images: torch.Tensor) -> torch.Tensor:
-    return autoencoder.encode(images).latent_dist.parameters.float().cpu()
+def encode_images(
+    images: Dataset,
+    encode: Callable[[Tensor], Tensor],
+    column: str,
+    feature: Any,
+    *,
+    image_size: int | None,
+    channels: int,
+    with_mirrored: bool,
+    batch_size: int = 64,
+    file: Path | None = None,
+) -> Dataset:
+    """Return a table of the encoded images, in their order.
+
+    Columns: `column`, `{column}_mirrored` of the mirrored images (if asked for), and `label` (if there is one).
+
+    Args:
+        images: data set with the columns `image` and, optionally, `label`.
+        encode: takes a batch of images [B, channels, H, W] in [-1, 1] to one value each.
+        column: name of the values.
+        feature: type of the values, of the `datasets` library.
+        image_size: centre-crop to this size.
+        channels: 1 or 3 image channels.
+        with_mirrored: also encode the mirrored images.
+        batch_size: images encoded at a time.
+        file: where the table lies; None keeps it in memory.
+    """
+    from datasets import Features, Value
+
+    def encode_batch(batch: dict[str, Any]) -> dict[str, Any]:
+        pixels = pixels_to_images(to_pixels(batch["image"], size=image_size, channels=channels))
+        values = {column: encode(pixels).cpu().numpy()}
+        if with_mirrored:
+            values[f"{column}_mirrored"] = encode(pixels.flip(-1)).cpu().numpy()
+        return {**values, "label": batch["label"]} if "label" in batch else values
+
+    features = {column: feature} | ({f"{column}_mirrored": feature} if with_mirrored else {})
+    if "label" in images.column_names:
+        features["label"] = Value("int64")
+    return images.map(
+        encode_batch,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=images.column_names,
+        features=Features(features),
+        keep_in_memory=file is None,
+        cache_file_name=None if file is None else str(file),
+        load_from_cache_file=False,
+        new_fingerprint=column,  # or else the autoencoder would be pickled and hashed
+        desc="encode images",
+    )
