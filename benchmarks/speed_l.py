@@ -31,18 +31,20 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.reference import Reference, draw, reference_of
+from benchmarks.reference import Reference, draw, greedy, reference_of
 from benchmarks.steps import Step, official_arguments, to_device
-from tokenbridge.models.flop import backbone_flop, head_flop
+from tokenbridge.models.cost import count_pass
 from tokenbridge.models.masked_sampling import masked_counts
 from tokenbridge.models.noise import ImageNoise, image_noise
 from tokenbridge.models.tokenbridge.checkpoint import tokenbridge_layout
+from tokenbridge.models.tokenbridge.cost import count_head
 from tokenbridge.models.tokenbridge.heads import ARHead
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 from tokenbridge.utils import provenance
 from tokenbridge.utils.files import reference_folder, write_json, write_text
+from tokenbridge.utils.flop import count, placeholder, quadratic
 from tokenbridge.weights.official import load_official
 from tokenbridge.weights.published import find_preset
 from tokenbridge.weights.rule import RULE, rule_state
@@ -78,6 +80,69 @@ PLANS = {
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Operations of both paths for one image; decoding of its latents is not timed and not counted."""
+
+    num_positions: int
+    fast: Callable[[int, int], dict[str, float]]  # of a pass of the backbone, see `count_pass`
+    reference: Callable[[int], dict[str, float]]  # likewise, see `count_reference_pass`
+    head: Mapping[str, int]  # of one position: "fast" and "reference"
+
+    def iterations(self, num_iterations: int, *, guided: bool) -> dict[str, list[float]]:
+        """Return the operations of every iteration, "fast" and "reference"; guidance runs the backbone twice."""
+        flop: dict[str, list[float]] = {"fast": [], "reference": []}
+        length = self.num_positions
+        for before, after in itertools.pairwise([length, *masked_counts(length, num_iterations)]):
+            fast, reference = self.fast(length - before, before - after), self.reference(length - before)
+            for name, one_pass in (("fast", fast), ("reference", reference)):
+                flop[name].append((1 + guided) * sum(one_pass.values()) + (before - after) * self.head[name])
+        return flop
+
+
+def count_reference_pass(reference: Reference, length: int) -> Callable[[int], dict[str, float]]:
+    """Return a function from num_visible to the operations of one pass of the reference's backbone, by part.
+
+    As `count_pass` does for the package: the official code embeds masked positions too, and runs the last block of
+    the decoder for all positions.
+
+    Args:
+        reference: on the meta device.
+        length: L.
+    """
+    width, num_channels = reference.weights["z_proj.weight"].shape
+    num_buffer = reference.config["buffer_size"]
+    latents, embedding = placeholder(1, length, num_channels), placeholder(1, width)
+
+    def mask(num_visible: int) -> Tensor:
+        return (torch.arange(length) >= num_visible).float()[None]  # on the CPU, since its values decide shapes
+
+    encoder = quadratic(lambda n: count(lambda: reference.encoder(latents, mask(n), embedding)))
+    decoder = quadratic(lambda n: count(lambda: reference.decoder(placeholder(1, num_buffer + n, width), mask(n))))
+    return lambda num_visible: {"encoder": encoder(num_visible), "decoder": decoder(num_visible)}
+
+
+def count_cost(sizes: Mapping[str, Any]) -> Cost:
+    """Count both paths for one image; `sizes` are keyword arguments of `TokenBridge`."""
+    model = meta_model(sizes)
+    reference, context = reference_of(model), placeholder(1, model.head.condition_proj.in_features)
+    return Cost(
+        model.num_positions,
+        count_pass(model.backbone),
+        count_reference_pass(reference, model.num_positions),
+        {
+            "fast": count_head(model.head),
+            "reference": count(lambda: reference.sample_channels(context, greedy)),
+        },
+    )
+
+
+def meta_model(sizes: Mapping[str, Any]) -> TokenBridge:
+    """Build TokenBridge of these keyword arguments on the meta device."""
+    with torch.device("meta"):
+        return TokenBridge.from_config(dict(sizes)).eval()
+
+
+@dataclass(frozen=True)
 class Setting:
     """The two paths, and what they sample."""
 
@@ -86,6 +151,7 @@ class Setting:
     config: TokenBridgeSampling
     labels: Tensor  # [B]
     noise: ImageNoise
+    cost: Cost
     autocast: torch.dtype | None = None  # of the reference
     compiled: dict[tuple[str, str], Callable[..., Any]] | None = None  # replaces methods, by module and name
 
@@ -108,6 +174,14 @@ class Setting:
                 return plain()
 
         return {"eager": fast, **({"compiled": compiled} if self.compiled else {}), "reference": reference}
+
+    def flop(self, num_iterations: int) -> dict[str, list[float]]:
+        """Return the operations of every iteration for one image, "fast" and "reference"."""
+        return self.cost.iterations(num_iterations, guided=self.config.guidance_scale != 1)
+
+    def tflop(self, num_iterations: int) -> dict[str, float]:
+        """Return the operations of a batch, in TFLOP."""
+        return {name: sum(flop) * len(self.labels) / 1e12 for name, flop in self.flop(num_iterations).items()}
 
     def step(self, num_iterations: int, number: int) -> Step:
         """Return iteration `number` of a run; its visible tokens are drawn at random."""
@@ -154,7 +228,7 @@ def make_setting(preset: str, device: str, plan: Plan) -> Setting:
     noise = ImageNoise(labels, labels)
     # The tiny preset has the other first element.
     config = replace(find_preset(preset, PRESETS).sampling_config(), first_element="official")
-    setting = Setting(fast, plain, config, labels, noise, autocast, compiled)
+    setting = Setting(fast, plain, config, labels, noise, count_cost(model.config), autocast, compiled)
     return with_batch(setting, 1)
 
 
@@ -259,27 +333,6 @@ class Row:
         }
 
 
-def flop_of_iterations(model: Mapping[str, Any], num_iterations: int, *, guided: bool) -> dict[str, list[float]]:
-    """Count every iteration of an image, both ways; decoding of its latents is not timed and not counted."""
-
-    def count(num_masked: int, num_asked: int, *, official: bool) -> float:
-        backbone = backbone_flop(model, num_masked, num_asked, guided=guided, official=official)
-        return sum(backbone.values()) + num_asked * head_flop(model, official=official)
-
-    length = model["latent_size"] ** 2
-    pairs = list(itertools.pairwise([length, *masked_counts(length, num_iterations)]))
-    ways = {"fast": False, "reference": True}
-    return {name: [count(a, a - b, official=official) for a, b in pairs] for name, official in ways.items()}
-
-
-def _flop(setting: Setting, num_iterations: int) -> dict[str, list[float]]:
-    return flop_of_iterations(setting.fast.config, num_iterations, guided=setting.config.guidance_scale != 1)
-
-
-def _tflop(setting: Setting, num_iterations: int) -> dict[str, float]:
-    return {k: sum(v) * len(setting.labels) / 1e12 for k, v in _flop(setting, num_iterations).items()}
-
-
 def time_whole(setting: Setting, num_iterations: int, rounds: int, *, warm_up: bool) -> Row:
     """Time whole images; without a warm-up of its own where `time_extrapolated` has warmed the same shapes."""
     config = replace(setting.config, num_iterations=num_iterations)
@@ -292,12 +345,12 @@ def time_whole(setting: Setting, num_iterations: int, rounds: int, *, warm_up: b
     if warm_up:
         in_turns(variants, setting.device)
     seconds = [in_turns(variants, setting.device) for _ in range(rounds)]
-    return Row("image", num_iterations, len(labels), seconds, _tflop(setting, num_iterations))
+    return Row("image", num_iterations, len(labels), seconds, setting.tflop(num_iterations))
 
 
 def time_extrapolated(setting: Setting, num_iterations: int, num_points: int, rounds: int) -> Row:
     """Time some iterations of a run, and extrapolate to all; the first pass over them warms up."""
-    flop = _flop(setting, num_iterations)
+    flop = setting.flop(num_iterations)
     numbers = sorted({round(x) for x in np.linspace(0, num_iterations - 1, num_points)})
     steps = [setting.step(num_iterations, number) for number in numbers]
     variants = [setting.variants(step.fast, step.plain) for step in steps]
@@ -318,8 +371,7 @@ def time_extrapolated(setting: Setting, num_iterations: int, num_points: int, ro
         }
         for i, (number, step) in enumerate(zip(numbers, steps, strict=True))
     ]
-    tflop = _tflop(setting, num_iterations)
-    return Row("image", num_iterations, len(setting.labels), seconds, tflop, points)
+    return Row("image", num_iterations, len(setting.labels), seconds, setting.tflop(num_iterations), points)
 
 
 def time_head(setting: Setting, num_positions: int, rounds: int) -> Row:
@@ -339,10 +391,7 @@ def time_head(setting: Setting, num_positions: int, rounds: int) -> Row:
 
     in_turns(variants(max(1, num_positions // 16)), setting.device)
     seconds = [in_turns(variants(num_positions), setting.device) for _ in range(rounds)]
-    tflop = {
-        name: num_positions * head_flop(setting.fast.config, official=name == "reference") / 1e12
-        for name in ("fast", "reference")
-    }
+    tflop = {name: num_positions * flop / 1e12 for name, flop in setting.cost.head.items()}
     return Row("head", None, num_positions, seconds, tflop)
 
 

@@ -14,8 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from benchmarks import speed_l as s
+from tokenbridge.models.masked_sampling import masked_counts
+from tokenbridge.models.tokenbridge.cost import count_flop
 from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
+from tokenbridge.tokenizers.cost import decoder_flop
+from tokenbridge.tokenizers.kl16 import create_kl16
 
 TINY = "tokenbridge-tiny"
 runner = CliRunner()
@@ -33,6 +37,11 @@ def counted(function: Callable[[], object]) -> float:
     return counter.get_total_flops()
 
 
+@pytest.fixture(scope="module")
+def cost_of_l() -> s.Cost:
+    return s.count_cost(PRESETS["tokenbridge-l"].model)
+
+
 # -------------------------------------------------------------------------------------------------- FLOP
 
 
@@ -41,19 +50,43 @@ def counted(function: Callable[[], object]) -> float:
 def test_counted_flop_of_a_step(setting: s.Setting, number: int, guidance_scale: float) -> None:
     config = TokenBridgeSampling(guidance_scale=guidance_scale, guidance_schedule="constant")
     step = replace(setting, config=config).step(5, number)
-    flop, other = (
-        s.flop_of_iterations(setting.fast.config, 5, guided=guided)
-        for guided in (guidance_scale != 1, guidance_scale == 1)
-    )
+    flop, other = (setting.cost.iterations(5, guided=guided) for guided in (guidance_scale != 1, guidance_scale == 1))
     assert counted(step.fast) == flop["fast"][number] != other["fast"][number]
     assert counted(step.plain) == flop["reference"][number] != other["reference"][number]
 
 
-def test_ceilings_of_l() -> None:
+def test_ceilings_of_l(cost_of_l: s.Cost) -> None:
     """How many times as fast the package would be if both paths did as many operations a second."""
-    flop = {n: s.flop_of_iterations(PRESETS["tokenbridge-l"].model, n, guided=True) for n in (4, 64)}
+    flop = {n: cost_of_l.iterations(n, guided=True) for n in (4, 64)}
     ratios = {n: sum(both["reference"]) / sum(both["fast"]) for n, both in flop.items()}
     assert ratios == {4: pytest.approx(3.30, abs=0.01), 64: pytest.approx(1.22, abs=0.01)}
+
+
+# TFLOP per image of TokenBridge-L with guidance: encoder, decoder, head, VAE decoder, all; counted from the official
+# code by others. The cached rows still run the last decoder block for all positions, which sampling.py does not.
+TABLE = [
+    (256, False, (40.9, 69.6, 5.41, 0.25, 116.2)),
+    (256, True, (40.9, 69.6, 0.64, 0.25, 111.4)),
+    (64, False, (8.3, 17.4, 5.41, 0.25, 31.3)),
+    (64, True, (8.3, 17.4, 0.64, 0.25, 26.6)),
+]
+
+
+@pytest.mark.parametrize(("num_iterations", "caches_head", "expected"), TABLE)
+def test_tokenbridge_of_published_size(
+    num_iterations: int, caches_head: bool, expected: tuple[float, ...], cost_of_l: s.Cost
+) -> None:
+    head, decoder = cost_of_l.head, decoder_flop(create_kl16(), 16)
+    masked_before = (256, *masked_counts(256, num_iterations)[:-1])
+    passes = [cost_of_l.reference(256 - num_masked) for num_masked in masked_before]
+    backbone = [2 * sum(one[part] for one in passes) for part in ("encoder", "decoder")]
+    tera = [count / 1e12 for count in (*backbone, 256 * head["fast" if caches_head else "reference"], decoder)]
+    places = (1, 1, 2, 2, 1)  # as many as the table gives
+    assert [round(n, p) for n, p in zip([*tera, sum(tera)], places, strict=True)] == list(expected)
+    preset = PRESETS["tokenbridge-l"]
+    settings = replace(preset.sampling_config(), num_iterations=num_iterations)
+    run_here = count_flop(s.meta_model(preset.model), settings)
+    assert sum(run_here.values()) < sum(tera[:-1]) * 1e12
 
 
 def test_extrapolation_is_exact_where_time_follows_flop() -> None:

@@ -11,20 +11,23 @@ from typing import Any, Literal
 
 from diffusers import AutoencoderKL
 
-from tokenbridge.models.flop import FLOP, givt_flop, llamagen_flop, mar_flop, tokenbridge_flop
 from tokenbridge.models.givt import checkpoint as givt_official
+from tokenbridge.models.givt import cost as givt_cost
 from tokenbridge.models.givt import presets as givt_presets
 from tokenbridge.models.givt.checkpoint import givt_layout
 from tokenbridge.models.givt.model import GIVT
 from tokenbridge.models.llamagen import checkpoint as llamagen_checkpoint
+from tokenbridge.models.llamagen import cost as llamagen_cost
 from tokenbridge.models.llamagen import presets as llamagen_presets
 from tokenbridge.models.llamagen.checkpoint import llamagen_layout
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.mar import checkpoint as mar_checkpoint
+from tokenbridge.models.mar import cost as mar_cost
 from tokenbridge.models.mar import presets as mar_presets
 from tokenbridge.models.mar.checkpoint import mar_layout
 from tokenbridge.models.mar.model import MAR
 from tokenbridge.models.tokenbridge import checkpoint as tokenbridge_checkpoint
+from tokenbridge.models.tokenbridge import cost as tokenbridge_cost
 from tokenbridge.models.tokenbridge import presets
 from tokenbridge.models.tokenbridge.checkpoint import tokenbridge_layout
 from tokenbridge.models.tokenbridge.model import TokenBridge
@@ -69,7 +72,7 @@ class Kind:
     layout: Callable[[Any], Layout]  # official names
     load: Callable[..., Any]  # from the published file and the preset's name
     has_average: bool  # the file holds the weights' moving average beside the last ones: `load` takes ema=
-    flop: Callable[[Mapping[str, Any], Any, Any], FLOP]  # of one image by part, from sizes, settings, autoencoder
+    flop: Callable[[Any, Any], dict[str, float]]  # of one image by part, from model (on the meta device) and settings
     tokenizer: PublishedTokenizer
     recipe: Literal["vae", "vq"]  # its tokenizer at the other scales
     dtype: Dtype  # of the published evaluation
@@ -117,7 +120,7 @@ KINDS: dict[str, Kind] = {
             presets=presets.PRESETS,
             load=tokenbridge_checkpoint.load_tokenbridge,
             has_average=True,
-            flop=tokenbridge_flop,
+            flop=tokenbridge_cost.count_flop,
             tokenizer=KL16,
             recipe="vae",
             dtype="fp16",  # autocast around generator and VAE (engine_tokenbridge.py)
@@ -135,7 +138,7 @@ KINDS: dict[str, Kind] = {
             presets=mar_presets.PRESETS,
             load=mar_checkpoint.load_mar,
             has_average=True,
-            flop=mar_flop,
+            flop=mar_cost.count_flop,
             tokenizer=KL16,
             recipe="vae",
             dtype="fp16",  # autocast around generator and VAE (engine_mar.py)
@@ -155,7 +158,7 @@ KINDS: dict[str, Kind] = {
             presets=llamagen_presets.PRESETS,
             load=llamagen_checkpoint.load_llamagen,
             has_average=False,
-            flop=llamagen_flop,
+            flop=llamagen_cost.count_flop,
             tokenizer=VQ16,
             recipe="vq",
             dtype="bf16",  # of the weights; the tokenizer is in float32 (sample_c2i_ddp.py)
@@ -179,7 +182,7 @@ KINDS: dict[str, Kind] = {
             presets=givt_presets.PRESETS,
             load=givt_official.load_givt,
             has_average=False,
-            flop=givt_flop,
+            flop=givt_cost.count_flop,
             tokenizer=GIVT_VAE,
             recipe="vae",
             dtype="fp32",

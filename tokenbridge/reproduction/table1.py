@@ -26,7 +26,6 @@ import skimage.data
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
@@ -40,12 +39,14 @@ from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
 from tokenbridge.results.tolerances import metric, tolerance_of
 from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.tokenizers.cost import decoder_flop
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_text
+from tokenbridge.utils.flop import count, placeholder
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS
 from tokenbridge.weights.rule import RULE, rule_state
@@ -428,13 +429,8 @@ def to_markdown(results: Results, judged: Judged) -> str:
 def vae_tflop() -> tuple[float, float]:
     """Return the VAE's TFLOP to encode and to decode one image of 256 × 256, counted on the meta device."""
     vae: Any = create_kl16()
-    channels, size = vae.config.latent_channels, IMAGE_SIZE // 16
-    counts = []
-    for run, shape in ((vae.encode, (1, 3, IMAGE_SIZE, IMAGE_SIZE)), (vae.decode, (1, channels, size, size))):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            run(torch.empty(shape, device="meta"), return_dict=False)
-        counts.append(counter.get_total_flops() / 1e12)
-    return counts[0], counts[1]
+    encoder = count(lambda: vae.encode(placeholder(1, 3, IMAGE_SIZE, IMAGE_SIZE)))
+    return encoder / 1e12, decoder_flop(vae, IMAGE_SIZE // 16) / 1e12
 
 
 def write_stand_ins(folder: Path) -> tuple[dict[str, Path], InceptionWeights]:

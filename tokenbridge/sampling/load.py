@@ -20,7 +20,6 @@ from torch import nn
 
 from tokenbridge.configs import scales as recipes
 from tokenbridge.configs import schema as configs_schema
-from tokenbridge.models.flop import FLOP
 from tokenbridge.models.mar.model import MAR
 from tokenbridge.models.masked_sampling import MaskedSampling, masked_counts
 from tokenbridge.models.registry import KINDS, SHIPPED_PRESETS, TOKENIZERS, Kind, all_presets, find_preset
@@ -35,6 +34,7 @@ from tokenbridge.sampling.samplers import (
     image_channels,
     image_size,
 )
+from tokenbridge.tokenizers.cost import decoder_flop
 from tokenbridge.utils import files
 from tokenbridge.utils.devices import DTYPES, Dtype, process_state
 from tokenbridge.utils.errors import MissingFileError, UserError
@@ -136,9 +136,11 @@ class System:
             raise UserError(f"Unknown dtype {name!r}; there are {', '.join(get_args(Dtype))}.")
         return cast("Dtype", name)
 
-    def flop_per_image(self) -> FLOP:
-        """Count the operations of one image by part."""
-        return self.kind.flop(self.model, self.sampling, self.create_decoder())
+    def flop_per_image(self) -> dict[str, float]:
+        """Count the operations of one image by part: those of the generator, and the tokenizer's decoder."""
+        model = on_meta(self.kind.model_class, self.model)
+        decoder = {f"{self.kind.recipe.upper()} decoder": decoder_flop(self.create_decoder(), model.latent_size)}
+        return {**self.kind.flop(model, self.sampling), **decoder}
 
     def missing(self) -> list[str]:
         """Return what is not there, one line each: what, where it was looked for, how to name it."""

@@ -1,7 +1,4 @@
-"""What a sampling run will take, before it runs: operations, hours, disk.
-
-Operations are counted by `flop.py`.
-"""
+"""What a sampling run will take, before it runs: operations, hours, disk."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 
-from tokenbridge.models.flop import FLOP
 from tokenbridge.sampling.config import RunConfig
 from tokenbridge.utils.devices import DTYPES
 
@@ -33,7 +29,7 @@ class Plannable(Protocol):
         """Passes of the sampler for one image."""
         ...
 
-    def flop_per_image(self) -> FLOP:
+    def flop_per_image(self) -> dict[str, float]:
         """Return the operations of one image by part."""
         ...
 
@@ -55,7 +51,7 @@ class Plan:
     name: str
     num_images: int
     num_iterations: int
-    flop_per_image: FLOP  # by part
+    flop_per_image: dict[str, float]  # by part
     device: str
     dtype: str
     num_processes: int

@@ -1,8 +1,8 @@
-"""Counts of operations: exactly torch's own on small models, and the published table of full-size ones."""
+"""Counts of operations: those of whole generations by small models, and of every preset as they were by formulas."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,23 +11,25 @@ from conftest import TINY, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenbridge.models.flop import decoder_flop, givt_flop, llamagen_flop, mar_flop, tokenbridge_flop
+from tokenbridge.models.cost import backbone_flop
+from tokenbridge.models.givt import cost as givt_cost
 from tokenbridge.models.givt.model import GIVT
 from tokenbridge.models.givt.sampling import GivtSampling, StreamNoise
 from tokenbridge.models.givt.sampling import generate_latents as generate_givt
+from tokenbridge.models.llamagen import cost as llamagen_cost
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.llamagen.sampling import LlamaGenSampling
 from tokenbridge.models.llamagen.sampling import generate_tokens as generate_llamagen
+from tokenbridge.models.mar import cost as mar_cost
 from tokenbridge.models.mar.model import MAR
 from tokenbridge.models.mar.sampling import MarSampling, generate_latents, latent_noise
 from tokenbridge.models.noise import image_noise
-from tokenbridge.models.registry import KINDS, all_presets
-from tokenbridge.models.tokenbridge.presets import PRESETS
+from tokenbridge.models.registry import all_presets
+from tokenbridge.models.tokenbridge import cost as tokenbridge_cost
+from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
-from tokenbridge.sampling.load import find_system
-from tokenbridge.tokenizers.kl16 import create_kl16
+from tokenbridge.sampling.load import find_system, on_meta
 
-SMALL_VAE = create_kl16(embed_dim=4, ch=32, ch_mult=(1, 1), num_res_blocks=1)
 LABEL = torch.tensor([1])
 
 
@@ -48,10 +50,6 @@ class Counter(FlopCounterMode):
         self.plain.__exit__(*arguments)
 
 
-def without_decoder(count: dict[str, float]) -> float:
-    return sum(flop for part, flop in count.items() if part not in ("VAE decoder", "VQ decoder"))
-
-
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 @pytest.mark.parametrize("position_order", ["random", "confidence"])
 @pytest.mark.parametrize(
@@ -68,10 +66,12 @@ def test_tokenbridge(guidance_scale: float, position_order: Any, changes: dict[s
     noise = image_noise(0, [0], model.num_positions, model.num_channels)
     with Counter() as counter:
         generate_tokens(model, LABEL, sampling, noise)
-    ours = tokenbridge_flop({**TINY, **changes}, sampling, SMALL_VAE)
-    assert without_decoder(ours) == counter.get_total_flops()
-    other = tokenbridge_flop({**TINY, **changes}, sampling, SMALL_VAE, official_backbone=True)
-    assert other["decoder"] > ours["decoder"]  # mutation: what the loop skips would be seen
+    counted = on_meta(TokenBridge, {**TINY, **changes})
+    ours = tokenbridge_cost.count_flop(counted, sampling)
+    assert sum(ours.values()) == counter.get_total_flops()
+    other = backbone_flop(counted.backbone, sampling, asks_all_masked=position_order == "random")
+    assert other["encoder"] == ours["encoder"]
+    assert other["decoder"] != ours["decoder"]  # mutation: what the loop skips would be seen
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
@@ -84,7 +84,7 @@ def test_mar(guidance_scale: float, changes: dict[str, Any]) -> None:
     noise = latent_noise(0, [0], model.num_positions, model.num_channels)
     with Counter() as counter:
         generate_latents(model, LABEL, sampling, noise)
-    assert without_decoder(mar_flop(sizes, sampling, SMALL_VAE)) == counter.get_total_flops()
+    assert sum(mar_cost.count_flop(on_meta(MAR, sizes), sampling).values()) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,7 @@ def test_llamagen(sampling: LlamaGenSampling, changes: dict[str, Any]) -> None:
     model = LlamaGen(**sizes).eval()  # type: ignore[arg-type]
     with Counter() as counter:
         generate_llamagen(model, LABEL, sampling, torch.rand(1, 9))
-    vq = find_system("llamagen-b-256").create_decoder()
-    assert without_decoder(llamagen_flop(sizes, sampling, vq)) == counter.get_total_flops()
+    assert llamagen_cost.count_flop(on_meta(LlamaGen, sizes), sampling) == {"transformer": counter.get_total_flops()}
 
 
 @pytest.mark.parametrize("guidance_weight", [0.0, 0.4])
@@ -110,32 +109,72 @@ def test_givt(guidance_weight: float) -> None:
     sampling = GivtSampling(guidance_weight=guidance_weight)
     with Counter() as counter:
         generate_givt(model, LABEL, sampling, lambda position: StreamNoise(0, [0], position, model))
-    vae = create_kl16(embed_dim=3, ch=32, ch_mult=(1, 1), num_res_blocks=1)
-    assert without_decoder(givt_flop(sizes, sampling, vae)) == counter.get_total_flops()
+    assert givt_cost.count_flop(on_meta(GIVT, sizes), sampling) == {"transformer": counter.get_total_flops()}
 
 
-# TFLOP per image of TokenBridge-L with guidance: encoder, decoder, head, VAE decoder, all; counted from the official
-# code by others. The cached rows still run the last decoder block for all positions, which sampling.py does not.
-TABLE = [
-    (256, False, (40.9, 69.6, 5.41, 0.25, 116.2)),
-    (256, True, (40.9, 69.6, 0.64, 0.25, 111.4)),
-    (64, False, (8.3, 17.4, 5.41, 0.25, 31.3)),
-    (64, True, (8.3, 17.4, 0.64, 0.25, 26.6)),
-]
+# Operations of an image by part, as hand-written formulas gave them before torch counted.
+PRESETS: dict[str, tuple[int, ...]] = {
+    "tokenbridge-b": (8_726_096_904_192, 13_896_266_022_912, 358_688_489_472),
+    "tokenbridge-l": (40_895_244_140_544, 65_972_979_367_936, 637_299_326_976),
+    "tokenbridge-h": (79_319_767_449_600, 128_919_483_187_200, 946_956_402_688),
+    "tokenbridge-tiny": (226_838_528, 446_480_384, 83_132_416),
+    "mar-b": (17_452_193_808_384, 27_792_532_045_824, 3_508_921_171_968),
+    "mar-l": (40_895_244_140_544, 65_972_979_367_936, 7_154_727_649_280),
+    "mar-h": (79_319_767_449_600, 128_919_483_187_200, 15_129_190_072_320),
+    "llamagen-b-256": (102_283_345_920,),
+    "llamagen-b-384": (236_932_300_800,),
+    "llamagen-l-256": (169_663_791_104,),
+    "llamagen-l-384": (781_606_453_248,),
+    "llamagen-xl-256": (391_268_270_080,),
+    "llamagen-xl-384": (1_794_681_077_760,),
+    "llamagen-xxl-256": (718_371_028_992,),
+    "llamagen-xxl-384": (3_287_027_810_304,),
+    "llamagen-3b-256": (1_567_031_296_000,),
+    "llamagen-3b-384": (7_108_263_936_000,),
+    "givt-causal-256": (316_267_298_816,),
+}
+WITH_DECODER: dict[str, tuple[int, ...]] = {
+    "tiny/tokenbridge-64": (226_838_528, 446_480_384, 83_132_416, 95_256_576),
+    "tiny/tokenbridge-16": (226_838_528, 446_480_384, 81_559_552, 95_256_576),
+    "tiny/parallel-64": (226_838_528, 446_480_384, 84_115_456, 95_256_576),
+    "tiny/mar": (226_838_528, 446_480_384, 1_531_887_616, 95_256_576),
+    "tiny/llamagen": (59_277_312, 95_252_480),
+    "tiny/givt": (62_758_912, 95_256_576),
+    "tokenbridge-l": (40_895_244_140_544, 65_972_979_367_936, 637_299_326_976, 250_135_838_720),
+    "mar-b": (17_452_193_808_384, 27_792_532_045_824, 3_508_921_171_968, 250_135_838_720),
+    "llamagen-b-256": (102_283_345_920, 252_716_253_184),
+    "llamagen-b-384": (236_932_300_800, 570_121_519_104),
+    "givt-causal-256": (316_267_298_816, 185_979_633_664),
+}
+MASKED = ["encoder", "decoder", "head"]
+PARTS = {"tokenbridge": MASKED, "mar": MASKED, "llamagen": ["transformer"], "givt": ["transformer"]}
+COUNTS: dict[str, Callable[[Any, Any], dict[str, float]]] = {
+    "tokenbridge": tokenbridge_cost.count_flop,
+    "mar": mar_cost.count_flop,
+    "llamagen": llamagen_cost.count_flop,
+    "givt": givt_cost.count_flop,
+}
+UNPUBLISHED = {"tokenbridge": TokenBridgeSampling(), "llamagen": LlamaGenSampling()}  # settings where there are none
 
 
-@pytest.mark.parametrize(("num_iterations", "caches_head", "expected"), TABLE)
-def test_tokenbridge_of_published_size(num_iterations: int, caches_head: bool, expected: tuple[float, ...]) -> None:
-    preset = PRESETS["tokenbridge-l"]
-    sampling = replace(preset.sampling_config(), num_iterations=num_iterations)
-    counted = tokenbridge_flop(
-        preset.model, sampling, create_kl16(), official_backbone=True, official_head=not caches_head
-    )
-    tera = [count / 1e12 for count in counted.values()]
-    places = (1, 1, 2, 2, 1)  # as many as the table gives
-    assert [round(n, p) for n, p in zip([*tera, sum(tera)], places, strict=True)] == list(expected)
-    run_here = tokenbridge_flop(preset.model, sampling, create_kl16())
-    assert sum(run_here.values()) < sum(counted.values())
+def test_every_preset_has_expected_counts() -> None:
+    assert list(PRESETS) == list(all_presets())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset(name: str) -> None:
+    kind, preset = all_presets()[name]
+    settings = preset.sampling_config() if preset.sampling else UNPUBLISHED[kind.name]
+    counted = COUNTS[kind.name](on_meta(kind.model_class, preset.model), settings)
+    assert counted == dict(zip(PARTS[kind.name], PRESETS[name], strict=True))
+
+
+@pytest.mark.parametrize("name", WITH_DECODER)
+def test_system_with_its_decoder(name: str) -> None:
+    system = find_system(name)
+    counted = system.flop_per_image()
+    assert tuple(counted.values()) == WITH_DECODER[name]
+    assert list(counted) == [*PARTS[system.kind.name], "VQ decoder" if "llamagen" in name else "VAE decoder"]
 
 
 def test_others_of_published_size() -> None:
@@ -152,13 +191,3 @@ def test_others_of_published_size() -> None:
     unfilled = 2 * 24 * 4 * 3200 * sum(577 - (place + 1) for place in range(576))
     counts = (llamagen["transformer"] + unfilled, llamagen["VQ decoder"], sum(llamagen.values()) + unfilled)
     assert [round(count / 1e12, 2) for count in counts] == [7.21, 0.57, 7.78]
-
-
-def test_every_system_is_counted() -> None:
-    assert {kind.name for kind, _ in all_presets().values()} == set(KINDS)
-    tiny = [f"tiny/{name}" for name in ("tokenbridge-64", "mar", "llamagen", "givt")]
-    for name in [*tiny, *(name for name, (_, preset) in all_presets().items() if preset.sampling)]:
-        system = find_system(name)
-        flop = system.flop_per_image()
-        assert all(count > 0 for count in flop.values()), name
-        assert decoder_flop(system.create_decoder(), system.model.get("latent_size", 2)) > 0
