@@ -87,7 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for key, path in files.items():
         path.rename(root / artifacts.ARTIFACTS[key].file)
     statistics = root / artifacts.ARTIFACTS["adm-statistics"].file
-    declared = replace(artifacts.ARTIFACTS["adm-statistics"], git_sha1=artifacts._git_sha1(statistics))
+    declared = replace(artifacts.ARTIFACTS["adm-statistics"], git_sha1=artifacts.git_sha1_of(statistics))
     monkeypatch.setitem(artifacts.ARTIFACTS, "adm-statistics", declared)
     monkeypatch.setattr(table1, "NUM_CLASSES", len(table1.PHOTOGRAPHS))
     return root

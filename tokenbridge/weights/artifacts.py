@@ -1,17 +1,18 @@
-"""Published files: weights, VAE, Inception's weights, reference statistics, ImageNet; and how they are had.
+"""Published files: weights, VAEs, Inception's weights, reference statistics, ImageNet; and where to find each one.
 
-Each file is declared once, with its origin and what was published of it; nothing is known here that its publisher or
-several public repositories do not state. A file is looked for
+Each file is declared once, in `artifacts.yaml`, with its origin and what was published of it; nothing is declared that
+its publisher or several public repositories do not state. A file is looked for
 
 1. where a command's option says (the file, or a folder that holds it),
 2. in the folder that $TOKENBRIDGE_ARTIFACTS names, directly or one folder down, so that the official layout
    (`pretrained_models/vae/kl16.ckpt`) is found as it is,
 3. in the hub's cache or, for plain addresses, in torch hub's (where torch-fidelity keeps its own download),
-4. at its origin: from the hub into the hub's cache, from an address into $TOKENBRIDGE_ARTIFACTS (torch hub's cache
-   if it is not set). Data sets are never downloaded here; HF_HUB_OFFLINE=1 stops all downloads.
+4. at its origin: `huggingface_hub` downloads from the hub into the hub's cache, `torch.hub` from an address into
+   $TOKENBRIDGE_ARTIFACTS (torch hub's cache if it is not set). Data sets are never downloaded here; HF_HUB_OFFLINE=1
+   stops all downloads.
 
-What cannot be had makes one error that names every missing file, its origin and its place. That takes seconds:
-every origin is asked before anything is downloaded.
+One error names every file that is missing, its origin and its place. Nothing is downloaded while a file that was asked
+for has to be put in place by hand. A server that is silent for `TIMEOUT` seconds is given up.
 
 A file's SHA-256 is computed at first use and written to `artifacts.lock.json`: in $TOKENBRIDGE_ARTIFACTS if that
 can be written to, else in the working directory. From then on a file of another hash is refused until
@@ -23,26 +24,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+import socket
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import huggingface_hub
-import rich.progress
+import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
-from rich.console import Console
 
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_json
 
 FOLDER_VARIABLE = "TOKENBRIDGE_ARTIFACTS"
 LOCK_FILE = "artifacts.lock.json"
-TIMEOUT = 5.0  # seconds that an origin may take to answer
+TIMEOUT = 10.0  # seconds that a server may be silent
 
 INCEPTION = "inception"
 KL16_VAE = "kl16"
@@ -59,7 +59,7 @@ class Artifact:
 
     key: str
     what: str
-    file: str  # its place in a folder; on the hub, the path ends so
+    file: str  # its path below a folder of files; on the hub, its path ends so
     format: str
     licence: str
     option: str  # of the commands that use it
@@ -73,134 +73,19 @@ class Artifact:
     @property
     def origin(self) -> str:
         """Where it comes from, for people."""
-        kind = "datasets/" if self.is_dataset else ""
-        on_hub = (
-            [f"https://huggingface.co/{kind}{self.hub}" + ("" if self.is_dataset else f" (…{self.file})")]
-            if self.hub
-            else []
-        )
-        return " or ".join(on_hub + ([self.url] if self.url else []))
+        if self.is_dataset:
+            return f"https://huggingface.co/datasets/{self.hub}"
+        on_hub = f"https://huggingface.co/{self.hub} (…{self.file})" if self.hub else None
+        return " or ".join(filter(None, (on_hub, self.url)))
 
 
-_TOKENBRIDGE = "Epiphqny/TokenBridge"  # README.md of YuqingWang1029/TokenBridge at 3ede281; model card: MIT
-_LLAMAGEN = "FoundationVision/LlamaGen"  # README.md of FoundationVision/LlamaGen at ce98ec4
-_GIVT = "https://storage.googleapis.com/big_vision/givt/"  # proj/givt/README.md of google-research/big_vision, 0127fb6
-_TORCH = "torch checkpoint (pickled tensors)"
-_FLAX = "NumPy archive of a Flax parameter tree"
+def _read_declarations() -> dict[str, Artifact]:
+    groups = yaml.safe_load(Path(__file__).with_name("artifacts.yaml").read_text(encoding="utf-8"))
+    declared = [Artifact(**group["all"] | file) for group in groups.values() for file in group["files"]]
+    return {artifact.key: artifact for artifact in declared}
 
 
-def _tokenbridge(name: str, official: str) -> Artifact:
-    file = f"{official}/checkpoint-last.pth"
-    what = f"TokenBridge-{name}: model, model_ema and training state"
-    return Artifact(f"tokenbridge-{name.lower()}", what, file, _TORCH, "MIT", "--weights", hub=_TOKENBRIDGE)
-
-
-def _mar(name: str, official: str, address: str) -> Artifact:
-    """MAR's files lie on Dropbox (README.md of LTH14/mar at fe470ac); dl=1 asks for the file, not for a page."""
-    return Artifact(
-        f"mar-{name.lower()}",
-        f"MAR-{name}: model, model_ema and training state",
-        f"{official}/checkpoint-last.pth",
-        _TORCH,
-        "MIT (code repository)",
-        "--weights",
-        url=f"https://www.dropbox.com/scl/fi/{address}&dl=1",
-    )
-
-
-def _llamagen(key: str, what: str, file: str) -> Artifact:
-    return Artifact(f"llamagen-{key}", what, file, _TORCH, "MIT (code repository)", "--weights", hub=_LLAMAGEN)
-
-
-def _givt(key: str, what: str, file: str) -> Artifact:
-    licence = "Apache-2.0 (code repository)"
-    return Artifact(f"givt-{key}", what, file, _FLAX, licence, "--weights", url=_GIVT + file)
-
-
-ARTIFACTS: dict[str, Artifact] = {
-    artifact.key: artifact
-    for artifact in (
-        _tokenbridge("L", "tokenbridge_large"),
-        _tokenbridge("H", "tokenbridge_huge"),
-        Artifact(
-            KL16_VAE,
-            "the VAE of TokenBridge and MAR (KL-16)",
-            "kl16.ckpt",
-            _TORCH,
-            "MIT",
-            "--vae",
-            hub=_TOKENBRIDGE,
-            # util/download.py of both repositories, with dl=1
-            url="https://www.dropbox.com/scl/fi/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
-        ),
-        Artifact(
-            INCEPTION,
-            "torch-fidelity's Inception-v3, converted from TensorFlow's of 2015",
-            "weights-inception-2015-12-05-6726825d.pth",
-            _TORCH,
-            "Apache-2.0",
-            "--inception-weights",
-            url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-            "weights-inception-2015-12-05-6726825d.pth",
-            # Size and hash as public repositories quote them; the hash's first digits are in the file's name.
-            size=95_628_359,
-            sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        ),
-        Artifact(
-            STATISTICS,
-            "mean and covariance of Inception's features of ImageNet's training set at 256 pixels (from ADM)",
-            "adm_in256_stats.npz",
-            "NumPy archive: mu [2048], sigma [2048, 2048]",
-            "MIT (code repository)",
-            "--reference",
-            url="https://raw.githubusercontent.com/YuqingWang1029/TokenBridge/"
-            "3ede2818251c7b47427c470e07da9409afd66f71/fid_stats/adm_in256_stats.npz",
-            # The same file in LTH14/mar at fe470ac.
-            git_sha1="1da4c17607fe959d54999fd098105649a0c05e15",
-        ),
-        Artifact(
-            REFERENCE_BATCH,
-            "ADM's reference batch: the statistics, and 10,000 images for precision and recall",
-            "VIRTUAL_imagenet256_labeled.npz",
-            "NumPy archive: arr_0 [10000, 256, 256, 3], mu, sigma and others",
-            "ImageNet's terms of access (non-commercial research)",
-            "--reference",
-            # evaluations/README.md of openai/guided-diffusion
-            url="https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
-            "VIRTUAL_imagenet256_labeled.npz",
-        ),
-        Artifact(
-            IMAGENET,
-            "ImageNet-1k (ILSVRC 2012): a folder with train/ and one folder a class in it, or the hub's Parquet files",
-            "imagenet",
-            "folder of images",
-            "ImageNet's terms of access (non-commercial research); gated on the hub",
-            "--imagenet",
-            hub="ILSVRC/imagenet-1k",
-            is_dataset=True,
-        ),
-        _mar("B", "mar_base", "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb"),
-        _mar("L", "mar_large", "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt"),
-        _mar("H", "mar_huge", "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o"),
-        _llamagen("vq16", "LlamaGen's VQ tokenizer, down-sampling 16", "vq_ds16_c2i.pt"),
-        _llamagen("vq8", "LlamaGen's VQ tokenizer, down-sampling 8", "vq_ds8_c2i.pt"),
-        *(
-            _llamagen(f"{size.lower()}-{pixels}", f"LlamaGen-{size} at {pixels} pixels", f"c2i_{size}_{pixels}.pt")
-            for size, pixels in (
-                ("B", 256),
-                ("B", 384),
-                ("L", 256),
-                ("L", 384),
-                ("XL", 384),
-                ("XXL", 384),
-                ("3B", 384),
-            )
-        ),
-        _givt("vae", "GIVT's VAE, β = 5e-5", "vae_imagenet_2012_beta_5e-5_params"),
-        _givt("causal-256", "GIVT-Causal at 256 pixels", "givt_imagenet_2012_causal_params.npz"),
-        _givt("maskgit-256", "GIVT-MaskGIT at 256 pixels", "givt_imagenet_2012_maskgit_params.npz"),
-    )
-}
+ARTIFACTS = _read_declarations()
 
 
 @dataclass(frozen=True)
@@ -275,35 +160,24 @@ def resolve(
         keys: of `ARTIFACTS`.
         folder: holds the files; None takes $TOKENBRIDGE_ARTIFACTS.
         given: files named by the user, or folders that hold them, by key; None looks in the usual places.
-        download: fetch what is not here. Nothing is fetched unless everything that is missing answers.
+        download: fetch what is not here. Nothing is fetched if something that is missing is never downloaded.
 
     Raises:
         MissingArtifactsError: files cannot be had; the message lists all of them.
-        ValueError: an unknown key, a folder that is not there, a file that is not the published or recorded one.
+        UserError: an unknown key, a folder that is not there, a file that is not the published or recorded one.
         OSError: the lock file cannot be written.
     """
     chosen, given, folder = [find_artifact(key) for key in keys], given or {}, artifacts_folder(folder)
     found = {a.key: path for a in chosen if (path := _locate(a, folder, given.get(a.key))) is not None}
     absent = [a for a in chosen if a.key not in found]
-    reasons: dict[str, str] = {}
-    fetches: dict[str, Callable[[], Path]] = {}
-    deaf: dict[str, str] = {}  # hosts that did not answer, and how; asked once
-    for artifact in absent:
-        if (named := given.get(artifact.key)) is not None:
-            reasons[artifact.key] = f"{artifact.option} names {named}, where it is not."
-            continue
+    reasons = {a.key: reason for a in absent if (reason := _why_not_fetched(a, given.get(a.key), download))}
+    for artifact in [] if reasons else absent:
         try:
-            fetches[artifact.key] = _ask_origin(artifact, folder, download, deaf)
-        except _NotFetchedError as error:
-            reasons[artifact.key] = str(error)
-    if not reasons:
-        for key, fetch in fetches.items():
-            try:
-                found[key] = fetch()
-            except Exception as error:  # the hub client and sockets raise dozens of unrelated types
-                reasons[key] = f"The download failed ({type(error).__name__}: {_first_line(error)})."
+            found[artifact.key] = _fetch(artifact, folder)
+        except UserError as error:
+            reasons[artifact.key] = f"Not downloaded: {error}."
     if reasons:
-        waiting = "It can be downloaded, once the others are there."
+        waiting = "Its download will be tried once the others are there."
         missing = [a for a in absent if a.key not in found]
         raise MissingArtifactsError([Missing(a, _place(a, folder), reasons.get(a.key, waiting)) for a in missing])
     for artifact in chosen:
@@ -451,41 +325,44 @@ def _place(artifact: Artifact, folder: Path | None) -> str:
     return str(folder / artifact.file)
 
 
-class _NotFetchedError(Exception):
-    """Why a file is not downloaded; the text goes into the list of missing files."""
-
-
-def _ask_origin(artifact: Artifact, folder: Path | None, download: bool, deaf: dict[str, str]) -> Callable[[], Path]:
-    """Ask the file's origins whether they have it; return what downloads it."""
+def _why_not_fetched(artifact: Artifact, named: PathLike | None, download: bool) -> str | None:
+    """Return why a file that is missing will not be downloaded; None if it can be tried."""
+    if named is not None:
+        return f"{artifact.option} names {named}, where it is not."
     if artifact.is_dataset:
         command = f"hf download --repo-type dataset {artifact.hub}"
-        raise _NotFetchedError(f"Data sets are not downloaded here; `{command}` does, after its terms are accepted.")
+        return f"Data sets are not downloaded here; `{command}` does, after its terms are accepted."
     if not download:
-        raise _NotFetchedError("Not downloaded: only files on this machine were asked for.")
+        return "Not downloaded: only files on this machine were asked for."
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise _NotFetchedError("Not downloaded: HF_HUB_OFFLINE is set.")
+        return "Not downloaded: HF_HUB_OFFLINE is set."
+    return None
+
+
+def _fetch(artifact: Artifact, folder: Path | None) -> Path:
+    """Download a file from its first origin that sends it; it appears whole or not at all.
+
+    Raises:
+        UserError: no origin sent it; the message says what each of them answered.
+    """
     reasons = []
-    for address, ask in (
-        (huggingface_hub.constants.ENDPOINT if artifact.hub else None, _ask_hub),
-        (artifact.url, _ask_address),
+    for origin, fetch in (
+        (huggingface_hub.constants.ENDPOINT if artifact.hub else None, _fetch_from_hub),
+        (artifact.url, _fetch_from_address),
     ):
-        if address is None:
+        if origin is None:
             continue
-        host = urlsplit(address).netloc
-        if host not in deaf:
-            try:
-                return ask(artifact, folder)
-            except _NotFetchedError as error:
-                reasons.append(str(error))
-                continue
-            except Exception as error:  # see `resolve`
-                deaf[host] = f"{host} did not answer ({type(error).__name__}: {_first_line(error)})"
-        reasons.append(deaf[host])
-    raise _NotFetchedError(f"Not downloaded: {'; '.join(reasons)}.")
+        try:
+            return fetch(artifact, folder)
+        except Exception as error:  # the hub's client and sockets raise dozens of unrelated types
+            line = (str(error) or "no message").splitlines()[0]
+            what = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
+            reasons.append(f"{urlsplit(origin).netloc} did not send it ({what})")
+    raise UserError("; ".join(reasons))
 
 
-def _ask_hub(artifact: Artifact, folder: Path | None) -> Callable[[], Path]:
-    """Find the one file of the repository whose path ends in `artifact.file`.
+def _fetch_from_hub(artifact: Artifact, folder: Path | None) -> Path:
+    """Download, into the hub's cache, the one file of the repository whose path ends in `artifact.file`.
 
     The official README names the folder of each checkpoint, but not where it lies in the repository.
     """
@@ -493,41 +370,38 @@ def _ask_hub(artifact: Artifact, folder: Path | None) -> Callable[[], Path]:
     siblings = huggingface_hub.HfApi().model_info(artifact.hub, timeout=TIMEOUT).siblings or []
     paths = [s.rfilename for s in siblings if f"/{s.rfilename}".endswith(f"/{artifact.file}")]
     if len(paths) != 1:
-        raise _NotFetchedError(f"{artifact.hub} has {len(paths)} files …{artifact.file}")
-    fetch = partial(huggingface_hub.hf_hub_download, artifact.hub, paths[0], etag_timeout=TIMEOUT)
-    return lambda: Path(fetch())
+        raise UserError(f"{artifact.hub} has {len(paths)} files …{artifact.file}")
+    return Path(huggingface_hub.hf_hub_download(artifact.hub, paths[0], etag_timeout=TIMEOUT))
 
 
-def _ask_address(artifact: Artifact, folder: Path | None) -> Callable[[], Path]:
-    assert artifact.url is not None
-    with _open(artifact.url, method="HEAD"):
-        pass
+def _fetch_from_address(artifact: Artifact, folder: Path | None) -> Path:
+    """Download a file from its address into `folder`, or into torch hub's cache."""
+    import torch
+
     target = folder / artifact.file if folder is not None else _address_cache(artifact)
+    assert artifact.url is not None
     assert target is not None
-    return partial(_download, artifact.url, target)
-
-
-def _download(url: str, target: Path) -> Path:
-    """Download a file; it appears whole or not at all."""
-    with _open(url) as response, replacing(target) as temporary:
-        if response.headers.get_content_type() == "text/html":
+    with replacing(target) as temporary, _socket_timeout(TIMEOUT):
+        torch.hub.download_url_to_file(artifact.url, str(temporary), hash_prefix=artifact.sha256)
+        # torch.hub does not compare the length with the one that the server announced.
+        with temporary.open("rb") as file:
+            start = file.read(2)
+        if start[:1] == b"<":
             raise UserError("the answer is a web page, not the file")
-        total = int(response.headers.get("Content-Length") or 0)
-        console = Console(stderr=True)
-        with (
-            rich.progress.wrap_file(response, total, description=target.name, console=console) as source,
-            temporary.open("wb") as file,
-        ):
-            shutil.copyfileobj(source, file, 2**20)
-        if total and temporary.stat().st_size != total:
-            raise UserError(f"{temporary.stat().st_size:,} of {total:,} bytes came")
+        if start == b"PK" and not zipfile.is_zipfile(temporary):
+            raise UserError("the file was cut off")
     return target
 
 
-def _open(url: str, method: str = "GET") -> Any:
-    # Some hosts turn Python's own user agent away. The addresses are those declared above.
-    request = urllib.request.Request(url, method=method, headers={"User-Agent": "tokenbridge"})  # noqa: S310
-    return urllib.request.urlopen(request, timeout=TIMEOUT)  # noqa: S310
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Let no socket wait longer: torch.hub gives no timeout of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:
@@ -554,20 +428,18 @@ def _published_hash(artifact: Artifact, path: Path) -> str:
     sha256 = sha256_of(path)
     if artifact.sha256 is not None and sha256 != artifact.sha256:
         raise UserError(f"{path} is not the published {artifact.key}: its SHA-256 is {sha256}, not {artifact.sha256}.")
-    if artifact.git_sha1 is not None and (found := _git_sha1(path)) != artifact.git_sha1:
+    if artifact.git_sha1 is not None and (found := git_sha1_of(path)) != artifact.git_sha1:
         raise UserError(
             f"{path} is not the published {artifact.key}: git names its contents {found}, not {artifact.git_sha1}."
         )
     return sha256
 
 
-def _git_sha1(path: Path) -> str:
+def git_sha1_of(path: Path) -> str:
     """Return git's name of a file's contents (`git hash-object`)."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        header = f"blob {path.stat().st_size}\0".encode()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -591,7 +463,3 @@ def _read_lock(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); correct it, or delete it and let it be written anew.") from error
     return lock
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or "no message").splitlines()[0]
