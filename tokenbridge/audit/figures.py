@@ -1,4 +1,4 @@
-"""Pictures and curves of the page, as SVG and data URIs."""
+"""Pictures and loss curves of the page, as data URIs and SVG."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from PIL import Image
 
 from tokenbridge.utils.files import sha256_of
 
-LOSSLESS_BYTES = 150_000  # a picture that compresses to less keeps every pixel; the page stays below 3 MB
-LOSSY_QUALITY = 82  # of WebP, for the others
+LOSSLESS_BYTES = 150_000  # smaller pictures are stored without loss; the page stays below 3 MB
+LOSSY_QUALITY = 82  # of WebP, for larger pictures
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the reference results, and the same one of a user's run."""
+    """A picture of the reference results, and the picture of the same name from a user's run."""
 
     name: str
     reference: str | None  # data URI
-    own: str | None  # data URI; None if there is none, or it is the same file
+    own: str | None  # data URI; None if the run has no such picture, or the same file
     same: bool  # the run's picture is the reference's, byte for byte
     size: tuple[int, int]  # width, height in pixels
 
 
 def pictures(reference: Path, runs: Path | None) -> list[Picture]:
-    """Return the grids of samples of both folders: TokenBridge's first, of these the one with most levels."""
+    """Return the grids of samples in both folders, TokenBridge's first, and of these the one with most levels first."""
 
-    def place(name: str) -> tuple[bool, bool, int, str]:
+    def rank(name: str) -> tuple[bool, bool, int, str]:
         levels = re.search(r"\d+", name)
         return "tokenbridge" not in name, "confidence" in name, -int(levels[0]) if levels else 0, name
 
     names = {path.name for folder in (reference, runs) if folder for path in folder.glob("samples-*.png")}
-    return [found for name in sorted(names, key=place) if (found := picture_pair(name, reference, runs))]
+    return [found for name in sorted(names, key=rank) if (found := picture_pair(name, reference, runs))]
 
 
 def picture_pair(name: str, reference: Path, runs: Path | None) -> Picture | None:
-    """Return a picture of the reference and of a user's run; None if neither has it."""
+    """Return the picture `name` of the reference and of a user's run, or None if neither has it."""
     stored, own = reference / name, None if runs is None else runs / name
     stored_uri = data_uri(stored) if stored.is_file() else None
     own_file = own if own is not None and own.is_file() else None
@@ -59,7 +59,7 @@ def picture_pair(name: str, reference: Path, runs: Path | None) -> Picture | Non
 
 
 def data_uri(path: Path) -> str:
-    """Return a picture as WebP in a data URI: lossless where that stays small."""
+    """Return a picture as WebP in a data URI, without loss if that takes at most `LOSSLESS_BYTES`."""
     with Image.open(path) as opened:
         picture = opened.convert("RGB")  # the grids are opaque
     content = _webp(picture, lossless=True)
@@ -95,7 +95,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """The loss of one model's training."""
+    """The training loss of one model."""
 
     name: str
     svg: Markup
@@ -106,7 +106,7 @@ class Curve:
 
 
 def loss_curves(folder: Path) -> list[Curve]:
-    """Draw the loss of every training log `*.json` of a folder."""
+    """Draw the loss in every training log `*.json` of a folder."""
     curves = []
     for path in sorted(folder.glob("*.json")):
         log = json.loads(path.read_text(encoding="utf-8"))
@@ -131,19 +131,19 @@ def loss_curves(folder: Path) -> list[Curve]:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
-    """Return a figure as SVG that can stand in a page beside others.
+    """Return a figure as SVG that can be embedded in a page with others.
 
     Args:
         figure: drawn with `STYLE`.
-        name: put before every id, which are unique in one figure only.
-        description: what the figure shows, for those who cannot see it.
+        name: prefix of every id, since matplotlib's ids are unique within one figure only.
+        description: text for readers who cannot see the figure.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None
-    svg = svg[svg.index(">", svg.index("<svg")) + 1 :]  # past the opening tag, which is written anew
+    svg = svg[svg.index(">", svg.index("<svg")) + 1 :]  # after the opening tag, which is replaced below
     svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", svg, flags=re.DOTALL)
     prefix = re.sub(r"[^A-Za-z0-9-]", "-", name)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)

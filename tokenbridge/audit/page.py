@@ -1,6 +1,6 @@
-"""The audit as one HTML page: everything inside the file, nothing loaded, no script needed to read it.
+"""The audit as one HTML page, which loads nothing and can be read without scripts.
 
-Python prepares what the page shows; `templates/audit.html.j2` says how it looks.
+This module prepares what the page shows, and `templates/audit.html.j2` lays it out.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def write_page(audit: Audit, path: Path, *, reference: Path, runs: Path | None =
 
     Args:
         audit: what to show.
-        path: file to write; it appears whole or not at all.
-        reference: folder `reference_results`: the pictures and training logs of its `tiny/` are shown.
-        runs: folder of a user's own tiny run; its pictures stand beside those of the same name.
+        path: file to write. It appears whole or not at all.
+        reference: the folder `reference_results`. The page shows the pictures and training logs in its `tiny/`.
+        runs: folder of a user's own tiny run. Its pictures stand beside the reference pictures of the same name.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tokenbridge.audit"),
@@ -106,14 +106,18 @@ def write_page(audit: Audit, path: Path, *, reference: Path, runs: Path | None =
 
 
 def number(value: float, decimals: int | None = None) -> str:
-    """Format a number: whole ones in full, others with `decimals` or six significant digits."""
+    """Format a number with `decimals`.
+
+    If they are None, whole numbers are written in full, others from 1,000 on with two decimals, and the rest with six
+    significant digits.
+    """
     if decimals is None and (abs(value) >= 1000 or value == int(value)):
         decimals = 0 if value == int(value) else 2
     return f"{value:.6g}" if decimals is None else f"{value:,.{decimals}f}"
 
 
 def claimed(finding: Finding) -> str:
-    """Format the published value: with the decimals of its metric, or more if it was published with more."""
+    """Format the published value with the decimals of its metric, or with more if it was published with more."""
     value, name = finding.claim.value, finding.claim.metric
     if value is None:
         return "in words"
@@ -124,12 +128,12 @@ def claimed(finding: Finding) -> str:
 
 
 def measured(finding: Finding) -> str:
-    """Format the measured value, one decimal more than published ones have; a dash where there is none."""
+    """Format the measured value with one decimal more than the published one has; a dash stands for no value."""
     claim = finding.claim
     if finding.measured is None:
         return "–"
     if claim.value is None and claim.check is not None:
-        return "true" if finding.measured == 1 else "false"  # a check of words gives 1 or 0
+        return "true" if finding.measured == 1 else "false"  # the check of a claim in words gives 1 or 0
     decimals = _decimals(claim.metric)
     if decimals is not None and tolerances.metric(claim.metric or "").reason != "counted":
         decimals += 1
@@ -152,7 +156,7 @@ def tolerance(granted: Tolerance) -> str:
 
 
 def source(text: str) -> Markup:
-    """Escape a source, and make links of the addresses and arXiv numbers in it."""
+    """Escape a source, and turn the addresses and arXiv numbers in it into links."""
     pattern = re.compile(r"https?://[^\s<>\"']+[^\s<>\"'.,;:)]|arXiv[ :](\d{4}\.\d{4,5})")
     pieces, end = [], 0
     for match in pattern.finditer(text):
@@ -166,7 +170,7 @@ def source(text: str) -> Markup:
 
 
 def summary(findings: Sequence[Finding]) -> list[str]:
-    """Return in sentences what was measured, and what was not."""
+    """Return sentences that say what was measured and what was not."""
     numbers = [finding for finding in findings if finding.claim.value is not None]
     done = [finding for finding in numbers if finding.measured is not None]
     by_scale = Counter(finding.claim.scale for finding in done)
@@ -220,12 +224,12 @@ class Group:
 
     @property
     def is_open(self) -> bool:
-        """Whether the page shows the group unfolded: something in it was looked at."""
+        """Whether the page shows the group unfolded: at least one of its claims was measured."""
         return any(f.verdict in ("reproduced", "not reproduced", "within doubt") for f in self.findings)
 
 
 def groups(findings: Sequence[Finding]) -> list[Group]:
-    """Group claims by the first part of their ids, in the order they are listed; the paper's tables first."""
+    """Group claims by the first part of their ids; the paper's tables come first, others in the order of the claims."""
     grouped: dict[str, list[Finding]] = {}
     for finding in findings:
         grouped.setdefault(finding.claim.id.split("/")[0], []).append(finding)
@@ -252,13 +256,13 @@ class PaperTable:
 
 
 def paper_tables(findings: Iterable[Finding]) -> list[PaperTable]:
-    """Set the claims whose ids are table/row/column out as tables; table 4 is a list, as in the paper."""
+    """Arrange the claims with ids TABLE/ROW/COLUMN as tables; table 4 becomes a list, as it is in the paper."""
     cells: dict[str, dict[tuple[str, str], Finding]] = {}
-    texts: dict[tuple[str, str, str], Counter[str]] = {}  # of a table's rows and columns
+    texts: dict[tuple[str, str, str], Counter[str]] = {}  # labels of (table, "row" or "column", id)
     for finding in findings:
         if match := re.fullmatch(r"(table\d\w*)/([^/]+)/([^/]+)", finding.claim.id):
             key, row, column = match.groups()
-            # "TokenBridge-L: FID (remark)" names the row, then the column; remarks are for the claim alone
+            # The text "TokenBridge-L: FID (remark)" names the row, then the column. The remark is not part of a label.
             row_text, _, column_text = finding.claim.text.partition(": ")
             if key == "table4":
                 row, column, row_text, column_text = f"{row}/{column}", "value", finding.claim.text, "value"
@@ -275,15 +279,15 @@ def paper_tables(findings: Iterable[Finding]) -> list[PaperTable]:
 
 
 def small_tables(evidence: Sequence[Evidence]) -> list[tuple[int, Evidence, dict[str, list[Row]]]]:
-    """Return what was measured at the scales of the recipes: (number of evidence, evidence, its tables)."""
+    """Return each evidence measured at a scale of the recipes: (its number, the evidence, its rows by table)."""
     found = []
     for i, file in enumerate(evidence):
-        if file.scale not in SCALES:  # the paper's own stands in its tables; a stand-in measures nothing
+        if file.scale not in SCALES:  # the paper's scale is shown in its tables, and a stand-in measures nothing
             continue
         tables: dict[str, list[Row]] = {}
         for row in file.rows:
             tables.setdefault(row.table, []).append(row)
-        tables.pop("discrepancies", None)  # shown with the ledger
+        tables.pop("discrepancies", None)  # the page shows these with the ledger
         if tables or file.trends:
             found.append((i, file, tables))
     return found
@@ -291,7 +295,7 @@ def small_tables(evidence: Sequence[Evidence]) -> list[tuple[int, Evidence, dict
 
 @dataclass(frozen=True)
 class Bar:
-    """Claimed against measured, from zero."""
+    """A claimed and a measured value, in percent of an axis that includes zero."""
 
     zero: float
     claimed: float
@@ -301,7 +305,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Strip:
-    """The neighbourhood of a claimed value, which lies at 50."""
+    """The neighbourhood of a claimed value, in percent of an axis on which that value lies at 50."""
 
     tolerance: tuple[float, float]
     measured: float
@@ -309,17 +313,20 @@ class Strip:
 
 
 def bar(finding: Finding) -> Bar | None:
-    """Place a claimed and a measured value on one axis that includes zero; None unless there are both."""
+    """Return a claimed and a measured value on one axis that includes zero, or None if either is missing."""
     value, found = finding.claim.value, finding.measured
     if value is None or found is None:
         return None
     ends = (0.0, value, found, *(finding.interval or ()))
-    place = _axis(min(ends), max(ends))
-    return Bar(place(0.0), place(value), place(found), _ends(finding, place))
+    percent = _axis(min(ends), max(ends))
+    return Bar(percent(0.0), percent(value), percent(found), _ends(finding, percent))
 
 
 def strip(finding: Finding) -> Strip | None:
-    """Place tolerance, measured value and interval around a claimed value; None if there is nothing to tell apart."""
+    """Return tolerance, measured value and interval around a claimed value.
+
+    The result is None if a value is missing, or if the two are equal and there is neither tolerance nor interval.
+    """
     value, found = finding.claim.value, finding.measured
     if value is None or found is None:
         return None
@@ -327,14 +334,15 @@ def strip(finding: Finding) -> Strip | None:
     reach = 1.2 * max(abs(end - value) for end in (value + granted, found, *(finding.interval or ())))
     if reach == 0:
         return None
-    place = _axis(value - reach, value + reach)
-    return Strip((place(value - granted), place(value + granted)), place(found), _ends(finding, place))
+    percent = _axis(value - reach, value + reach)
+    return Strip((percent(value - granted), percent(value + granted)), percent(found), _ends(finding, percent))
 
 
 def _axis(low: float, high: float) -> Callable[[float], float]:
+    """Return the function that maps values in [low, high] to percent."""
     span = high - low or 1.0
     return lambda value: round(100 * (value - low) / span, 3)
 
 
-def _ends(finding: Finding, place: Callable[[float], float]) -> tuple[float, float] | None:
-    return finding.interval and (place(finding.interval[0]), place(finding.interval[1]))
+def _ends(finding: Finding, percent: Callable[[float], float]) -> tuple[float, float] | None:
+    return finding.interval and (percent(finding.interval[0]), percent(finding.interval[1]))

@@ -16,18 +16,18 @@ from tokenbridge.utils.files import write_json, write_text
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FAILURE = "not reproduced"  # of a test case; all but "reproduced" are skipped
+FAILURE = "not reproduced"  # fails a test case; every verdict but this and "reproduced" skips it
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 
 
 def write_report(audit: Audit, out: Path | str, *, reference: Path | str, runs: Path | str | None = None) -> None:
-    """Write audit.md, audit.json, junit.xml and index.html into `out`; each appears whole or not at all.
+    """Write audit.md, audit.json, junit.xml and index.html into the folder `out`; each appears whole or not at all.
 
     Args:
         audit: what to show.
         out: folder.
-        reference: folder `reference_results`, for the page's pictures.
-        runs: folder of the user's own tiny run, for pictures beside those.
+        reference: the folder `reference_results`, whose pictures the page shows.
+        runs: folder of the user's own tiny run, whose pictures stand beside those.
     """
     out = Path(out)
     markdown, junit = to_markdown(audit), to_junit(audit)
@@ -44,7 +44,7 @@ def counts(audit: Audit) -> dict[str, int]:
 
 
 def group_of(finding: Finding) -> str:
-    """Return the table that a claim is about: what its id begins with."""
+    """Return the first part of a claim's id, which names the table that the claim is about."""
     return finding.claim.id.split("/")[0]
 
 
@@ -91,8 +91,9 @@ def to_markdown(audit: Audit) -> str:
 def to_junit(audit: Audit) -> str:
     """Return JUnit XML: a test case for each claim, and one more for the gate.
 
-    A claim that is not reproduced is a failure, known or not; what is neither is skipped. The gate's case fails if the
-    gate does: a CI job that knows its failures looks at that one, or at the exit code.
+    A claim that is not reproduced is a failure, whether or not it is a known one. Claims with other verdicts than
+    "reproduced" are skipped. The gate's case fails if the gate does, so a CI job with known failures should look at
+    that case, or at the exit code.
     """
     suites = ET.Element("testsuites", name="tokenbridge audit")
     suite = ET.SubElement(suites, "testsuite", name="claims", timestamp=audit.made)
