@@ -17,12 +17,12 @@ from official_names import load_official, rule_state, to_official
 from torch import Tensor, nn
 
 from tokenbridge.evaluation.inception import write_random_inception
-from tokenbridge.models.registry import KL16, TOKENIZERS
 from tokenbridge.models.tokenbridge.checkpoint import official_buffers
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.tokenizers.kl16 import create_kl16
+from tokenbridge.tokenizers.published import KL16, TOKENIZERS
 from tokenbridge.weights.published import Preset, SamplingRecipe
 from tokenbridge.weights.rule import RULE
 

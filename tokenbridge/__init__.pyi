@@ -18,9 +18,9 @@ from .reproduction.discrepancies.run import measure_discrepancies as measure_dis
 from .reproduction.small_scale import reproduce as reproduce
 from .reproduction.table1 import reproduce_table1 as reproduce_table1
 from .reproduction.table3 import reproduce_table3 as reproduce_table3
-from .sampling.load import convert as convert
-from .sampling.load import sample as sample
+from .sampling.convert import convert as convert
 from .sampling.pipeline import TokenBridgePipeline as TokenBridgePipeline
+from .sampling.sample import sample as sample
 from .tokenizers.base import LatentTokenizer as LatentTokenizer
 from .tokenizers.base import VQTokenizer as VQTokenizer
 from .tokenizers.distortion import measure_distortion as measure_distortion

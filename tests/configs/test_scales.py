@@ -40,7 +40,7 @@ def test_one_step(scale: Scale, recipe: Recipe) -> None:
     else:
         images = torch.rand(2, scale.channels, scale.image_size, scale.image_size) * 2 - 1
         batch = {"images": images, "labels": labels}
-    loss = experiment.STEPS[recipe.kind](model, batch, **options)
+    loss = experiment.step_of(recipe)(model, batch, **options)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -28,7 +28,7 @@ from tokenbridge.models.registry import all_presets
 from tokenbridge.models.tokenbridge import cost as tokenbridge_cost
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
-from tokenbridge.sampling.load import find_system, on_meta
+from tokenbridge.sampling.load import find_model, on_meta
 
 LABEL = torch.tensor([1])
 
@@ -171,7 +171,7 @@ def test_preset(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_DECODER)
 def test_system_with_its_decoder(name: str) -> None:
-    system = find_system(name)
+    system = find_model(name)
     counted = system.flop_per_image()
     assert tuple(counted.values()) == WITH_DECODER[name]
     assert list(counted) == [*PARTS[system.kind.name], "VQ decoder" if "llamagen" in name else "VAE decoder"]
@@ -179,14 +179,14 @@ def test_system_with_its_decoder(name: str) -> None:
 
 def test_others_of_published_size() -> None:
     """The same table: MAR-L has the backbone of TokenBridge-L, LlamaGen-3B makes 576 tokens."""
-    mar = find_system("mar-l").flop_per_image()
+    mar = find_model("mar-l").flop_per_image()
     assert round(mar["encoder"] / 1e12, 1) == 40.9
     # The official head embeds timestep and context for every row of every step; ours each once.
     width, context_width, rows, steps = 1280, 1024, 2 * 256, 100
     times, condition = 2 * width * (256 + width) * steps, 2 * width * context_width
     official = mar["head"] + (rows - 256) * times + (steps - 1) * rows * condition
     assert round(official / 1e12, 2) == 7.39
-    llamagen = find_system("llamagen-3b-384").flop_per_image()
+    llamagen = find_model("llamagen-3b-384").flop_per_image()
     # The official attention goes over all 577 slots of the cache for every token, the filled ones and the others.
     unfilled = 2 * 24 * 4 * 3200 * sum(577 - (place + 1) for place in range(576))
     counts = (llamagen["transformer"] + unfilled, llamagen["VQ decoder"], sum(llamagen.values()) + unfilled)

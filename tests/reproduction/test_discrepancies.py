@@ -23,7 +23,6 @@ from tokenbridge.data.images import images_to_pixels, load_images
 from tokenbridge.models.givt import model as givt
 from tokenbridge.models.givt import sampling as givt_sampling
 from tokenbridge.models.givt.density import Gaussian, GuidedDensity
-from tokenbridge.models.tokenbridge import sampling
 from tokenbridge.models.tokenbridge.checkpoint import official_buffers
 from tokenbridge.models.tokenbridge.heads import ARHead
 from tokenbridge.reproduction.discrepancies import baselines, precision, quantizing
@@ -32,9 +31,10 @@ from tokenbridge.reproduction.discrepancies import run as d
 from tokenbridge.reproduction.discrepancies import sampling as discrepancies_sampling
 from tokenbridge.reproduction.discrepancies.study import Side, Study, rows_of
 from tokenbridge.reproduction.small_scale import measure_samples
-from tokenbridge.reproduction.workbench import open_bench
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_workbench
 from tokenbridge.results.schema import Row, read
 from tokenbridge.results.tolerances import METRICS, metric
+from tokenbridge.sampling.sample import sample_pixels
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.training.train import build
 from tokenbridge.utils.files import reference_folder, sha256_of
@@ -74,15 +74,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def study(folder: Path) -> Study:
     scale = replace(TINY, data=str(folder / "digits"))
-    return Study(open_bench(scale, folder / "weights"), num_images=20, seed=3)
+    return Study(open_workbench(scale, folder / "weights"), num_images=20, seed=3)
 
 
 # ---------------------------------------------------------------------------------------------- the same seeds
 
 
 def test_samples_and_scores_are_those_of_reproduce(study: Study) -> None:
-    tokenizer = study.bench.latents
-    pixels = sampling.sample_images(study.model, tokenizer, study.config, study.labels, 3, show_progress=False)
+    pixels = sample_pixels(study.bench.sampler(MAIN_SYSTEM), study.labels, 3, show_progress=False)
     ours = images_to_pixels(study.images(study.generate(study.config, study.labels, 3)))
     assert torch.equal(ours, pixels)
     expected = measure_samples(study.bench, pixels, study.labels)

@@ -22,6 +22,7 @@ from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.table3 import Options, judge, published_row, reproduce_table3
 from tokenbridge.results.schema import STAND_IN, Results, Row, read
 from tokenbridge.tokenizers.kl16 import create_kl16
+from tokenbridge.tokenizers.published import KL16
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, MissingArtifactsError
@@ -54,8 +55,8 @@ def preset(monkeypatch: pytest.MonkeyPatch) -> str:
     name = declare_small_models(monkeypatch)
     monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], published=PRESETS["tokenbridge-l"].published))
     monkeypatch.setitem(ARTIFACTS, name, replace(ARTIFACTS["tokenbridge-l"], key=name))
-    small = replace(registry.KL16, create=lambda: create_kl16(**SMALL_VAE))
-    monkeypatch.setitem(registry.KINDS, "tokenbridge", replace(registry.KINDS["tokenbridge"], tokenizer=small))
+    small = replace(KL16, create=lambda: create_kl16(**SMALL_VAE))
+    monkeypatch.setitem(registry.SYSTEMS, "tokenbridge", replace(registry.SYSTEMS["tokenbridge"], tokenizer=small))
     monkeypatch.setattr(table3, "NUM_IMAGES", NUM_IMAGES)
     monkeypatch.setattr(evaluation, "FEW", NUM_IMAGES)
     return name
@@ -88,7 +89,7 @@ def options(**changes: Any) -> Options:
 
 
 def test_every_missing_file_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table3, "find_system", lambda *_, **__: pytest.fail("this comes later"))
+    monkeypatch.setattr(table3, "find_model", lambda *_, **__: pytest.fail("this comes later"))
     with pytest.raises(MissingArtifactsError) as caught:
         reproduce_table3("tokenbridge-l", Options(), out="out")
     named = ["tokenbridge-l", "kl16", "inception", "adm-statistics", "adm-reference"]

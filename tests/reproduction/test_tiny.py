@@ -12,7 +12,7 @@ import torch
 from tokenbridge.configs.schema import Recipe
 from tokenbridge.configs.tiny import TINY
 from tokenbridge.reproduction.small_scale import golden_tokens
-from tokenbridge.reproduction.workbench import open_bench
+from tokenbridge.reproduction.workbench import open_workbench
 from tokenbridge.results.schema import read
 from tokenbridge.utils.files import reference_folder, sha256_of
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -34,7 +34,7 @@ def share_equal(first: list[Any], second: list[Any]) -> float:
 
 
 def test_fixed_seeds_give_the_stored_tokens(stored: dict[str, list[Any]]) -> None:
-    bench = open_bench(TINY, SHIPPED / "weights")
+    bench = open_workbench(TINY, SHIPPED / "weights")
     tokens = golden_tokens(bench)
     assert set(tokens) == set(NAMES) == set(stored)
     for name in NAMES:

@@ -21,12 +21,13 @@ from official_files import declare_small_models, small_vae, write_checkpoint, wr
 from official_names import to_official
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from samplers import sample_images
 from torch import Tensor
 
 import tokenbridge
 from tokenbridge.data.images import pixels_to_images
 from tokenbridge.models.tokenbridge.presets import PRESETS
-from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, sample_images
+from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.sampling.pipeline import TokenBridgePipeline, class_number, convert_pipeline, imagenet_labels
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -56,7 +57,7 @@ def expected_pixels(labels: list[int], seed: int, **changes: Any) -> Tensor:
     """Return what `sample_images` makes, uint8 [N, C, H, W]."""
     config = dataclasses.replace(DEFAULTS, **changes)
     tokenizer = LatentTokenizer(PIPELINE.vae)
-    return sample_images(PIPELINE.transformer, tokenizer, config, torch.tensor(labels), seed, show_progress=False)
+    return sample_images("tokenbridge", PIPELINE.transformer, tokenizer, config, torch.tensor(labels), seed)
 
 
 def pixels_of(images: list[Image.Image]) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 
 from tokenbridge.cli import main as cli
 from tokenbridge.sampling.config import RunConfig
-from tokenbridge.sampling.load import find_system
+from tokenbridge.sampling.load import find_model
 from tokenbridge.sampling.plan import measure_matmul, plan_run
 
 
 def test_plan_adds_up(tmp_path: Path) -> None:
-    system = find_system("tokenbridge-tiny")
+    system = find_model("tokenbridge-tiny")
     config = RunConfig(3000)
     options: dict[str, Any] = {"device": torch.device("cpu"), "dtype": "fp32", "missing": ["this"]}
     one = plan_run(system, config, tmp_path / "not" / "there", num_processes=1, **options)

@@ -29,6 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from official_names import load_official, rule_state, with_rule_weights
 from PIL import Image
+from samplers import sampler_of
 from torch import Tensor, nn
 
 from tokenbridge.cli import main as cli
@@ -39,9 +40,8 @@ from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.sampling import run
 from tokenbridge.sampling.config import RunConfig, balanced_labels
-from tokenbridge.sampling.load import find_system
+from tokenbridge.sampling.load import ModelSampler, find_model
 from tokenbridge.sampling.run import BadImageError, Sampler, refuse, run_recipe, sampling_run, save_overview
-from tokenbridge.sampling.samplers import TokenBridgeSampler
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import create_kl16
 from tokenbridge.weights.published import Preset, SamplingRecipe
@@ -78,7 +78,7 @@ class Flat:
         return {"salt": self.salt, "settings": {"depth": 3}}
 
 
-def small_sampler(**changes: Any) -> TokenBridgeSampler:
+def small_sampler(**changes: Any) -> ModelSampler:
     """Return a TokenBridge of 16 positions with a VAE to 8 × 8 pixels, weights by rule."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
@@ -91,9 +91,7 @@ def small_sampler(**changes: Any) -> TokenBridgeSampler:
     ).eval()
     sampling = TokenBridgeSampling(num_iterations=4, guidance_scale=2.0)
     return replace(
-        TokenBridgeSampler(
-            "small", tiny_model(), LatentTokenizer(vae), sampling, "fp32", {"generator": Path(__file__)}
-        ),
+        sampler_of("tokenbridge", tiny_model(), LatentTokenizer(vae), sampling),
         **changes,
     )
 
@@ -205,7 +203,7 @@ def test_compiled_system_makes_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced, but by the eager backend: inductor takes half a minute."""
     plain = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: plain(self, backend="eager", **options))
-    system = find_system("tokenbridge-tiny").sampled(num_iterations=3)
+    system = find_model("tokenbridge-tiny").sampled(num_iterations=3)
     labels, both = torch.arange(2), []
     for compiled in (False, True):
         sampler = system.load(CPU, compiled=compiled)
@@ -232,7 +230,7 @@ def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_made"] == 11  # printed once
-    sampler = find_system("tokenbridge-tiny").sampled(num_iterations=4).load(CPU)
+    sampler = find_model("tokenbridge-tiny").sampled(num_iterations=4).load(CPU)
     one = quiet(sampler, RunConfig(11, batch_size=2), tmp_path / "one")
     assert contents(one.samples) == contents(tmp_path / "two" / "images")
     recipes = [json.loads((tmp_path / name / "run.json").read_text())["recipe"] for name in ("one", "two")]
@@ -553,7 +551,7 @@ def saved(module: Any, folder: Path) -> Path:
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """Declare a small published preset with a small KL-16, write both, and return `find_system` for it."""
+    """Declare a small published preset with a small KL-16, write both, and return `find_model` for it."""
     sizes = {**TINY, "num_channels": 16, "channel_order": tuple(range(16))}
     sampling = {name: SamplingRecipe(TokenBridgeSampling(n), "test") for name, n in (("official", 3), ("paper", 2))}
     preset = Preset("mini", sizes, 0, official_name="tokenbridge_mini", sampling=sampling)
@@ -564,7 +562,7 @@ def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     saved(vae, tmp_path / "vae")
 
     def find(name: str | None = None, **options: Any) -> Any:
-        return find_system(name or str(model), **options)
+        return find_model(name or str(model), **options)
 
     return find
 
@@ -629,7 +627,7 @@ def test_stand_in_is_marked_everywhere(
 
 
 def test_stand_in_has_the_rule_s_weights() -> None:
-    sampler = find_system("tokenbridge-tiny").stand_in(CPU)
+    sampler = find_model("tokenbridge-tiny").stand_in(CPU)
     expected = with_rule_weights(TokenBridge(**PRESETS["tokenbridge-tiny"].model), {"rule": RULE, "salt": "stand-in"})
     ours = dict(sampler.model.named_parameters())
     assert all(torch.equal(ours[name], parameter) for name, parameter in expected.named_parameters())

@@ -27,7 +27,7 @@ from tokenbridge.models.masked import MaskedBackbone
 from tokenbridge.models.tokenbridge.checkpoint import load_tokenbridge, official_buffers
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
-from tokenbridge.sampling.load import convert
+from tokenbridge.sampling.convert import convert
 from tokenbridge.tokenizers.kl16 import create_kl16, load_kl16
 from tokenbridge.weights.published import find_preset
 from tokenbridge.weights.torch_files import load_checkpoint

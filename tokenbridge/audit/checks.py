@@ -103,7 +103,7 @@ def distortion(num_levels: int, value_range: float) -> float:
 
 def _size(name: str, part: str | None = None) -> float:
     kind, preset = all_presets()[name]
-    model = build_preset(kind.model_class, preset)
+    model = build_preset(kind.model, preset)
     return count(model if part is None else model.get_submodule(part))
 
 

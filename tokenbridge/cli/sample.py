@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -14,8 +16,9 @@ from tokenbridge.utils.console import print_table
 from tokenbridge.utils.errors import UserError
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def sample(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(help="A preset (tokenbridge-l, mar-l ...), SCALE/RECIPE (tiny/mar), or a path and --preset."),
@@ -39,15 +42,6 @@ def sample(
     variant: Annotated[
         str | None, typer.Option(help="Of a preset's settings: official (default), or paper, unguided, if it has them.")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; the model's own by default.")] = None,
-    guidance_weight: Annotated[float | None, typer.Option(help="Of GIVT; 0 is no guidance.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Of LlamaGen; 0 keeps all codes.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of LlamaGen; 1 keeps all codes.")] = None,
-    num_diffusion_steps: Annotated[str | None, typer.Option(help="Of MAR: a number, or another spacing.")] = None,
-    num_iterations: Annotated[int | None, typer.Option(help="At most the number of positions.")] = None,
-    position_order: Annotated[str | None, typer.Option(help="random, raster or confidence.")] = None,
-    first_element: Annotated[str | None, typer.Option(help="Of the AR head: official or training-consistent.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
     randomness: Annotated[str, typer.Option(help="per-image, or official: global streams.")] = "per-image",
     batch_size: Annotated[int, typer.Option(help="Images at a time in each process.")] = 16,
@@ -63,34 +57,27 @@ def sample(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Generate images, in one process or under torchrun; a run that was killed goes on where it was."""
+    """Generate images, in one process or under torchrun; a run that was killed goes on where it was.
+
+    Sampling settings of the model are options too: --guidance-scale 3 --temperature 0.9 --num-iterations 64 ... Which
+    ones a model has, and their values, is listed by `tokenbridge models`.
+    """
+    from tokenbridge.models.system import read_settings
     from tokenbridge.sampling.config import RunConfig
-    from tokenbridge.sampling.load import STAND_IN_IMAGES, find_system, with_artifacts
+    from tokenbridge.sampling.load import STAND_IN_IMAGES, find_model
     from tokenbridge.sampling.plan import plan_run
-    from tokenbridge.sampling.run import sampling_run, save_overview
+    from tokenbridge.sampling.sample import NUM_IMAGES, sample_model
     from tokenbridge.utils.devices import process_state
 
-    system = find_system(model, preset=preset, variant=variant, weights=weights, vae=vae)
+    named = find_model(model, preset=preset, variant=variant, weights=weights, vae=vae)
     if stand_in:
-        system = system.for_stand_in()
+        named = named.for_stand_in()
         if num_images is None and labels in (None, "balanced", "random"):
             num_images = STAND_IN_IMAGES
-    steps = num_diffusion_steps
-    given = {
-        "guidance_scale": guidance_scale,
-        "guidance_weight": guidance_weight,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "num_diffusion_steps": int(steps) if steps is not None and steps.isdecimal() else steps,
-        "num_iterations": num_iterations,
-        "position_order": position_order,
-        "first_element": first_element,
-    }
-    system = system.sampled(**{key: value for key, value in given.items() if value is not None})
-    chosen_labels = system.labels if label is None and labels is None else _labels(label, labels, num_images)
+    named = replace(named, settings=read_settings(named.name, named.settings, _settings(context.args)))
+    chosen_labels = named.labels if label is None and labels is None else _labels(label, labels, num_images)
     if num_images is None:
-        num_images = len(chosen_labels) if isinstance(chosen_labels, tuple) else 100
+        num_images = len(chosen_labels) if isinstance(chosen_labels, tuple) else NUM_IMAGES
     config = RunConfig(
         num_images,
         labels=chosen_labels,
@@ -99,37 +86,48 @@ def sample(
         batch_size=batch_size,
         format=cast("Any", file_format),
     )
-    system.check(config)
-    out = out or Path("runs") / f"{system.name.replace('/', '-')}-{'stand-in' if stand_in else 'samples'}"
+    named.check(config)
+    out = out or Path("runs") / f"{named.name.replace('/', '-')}-{'stand-in' if stand_in else 'samples'}"
     state = process_state()
-    chosen_dtype = system.dtype(dtype, state.device)
     if plan:
         planned = plan_run(
-            system,
+            named,
             config,
             out,
             device=state.device,
-            dtype=chosen_dtype,
+            dtype=named.dtype(dtype, state.device),
             num_processes=state.num_processes,
-            missing=[] if stand_in else system.missing(),
+            missing=[] if stand_in else named.missing(),
         )
         if as_json:
             print(json.dumps(planned.as_json(), indent=2))
         else:
             print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
         return
-    if system.is_published and not stand_in:
-        system = with_artifacts(system)
-    make = system.stand_in if stand_in else system.load
-    sampler = make(state.device, dtype=chosen_dtype, compiled=compiled)
-    report = sampling_run(sampler, config, out)
+    done = sample_model(named, config, out, dtype=dtype, compiled=compiled, stand_in=stand_in)
     if not state.is_main_process:
         return
-    save_overview(out / "grid.png", report.samples, f"{sampler.name}, seed {seed}, {report.num_images} images")
+    sampler, report = done.sampler, done.report
     if as_json:
         print(json.dumps({"folder": str(out), "model": sampler.name, **report.as_json()}, indent=2))
     else:
-        print(f"{report.num_images} images ({sampler.name}) are in {report.samples}, an overview in {out}/grid.png.")
+        print(f"{report.num_images} images ({sampler.name}) are in {report.samples}, an overview in {done.overview}.")
+
+
+def _settings(words: Sequence[str]) -> dict[str, str]:
+    """Return the sampling settings among the words of the command: --guidance-scale 3 or --guidance-scale=3."""
+    settings: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if not option.startswith("--") or len(option) == 2:
+            raise UserError(f"The command has no use for {option!r}.")
+        if not equals:
+            if not rest:
+                raise UserError(f"The option {option} needs a value.")
+            value = rest.pop(0)
+        settings[option[2:].replace("-", "_")] = value
+    return settings
 
 
 def _labels(

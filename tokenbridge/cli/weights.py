@@ -42,7 +42,7 @@ def convert(
 ) -> None:
     """Turn a published checkpoint into a diffusers folder, strictly; pickled code in it is never run."""
     if vae is None:
-        from tokenbridge.sampling.load import convert as run
+        from tokenbridge.sampling.convert import convert as run
 
         run(checkpoint, out, name, ema=ema)
     else:

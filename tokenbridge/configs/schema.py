@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from tokenbridge.models.givt.sampling import GivtSampling
-from tokenbridge.models.llamagen.sampling import LlamaGenSampling
-from tokenbridge.models.mar.sampling import MarSampling
-from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.utils.errors import UserError
 
 LOG_EVERY = 20  # steps between two points of the loss curve (each is the mean over these steps)
@@ -37,21 +33,17 @@ class TrainingConfig:
             raise UserError(f"checkpoint_every must be a multiple of {LOG_EVERY}, not {self.checkpoint_every}.")
 
 
-Kind = Literal["autoencoder", "vq", "classifier", "tokenbridge", "mar", "givt", "llamagen"]
-Sampling = TokenBridgeSampling | MarSampling | GivtSampling | LlamaGenSampling
-
-
 @dataclass(frozen=True)
 class Recipe:
     """One model and how it is trained."""
 
     name: str
-    kind: Kind
+    kind: str  # a system's name (models/registry.py), or autoencoder, vq, classifier
     model: dict[str, Any]  # keyword arguments of the model's class
     training: TrainingConfig
     loss: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
-    channel_order: Literal["frequency", "natural", "official"] = "frequency"  # of TokenBridge, see orders.py
-    sampling: Sampling | None = None  # of a generator, which is what has one
+    measured: dict[str, str] = field(default_factory=dict)  # what the system measures on latents, see System.measure
+    sampling: Any = None  # settings of a generator, which is what has them
     optional: bool = False  # trained only when asked for by name
 
     @property

@@ -118,7 +118,7 @@ TINY = Scale(
         _TINY_AR64,
         replace(_TINY_AR64, name="parallel-64", model={**_TINY_GENERATOR, "head_type": "parallel"}),
         replace(_TINY_AR64, name="tokenbridge-16", model={**_TINY_GENERATOR, "num_levels": 16}),
-        replace(_TINY_AR64, name="tokenbridge-64-natural", channel_order="natural", optional=True),
+        replace(_TINY_AR64, name="tokenbridge-64-natural", measured={"channel_order": "natural"}, optional=True),
         _TINY_MAR,
         _TINY_GIVT,
         _TINY_LLAMAGEN,

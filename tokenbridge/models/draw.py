@@ -7,37 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tokenbridge.data.images import images_to_pixels
-from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 
 Pick = Callable[[Tensor, int], Tensor]
 """Choose tokens [N] from logits [N, V] of the i-th channel (greedy, or by random numbers of the run)."""
-
-
-def decode_in_batches(
-    latents: Callable[[list[int]], Tensor],
-    tokenizer: LatentTokenizer,
-    num_images: int,
-    *,
-    batch_size: int,
-    show_progress: bool,
-) -> Tensor:
-    """Return the pixels of all images, uint8 [N, C, H, W] on the CPU, one batch after another.
-
-    Args:
-        latents: makes the latents [B, C, H, W] of the images with the given indices.
-        tokenizer: decodes them.
-        num_images: N, at least 1.
-        batch_size: images at a time.
-        show_progress: draw a progress bar on stderr.
-
-    Raises:
-        ValueError: no images.
-    """
-    batches = image_batches(num_images, batch_size, show_progress=show_progress)
-    return torch.cat([images_to_pixels(tokenizer.images(latents(indices))).cpu() for indices in batches])
 
 
 def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> Iterator[list[int]]:

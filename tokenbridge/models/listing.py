@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tokenbridge.models.registry import SHIPPED_PRESETS, Kind, all_presets
+from tokenbridge.models.registry import SHIPPED_PRESETS, all_presets
+from tokenbridge.models.system import System
 from tokenbridge.weights.artifacts import ARTIFACTS
 from tokenbridge.weights.published import Preset
 
@@ -34,18 +35,11 @@ class Listing:
 
 def list_presets() -> list[Listing]:
     """Return every preset of every system."""
-    return [_listing(kind, preset) for kind, preset in all_presets().values()]
+    return [_listing(system, preset) for system, preset in all_presets().values()]
 
 
-def _listing(kind: Kind, preset: Preset) -> Listing:
-    sizes = preset.model
-    length = sizes["num_positions"] if "num_positions" in sizes else sizes["latent_size"] ** 2
-    num_tokens, token = {
-        "tokenbridge": lambda: (length * sizes["num_channels"], f"one of {sizes['num_levels']} levels"),
-        "mar": lambda: (length, f"a vector of {sizes['num_channels']}"),
-        "givt": lambda: (length, f"a vector of {sizes['num_channels']}"),
-        "llamagen": lambda: (length, f"one of {sizes['num_codes']:,} codes"),
-    }[kind.name]()
+def _listing(system: System, preset: Preset) -> Listing:
+    num_tokens, token = system.describe_tokens(preset.model)
     artifact = ARTIFACTS.get(preset.name)
     if preset.name in SHIPPED_PRESETS:
         source, licence = "shipped with this package", SHIPPED_LICENCE
@@ -54,5 +48,5 @@ def _listing(kind: Kind, preset: Preset) -> Listing:
         licence = artifact.licence if artifact else "–"
     settings = {name: {**asdict(recipe.config), "source": recipe.source} for name, recipe in preset.sampling.items()}
     return Listing(
-        preset.name, kind.name, preset.num_parameters, num_tokens, token, source, licence, preset.published, settings
+        preset.name, system.name, preset.num_parameters, num_tokens, token, source, licence, preset.published, settings
     )

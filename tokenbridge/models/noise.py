@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,27 @@ import torch
 from torch import Tensor
 
 from tokenbridge.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """Every image has a stream of its own, made from (seed, image index): it does not depend on its batch."""
+
+    seed: int
+    indices: Sequence[int]  # of the batch's images in the run
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"A seed is at least 0, not {self.seed}.")
+
+
+@dataclass(frozen=True)
+class Official:
+    """numpy's and torch's global streams, drawn from in the order of the official code."""
+
+
+Noise = PerImage | Official
+"""Where a system draws the random numbers of a batch of images from."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +48,14 @@ class GlobalNoise:
     orders: Tensor  # [B, L] int64, as in ImageNoise
 
 
-def image_streams(seed: int, image_indices: list[int]) -> list[np.random.Generator]:
+def image_streams(seed: int, image_indices: Sequence[int]) -> list[np.random.Generator]:
     """Return each image's own random stream, made from (seed, image index)."""
     if seed < 0:
         raise UserError(f"A seed is at least 0, not {seed}.")
     return [np.random.default_rng((seed, index)) for index in image_indices]
 
 
-def image_noise(seed: int, image_indices: list[int], num_positions: int, num_channels: int) -> ImageNoise:
+def image_noise(seed: int, image_indices: Sequence[int], num_positions: int, num_channels: int) -> ImageNoise:
     """Draw each image's stream from (seed, image index), on the CPU so that every device sees the same."""
     orders, uniforms = [], []
     for stream in image_streams(seed, image_indices):

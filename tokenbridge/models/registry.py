@@ -1,212 +1,33 @@
-"""The systems by name: what is particular to each, and their presets."""
+"""The systems by name, and their presets. This table is the one place that names them all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from diffusers import AutoencoderKL
-
-from tokenbridge.models.givt import checkpoint as givt_official
-from tokenbridge.models.givt import cost as givt_cost
-from tokenbridge.models.givt import presets as givt_presets
-from tokenbridge.models.givt.checkpoint import givt_layout
-from tokenbridge.models.givt.model import GIVT
-from tokenbridge.models.llamagen import checkpoint as llamagen_checkpoint
-from tokenbridge.models.llamagen import cost as llamagen_cost
-from tokenbridge.models.llamagen import presets as llamagen_presets
-from tokenbridge.models.llamagen.checkpoint import llamagen_layout
-from tokenbridge.models.llamagen.model import LlamaGen
-from tokenbridge.models.mar import checkpoint as mar_checkpoint
-from tokenbridge.models.mar import cost as mar_cost
-from tokenbridge.models.mar import presets as mar_presets
-from tokenbridge.models.mar.checkpoint import mar_layout
-from tokenbridge.models.mar.model import MAR
-from tokenbridge.models.tokenbridge import checkpoint as tokenbridge_checkpoint
-from tokenbridge.models.tokenbridge import cost as tokenbridge_cost
-from tokenbridge.models.tokenbridge import presets
-from tokenbridge.models.tokenbridge.checkpoint import tokenbridge_layout
-from tokenbridge.models.tokenbridge.model import TokenBridge
-from tokenbridge.tokenizers import givt_vae_checkpoint
-from tokenbridge.tokenizers.givt_vae import GivtVAE
-from tokenbridge.tokenizers.givt_vae_checkpoint import givt_vae_layout
-from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
-from tokenbridge.tokenizers.llamagen_vq import LlamaGenVQ, create_vq, load_vq, vq_layout
-from tokenbridge.utils.devices import Dtype
+from tokenbridge.models.givt.system import SYSTEM as GIVT
+from tokenbridge.models.llamagen.system import SYSTEM as LLAMAGEN
+from tokenbridge.models.mar.system import SYSTEM as MAR
+from tokenbridge.models.system import System
+from tokenbridge.models.tokenbridge.system import SYSTEM as TOKENBRIDGE
+from tokenbridge.tokenizers.published import TOKENIZERS, PublishedTokenizer
 from tokenbridge.utils.errors import UserError
-from tokenbridge.weights.artifacts import ARTIFACTS, KL16_VAE
+from tokenbridge.weights.artifacts import ARTIFACTS
 from tokenbridge.weights.official import Layout, WrongStateError
 from tokenbridge.weights.published import Preset, build_preset
 
+SYSTEMS: dict[str, System] = {system.name: system for system in (TOKENBRIDGE, MAR, LLAMAGEN, GIVT)}
 SHIPPED_PRESETS = {"tokenbridge-tiny": "tiny/tokenbridge-64"}  # whose weights come with the package
 
 
-@dataclass(frozen=True)
-class PublishedTokenizer:
-    """A published autoencoder, which makes images of a model's latents or tokens."""
-
-    key: str  # of its file, in artifacts.py; its name for `convert`
-    part: str  # what it is, for messages
-    model_class: Any
-    create: Callable[[], Any]  # on the meta device
-    load: Callable[[Path], Any]
-    layout: Callable[[Any], Layout]  # official names of a module of the class
-
-    def load_published(self, path: Path) -> Any:
-        """Load the published file; errors as `load`, and the message says whose state it is if that is known."""
-        with recognised_states():
-            return self.load(path)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is particular to a system."""
-
-    name: str  # as in recipes.py
-    model_class: Any
-    presets: Mapping[str, Preset]
-    layout: Callable[[Any], Layout]  # official names
-    load: Callable[..., Any]  # from the published file and the preset's name
-    has_average: bool  # the file holds the weights' moving average beside the last ones: `load` takes ema=
-    flop: Callable[[Any, Any], dict[str, float]]  # of one image by part, from model (on the meta device) and settings
-    tokenizer: PublishedTokenizer
-    recipe: Literal["vae", "vq"]  # its tokenizer at the other scales
-    dtype: Dtype  # of the published evaluation
-    labels: Literal["random"] | None  # of the published evaluation; None: balanced
-    has_global_streams: bool  # whether torch can draw as the official code does
-    stand_in: Mapping[str, Any]  # settings that make a stand-in quick; the official ones otherwise
-    default_size: str  # of the sessions reproduce_*
-    published: str  # where the published numbers are
-    notes: tuple[str, ...]  # what to know of the published numbers before comparing
-
-    def load_published(self, path: Path, name: str, *, ema: bool = True) -> Any:
-        """Load the published file of a preset.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is damaged or of another model; other weights than the only ones are asked for.
-        """
-        if not (ema or self.has_average):
-            raise UserError(f"The files of {self.name} hold one set of weights, no moving average beside it.")
-        with recognised_states():
-            return self.load(path, name, ema=ema) if self.has_average else self.load(path, name)
-
-
-KL16 = PublishedTokenizer(KL16_VAE, "VAE", AutoencoderKL, create_kl16, load_kl16, kl16_layout)
-VQ16, VQ8 = (
-    PublishedTokenizer(
-        name, "VQ tokenizer", LlamaGenVQ, partial(create_vq, name), partial(load_vq, name=name), vq_layout
-    )
-    for name in ("llamagen-vq16", "llamagen-vq8")
-)
-GIVT_VAE = PublishedTokenizer(
-    "givt-vae", "VAE", GivtVAE, givt_vae_checkpoint.create_givt_vae, givt_vae_checkpoint.load_givt_vae, givt_vae_layout
-)
-TOKENIZERS = {tokenizer.key: tokenizer for tokenizer in (KL16, VQ16, VQ8, GIVT_VAE)}
-
-_PRECISION_RECALL = "Precision and recall as published: TokenBridge's table 3 (arXiv 2503.16430 v1)."
-
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            name="tokenbridge",
-            model_class=TokenBridge,
-            layout=tokenbridge_layout,
-            presets=presets.PRESETS,
-            load=tokenbridge_checkpoint.load_tokenbridge,
-            has_average=True,
-            flop=tokenbridge_cost.count_flop,
-            tokenizer=KL16,
-            recipe="vae",
-            dtype="fp16",  # autocast around generator and VAE (engine_tokenbridge.py)
-            labels=None,
-            has_global_streams=True,
-            stand_in={"num_iterations": 2},
-            default_size="l",
-            published="arXiv 2503.16430 v1, table 3",
-            notes=(),
-        ),
-        Kind(
-            name="mar",
-            model_class=MAR,
-            layout=mar_layout,
-            presets=mar_presets.PRESETS,
-            load=mar_checkpoint.load_mar,
-            has_average=True,
-            flop=mar_cost.count_flop,
-            tokenizer=KL16,
-            recipe="vae",
-            dtype="fp16",  # autocast around generator and VAE (engine_mar.py)
-            labels=None,
-            has_global_streams=True,
-            # "ddim": from the middle of the process on. At its noisy end random weights would give latents of 1e4,
-            # too large for half precision.
-            stand_in={"num_iterations": 2, "num_diffusion_steps": "ddim2"},
-            default_size="l",
-            published="README.md of LTH14/mar at fe470ac",
-            notes=(_PRECISION_RECALL,),
-        ),
-        Kind(
-            name="llamagen",
-            model_class=LlamaGen,
-            layout=llamagen_layout,
-            presets=llamagen_presets.PRESETS,
-            load=llamagen_checkpoint.load_llamagen,
-            has_average=False,
-            flop=llamagen_cost.count_flop,
-            tokenizer=VQ16,
-            recipe="vq",
-            dtype="bf16",  # of the weights; the tokenizer is in float32 (sample_c2i_ddp.py)
-            labels="random",
-            has_global_streams=True,
-            stand_in={},
-            default_size="3b",
-            published="README.md of FoundationVision/LlamaGen at ce98ec4",
-            notes=(
-                "The published FID is by ADM's TensorFlow evaluator; ours by torch-fidelity's port of its Inception.",
-                "Other scores as published: TokenBridge's table 3 (arXiv 2503.16430 v1).",
-                "Labels are random and not balanced, as in sample_c2i_ddp.py; images of 384 pixels are scaled to 256.",
-                "The official script seeds with its seed times the number of processes, plus rank; here with seed plus "
-                "rank. The two agree at seed 0, its default.",
-            ),
-        ),
-        Kind(
-            name="givt",
-            model_class=GIVT,
-            layout=givt_layout,
-            presets=givt_presets.PRESETS,
-            load=givt_official.load_givt,
-            has_average=False,
-            flop=givt_cost.count_flop,
-            tokenizer=GIVT_VAE,
-            recipe="vae",
-            dtype="fp32",
-            labels=None,
-            has_global_streams=False,
-            stand_in={},
-            default_size="causal-256",
-            published=givt_presets.README,
-            notes=(
-                "The evaluation behind the published FID is not in the repository: balanced labels and rounded pixels "
-                "are this project's.",
-                _PRECISION_RECALL,
-            ),
-        ),
-    )
-}
-
-
-def all_presets() -> dict[str, tuple[Kind, Preset]]:
+def all_presets() -> dict[str, tuple[System, Preset]]:
     """Return the presets of all systems by name, each with its system."""
-    return {name: (kind, preset) for kind in KINDS.values() for name, preset in kind.presets.items()}
+    return {name: (system, preset) for system in SYSTEMS.values() for name, preset in system.presets.items()}
 
 
-def find_preset(name: str) -> tuple[Kind, Preset]:
+def find_preset(name: str) -> tuple[System, Preset]:
     """Return the preset called `name`, by our name or, where only one has it, the official one.
 
     Raises:
@@ -215,7 +36,7 @@ def find_preset(name: str) -> tuple[Kind, Preset]:
     known = all_presets()
     if name in known:
         return known[name]
-    found = [(kind, preset) for kind, preset in known.values() if preset.official_name == name]
+    found = [(system, preset) for system, preset in known.values() if preset.official_name == name]
     if len(found) > 1:
         raise UserError(f"{name!r} may be {' or '.join(preset.name for _, preset in found)}: say which.")
     if not found:
@@ -232,7 +53,7 @@ def unpublished(preset: Preset) -> str | None:
     return f"no {' and no '.join(lacking)} were published" if lacking else None
 
 
-def published_preset(name: str, size: str | None = None) -> tuple[Kind, Preset]:
+def published_preset(name: str, size: str | None = None) -> tuple[System, Preset]:
     """Return a preset that can be reproduced: one of a name, or of a system and a size.
 
     Args:
@@ -243,17 +64,17 @@ def published_preset(name: str, size: str | None = None) -> tuple[Kind, Preset]:
     Raises:
         ValueError: there is none, or several; or its weights or settings were not published.
     """
-    if name not in KINDS:
+    if name not in SYSTEMS:
         if size is not None:
-            raise UserError(f"--size goes with a system ({', '.join(KINDS)}), not with the preset {name!r}.")
-        kind, preset = find_preset(name)
+            raise UserError(f"--size goes with a system ({', '.join(SYSTEMS)}), not with the preset {name!r}.")
+        system, preset = find_preset(name)
         if reason := unpublished(preset):
             raise UserError(f"{preset.name} cannot be reproduced: {reason}.")
-        return kind, preset
-    kind = KINDS[name]
-    wanted = f"{name}-{(size or kind.default_size).lower()}"
-    there = [p for p in kind.presets.values() if p.name == wanted or p.name.startswith(f"{wanted}-")]
-    usable = [p for p in kind.presets.values() if unpublished(p) is None]
+        return system, preset
+    system = SYSTEMS[name]
+    wanted = f"{name}-{(size or system.default_size).lower()}"
+    there = [p for p in system.presets.values() if p.name == wanted or p.name.startswith(f"{wanted}-")]
+    usable = [p for p in system.presets.values() if unpublished(p) is None]
     sizes = ", ".join(p.name.removeprefix(f"{name}-") for p in usable)
     found = [p for p in there if p in usable]
     if len(found) > 1:
@@ -261,7 +82,32 @@ def published_preset(name: str, size: str | None = None) -> tuple[Kind, Preset]:
     if not found:
         reasons = "; ".join(f"of {p.name} {unpublished(p)}" for p in there) or "there is no such size"
         raise UserError(f"{name} of size {size!r} cannot be reproduced: {reasons}. Sizes are {sizes}.")
-    return kind, found[0]
+    return system, found[0]
+
+
+def load_published(system: System, path: Path, name: str, *, ema: bool = True) -> Any:
+    """Load the published file of a system's preset.
+
+    Args:
+        system: the preset's.
+        path: of the file.
+        name: of the preset.
+        ema: take the weights' moving average, as the published evaluations did; otherwise the last weights.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is damaged or of another model, or it holds no average.
+    """
+    if not (ema or system.has_average):
+        raise UserError(f"The files of {system.name} hold one set of weights, no moving average beside it.")
+    with recognised_states():
+        return system.load(path, name, ema=ema) if system.has_average else system.load(path, name)
+
+
+def load_published_tokenizer(tokenizer: PublishedTokenizer, path: Path) -> Any:
+    """Load the published file of a tokenizer; errors as `load_published`."""
+    with recognised_states():
+        return tokenizer.load(path)
 
 
 @contextmanager
@@ -277,8 +123,8 @@ def recognised_states() -> Iterator[None]:
 
 
 def _published_modules() -> Iterator[tuple[str, Any, Callable[[Any], Layout]]]:
-    for kind, preset in all_presets().values():
+    for system, preset in all_presets().values():
         if preset.official_name is not None:
-            yield preset.name, build_preset(kind.model_class, preset), kind.layout
+            yield preset.name, build_preset(system.model, preset), system.layout
     for tokenizer in TOKENIZERS.values():
         yield tokenizer.key, tokenizer.create(), tokenizer.layout

@@ -25,7 +25,7 @@ from tokenbridge.data.images import load_images
 from tokenbridge.regression import ratios
 from tokenbridge.reproduction.small_scale import golden_tokens, reconstruction_rows, reproduce
 from tokenbridge.reproduction.trends import trends
-from tokenbridge.reproduction.workbench import open_bench
+from tokenbridge.reproduction.workbench import open_workbench
 from tokenbridge.results import compare
 from tokenbridge.results import schema as results
 from tokenbridge.utils.console import colored, log, print_line, print_table
@@ -121,7 +121,7 @@ def tiny(scale: Scale, folder: Path | str, out: Path | str, *, quick: bool = Fal
     stored = results.read(Path(folder) / "results.json")
     checks = stored_checks(stored, Path(folder) / "weights")
     if quick:
-        bench = open_bench(scale, Path(folder) / "weights")
+        bench = open_workbench(scale, Path(folder) / "weights")
         checks += row_checks(reconstruction_rows(bench, Path(out)), stored)
         measured = {check.name for check in checks}
         rest = [*(row.id for row in stored.rows), *(trend.id for trend in stored.trends)]
@@ -185,7 +185,7 @@ def tokens(scale: Scale, folder: Path | str) -> list[Check]:
         FileNotFoundError: the classifier's weights are missing.
     """
     stored = read_tokens(Path(folder) / "tokens.json")
-    measured = golden_tokens(open_bench(scale, Path(folder) / "weights"))
+    measured = golden_tokens(open_workbench(scale, Path(folder) / "weights"))
     checks = []
     for name in dict.fromkeys([*stored, *measured]):
         if name not in measured or name not in stored:

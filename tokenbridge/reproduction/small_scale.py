@@ -17,37 +17,56 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenbridge.data.images import images_to_pixels, load_images, pixels_to_images
+from tokenbridge.data.images import load_images, pixels_to_images
 from tokenbridge.data.pictures import save_grid
 from tokenbridge.evaluation.metrics import class_accuracy, score
 from tokenbridge.evaluation.reconstruct import reconstruct_with, reconstruction_metrics
-from tokenbridge.models.givt import sampling as givt_sampling
-from tokenbridge.models.llamagen import sampling as llamagen_sampling
-from tokenbridge.models.mar import sampling as mar_sampling
-from tokenbridge.models.noise import image_noise
-from tokenbridge.models.tokenbridge import sampling
-from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
+from tokenbridge.models.noise import PerImage
+from tokenbridge.models.registry import SYSTEMS
+from tokenbridge.models.system import change_settings
 from tokenbridge.reproduction.timing import prediction_time_rows
 from tokenbridge.reproduction.trends import trends
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench, open_bench
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench, open_workbench
 from tokenbridge.results import markdown
 from tokenbridge.results import schema as results
 from tokenbridge.results.schema import Provenance, Results, Row
+from tokenbridge.sampling.sample import sample_pixels
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.distortion import measure_distortion
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import log
-from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.utils.files import sha256_of, write_text
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
-    from tokenbridge.configs.schema import Recipe, Sampling, Scale
+    from tokenbridge.configs.schema import Scale
 
 
 LEVELS = (8, 16, 32, 64)  # table 1a
 RANGES = (2.0, 3.0, 4.0, 5.0)  # table 1b
+
+
+# Rows of the tables: id, label, and the recipe that is measured. Those of table 2 show the paper's columns alone.
+GENERATION_ROWS = (
+    ("table2a/parallel", "parallel", "parallel-64"),
+    ("table2a/autoregressive", "autoregressive", MAIN_SYSTEM),
+    ("table2b/natural", "natural order", "tokenbridge-64-natural"),
+    ("table2b/frequency", "frequency order", MAIN_SYSTEM),
+    ("table2c/16", "16 levels", "tokenbridge-16"),
+    ("table2c/64", "64 levels", MAIN_SYSTEM),
+    ("table3/tokenbridge", "TokenBridge (64 levels, AR head)", MAIN_SYSTEM),
+    ("table3/tokenbridge-16", "TokenBridge (16 levels, AR head)", "tokenbridge-16"),
+    ("table3/parallel", "parallel head (64 levels)", "parallel-64"),
+    ("table3/llamagen", "LlamaGen (VQ tokens)", "llamagen"),
+    ("table3/givt", "GIVT (Gaussian mixtures)", "givt"),
+    ("table3/mar", "MAR (diffusion head)", "mar"),
+)
+COMPARISON_ROWS = (
+    ("table3/tokenbridge-as-many", "TokenBridge, as many as test images", "as many"),
+    ("table3/real", "real test images", "real"),
+)
 
 
 def reproduce(
@@ -81,7 +100,7 @@ def reproduce(
     if num_images < 1 or num_images % len(scale.classes):
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
     stored = results.read(reference) if reference is not None else None  # first: a bad file must not cost minutes
-    bench = open_bench(scale, weights)
+    bench = open_workbench(scale, weights)
     rows = [*reconstruction_rows(bench, out), *generation_rows(bench, out, num_images, seed)]
     write_text(out / "tokens.json", json.dumps(golden_tokens(bench)))
     rows += prediction_time_rows(bench)
@@ -113,7 +132,7 @@ def reproduce(
     return measured, stored
 
 
-def reconstruction_rows(bench: Bench, out: Path) -> list[Row]:
+def reconstruction_rows(bench: Workbench, out: Path) -> list[Row]:
     """Rebuild tables 1a and 1b on the test images; draw the reconstruction grid."""
     log("Table 1: reconstruction")
     vq = bench.vq
@@ -155,7 +174,7 @@ def reconstruction_rows(bench: Bench, out: Path) -> list[Row]:
     return [Row(id=id_, label=label, metrics=metrics) for id_, (label, (metrics, _)) in measured.items()]
 
 
-def generation_rows(bench: Bench, out: Path, num_images: int, seed: int) -> list[Row]:
+def generation_rows(bench: Workbench, out: Path, num_images: int, seed: int) -> list[Row]:
     """Sample every generator; rebuild tables 2a, 2b, 2c and 3; draw a grid of samples for each."""
     measured: dict[str, dict[str, float]] = {}
     missing: dict[str, str] = {}
@@ -164,107 +183,68 @@ def generation_rows(bench: Bench, out: Path, num_images: int, seed: int) -> list
         if recipe.sampling is None:
             continue
         try:
-            model = bench.model(recipe.name)
-        except FileNotFoundError as error:
+            sampler = bench.sampler(recipe.name)
+        except MissingFileError as error:
             missing[recipe.name] = f"there are no weights of {recipe.name}; `tokenbridge train` makes them"
             log(f"Not run: {error}")
             continue
         log(f"Sampling {num_images} images: {recipe.name}")
         clock = time.perf_counter()
-        pixels = sample_images(bench, recipe.kind, model, recipe.sampling, labels, seed)
+        pixels = sample_pixels(sampler, labels, seed)
         seconds = (time.perf_counter() - clock) / num_images
         measured[recipe.name] = {
             **measure_samples(bench, pixels, labels),
-            "parameters": float(sum(p.numel() for p in model.parameters())),
+            "parameters": float(sum(p.numel() for p in sampler.model.parameters())),
             "seconds per image": seconds,
         }
         _sample_grid(bench, out / f"samples-{recipe.name}.png", pixels, recipe.name, recipe.sampling)
         if recipe.name == MAIN_SYSTEM:
-            assert isinstance(recipe.sampling, TokenBridgeSampling)
-            confident = replace(recipe.sampling, position_order="confidence")
-            few = sample_images(bench, recipe.kind, model, confident, labels[: 10 * len(bench.scale.classes)], seed)
-            _sample_grid(bench, out / f"samples-{recipe.name}-confidence.png", few, recipe.name, confident)
+            confident = change_settings(recipe.name, recipe.sampling, {"position_order": "confidence"})
+            few = labels[: 10 * len(bench.scale.classes)]
+            shown = sample_pixels(replace(sampler, settings=confident), few, seed)
+            _sample_grid(bench, out / f"samples-{recipe.name}-confidence.png", shown, recipe.name, confident)
             # The Frechet distance falls with the number of images: as many as there are real ones, to set beside them.
             as_many = min(num_images, len(bench.test_pixels))
             measured["as many"] = measure_samples(bench, pixels[:as_many], labels[:as_many])
     log(f"Scoring real {bench.scale.data}: test against training images")
     measured["real"] = measure_samples(bench, bench.test_pixels, bench.test_labels)
 
-    def row(id_: str, label: str, name: str, *columns: str) -> Row:
+    rows = [*GENERATION_ROWS, *_other_rows(bench.scale), *COMPARISON_ROWS]
+    short = (f"FID-{bench.extractor}", f"IS-{bench.extractor}", "class accuracy")
+    found = []
+    for id_, label, name in rows:
         if name not in measured:
             reason = missing.get(name, f"scale {bench.scale.name} has no recipe {name}")
-            return Row(id=id_, label=label, metrics={}, not_run=reason)
+            found.append(Row(id=id_, label=label, metrics={}, not_run=reason))
+            continue
         values = measured[name]
-        chosen = {c: values[c] for c in columns if c in values} if columns else values
-        return Row(id=id_, label=label, metrics=chosen)
-
-    e = bench.extractor
-    short = (f"FID-{e}", f"IS-{e}", "class accuracy")
-    return [
-        row("table2a/parallel", "parallel", "parallel-64", *short),
-        row("table2a/autoregressive", "autoregressive", MAIN_SYSTEM, *short),
-        row("table2b/natural", "natural order", "tokenbridge-64-natural", *short),
-        row("table2b/frequency", "frequency order", MAIN_SYSTEM, *short),
-        row("table2c/16", "16 levels", "tokenbridge-16", *short),
-        row("table2c/64", "64 levels", MAIN_SYSTEM, *short),
-        row("table3/tokenbridge", "TokenBridge (64 levels, AR head)", MAIN_SYSTEM),
-        row("table3/tokenbridge-16", "TokenBridge (16 levels, AR head)", "tokenbridge-16"),
-        row("table3/parallel", "parallel head (64 levels)", "parallel-64"),
-        row("table3/llamagen", "LlamaGen (VQ tokens)", "llamagen"),
-        row("table3/givt", "GIVT (Gaussian mixtures)", "givt"),
-        row("table3/mar", "MAR (diffusion head)", "mar"),
-        row("table3/tokenbridge-as-many", "TokenBridge, as many as test images", "as many"),
-        row("table3/real", "real test images", "real"),
-    ]
+        metrics = values if id_.startswith("table3/") else {column: values[column] for column in short}
+        found.append(Row(id=id_, label=label, metrics=metrics))
+    return found
 
 
-def sample_images(bench: Bench, kind: str, model: Any, config: Any, labels: Tensor, seed: int) -> Tensor:
-    """Generate an image for each label by any of the systems: uint8 pixels [N, C, H, W] on the CPU."""
-    if kind == "llamagen":
-        return llamagen_sampling.sample_images(
-            model, lambda tokens: images_to_pixels(bench.vq.decode(tokens)), config, labels, seed
-        )
-    systems: dict[str, Any] = {"tokenbridge": sampling, "mar": mar_sampling, "givt": givt_sampling}
-    pixels: Tensor = systems[kind].sample_images(model, bench.latents, config, labels, seed)
-    return pixels
+def _other_rows(scale: Scale) -> list[tuple[str, str, str]]:
+    """Return a row of table 3 for each generator of a scale that no row names: a system added by somebody else."""
+    named = {name for _, _, name in GENERATION_ROWS}
+    return [(f"table3/{r.name}", r.name, r.name) for r in scale.recipes if r.is_generator and r.name not in named]
 
 
-def golden_tokens(bench: Bench, *, num_images: int = 10, seed: int = 0) -> dict[str, list[Any]]:
+def golden_tokens(bench: Workbench, *, num_images: int = 10, seed: int = 0) -> dict[str, list[Any]]:
     """Return the tokens of a few images of each generator there is: what a regression test compares.
 
     They are [N, L, C] of TokenBridge, [N, L] of LlamaGen; of MAR and GIVT, the latents [N, C, h, w] to 3 decimals.
     """
     labels = torch.arange(num_images) % len(bench.scale.classes)
-    return {
-        recipe.name: _golden(recipe, bench.model(recipe.name), labels, seed)
-        for recipe in bench.scale.recipes
-        if recipe.is_generator and (bench.weights / recipe.name / WEIGHTS_FILE).is_file()
-    }
+    found = {}
+    for recipe in bench.scale.recipes:
+        if recipe.is_generator and (bench.weights / recipe.name / WEIGHTS_FILE).is_file():
+            generate, noise = SYSTEMS[recipe.kind].generate, PerImage(seed, range(num_images))
+            values = generate(bench.model(recipe.name), labels, recipe.sampling, noise)
+            found[recipe.name] = (values.double().round(decimals=3) if values.is_floating_point() else values).tolist()
+    return found
 
 
-def _golden(recipe: Recipe, model: Any, labels: Tensor, seed: int) -> list[Any]:
-    indices, length = list(range(len(labels))), model.num_positions
-    config: Any = recipe.sampling
-    if recipe.kind == "tokenbridge":
-        noise = image_noise(seed, indices, length, model.num_channels)
-        values = sampling.generate_tokens(model, labels, config, noise)
-    elif recipe.kind == "llamagen":
-        values = llamagen_sampling.generate_tokens(
-            model, labels, config, image_noise(seed, indices, length, 1).uniforms[..., 0]
-        )
-    elif recipe.kind == "mar":
-        streams = mar_sampling.latent_noise(seed, indices, length, model.num_channels)
-        values = mar_sampling.generate_latents(model, labels, config, streams)
-    else:
-        values = givt_sampling.generate_latents(
-            model, labels, config, lambda i: givt_sampling.StreamNoise(seed, indices, i, model)
-        )
-    if values.is_floating_point():
-        values = values.double().round(decimals=3)
-    return values.tolist()
-
-
-def measure_samples(bench: Bench, pixels: Tensor, labels: Tensor) -> dict[str, float]:
+def measure_samples(bench: Workbench, pixels: Tensor, labels: Tensor) -> dict[str, float]:
     """Score images against the training images, and their class accuracy."""
     scores = score(pixels, bench.train_pixels, bench.classifier, extractor=bench.extractor).labelled()
     kept = {name: round(value, 6) for name, value in scores.items() if "-std-" not in name}
@@ -275,7 +255,7 @@ def _first_of_each_class(labels: Tensor, num_classes: int) -> list[int]:
     return [int((labels == c).nonzero()[0, 0]) for c in range(num_classes)]
 
 
-def _sample_grid(bench: Bench, path: Path, pixels: Tensor, name: str, config: Sampling) -> None:
+def _sample_grid(bench: Workbench, path: Path, pixels: Tensor, name: str, config: Any) -> None:
     """Draw the first ten samples of each class, a row per class."""
     classes = bench.scale.classes
     rows = [pixels[c :: len(classes)][:10] for c in range(len(classes))]

@@ -30,9 +30,9 @@ from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
 from tokenbridge.results.tolerances import metric, tolerance_of
 from tokenbridge.sampling.config import RunConfig
-from tokenbridge.sampling.load import STAND_IN_IMAGES, System, find_system
+from tokenbridge.sampling.load import STAND_IN_IMAGES, NamedModel, find_model
 from tokenbridge.sampling.plan import Plan, plan_run
-from tokenbridge.sampling.run import sampling_run, save_overview
+from tokenbridge.sampling.sample import sample_model
 from tokenbridge.utils import provenance
 from tokenbridge.utils.devices import process_state
 from tokenbridge.utils.errors import UserError
@@ -69,10 +69,10 @@ class Options:
         if self.labels not in (None, "balanced", "random"):
             raise UserError(f"Labels are balanced or random here, not {self.labels!r}.")
 
-    def run_config(self, system: System) -> RunConfig:
+    def run_config(self, model: NamedModel) -> RunConfig:
         """Return the sampling run."""
         randomness: Any = self.randomness
-        labels = system.labels if self.labels is None else "random" if self.labels == "random" else None
+        labels = model.labels if self.labels is None else "random" if self.labels == "random" else None
         return RunConfig(self.num_images, labels, self.seed, randomness, self.batch_size)
 
 
@@ -82,8 +82,8 @@ def needed_files(name: str, options: Options) -> list[str]:
     Raises:
         ValueError: a preset without published weights or settings.
     """
-    kind, preset = published_preset(name)
-    keys = [preset.name, kind.tokenizer.key, artifacts.INCEPTION, artifacts.STATISTICS]
+    system, preset = published_preset(name)
+    keys = [preset.name, system.tokenizer.key, artifacts.INCEPTION, artifacts.STATISTICS]
     return [*keys, artifacts.REFERENCE_BATCH] if options.with_precision_recall else keys
 
 
@@ -115,21 +115,21 @@ def reproduce_table3(
         MissingArtifactsError: files cannot be had; the message lists all of them.
         ValueError: files that are not what they should be, or settings out of range.
     """
-    kind, preset = published_preset(name)
+    system, preset = published_preset(name)
     state = process_state()
     with state.main_process_first():  # one process downloads, the others find
         files = artifacts.resolve(needed_files(name, options), folder=folder, given=given)
-    system = find_system(
+    model = find_model(
         preset.name,
         variant=options.variant,
         weights=files[preset.name],
-        vae=files[kind.tokenizer.key],
+        vae=files[system.tokenizer.key],
     )
     references = [files[artifacts.STATISTICS]]
     if options.with_precision_recall:
         references.append(files[artifacts.REFERENCE_BATCH])
     return _measure(
-        preset, system, options, Path(out), files[artifacts.INCEPTION], references, show_progress=show_progress
+        preset, model, options, Path(out), files[artifacts.INCEPTION], references, show_progress=show_progress
     )
 
 
@@ -151,7 +151,7 @@ def stand_in(
     if options.num_images == NUM_IMAGES:
         options = replace(options, num_images=STAND_IN_IMAGES)
     options = replace(options, num_bootstrap=min(options.num_bootstrap, STAND_IN_BOOTSTRAP))
-    system = find_system(preset.name, variant=options.variant).for_stand_in()
+    model = find_model(preset.name, variant=options.variant).for_stand_in()
     inception, reference = out / "stand-in" / "inception.pth", out / "stand-in" / "reference.npz"
     if process_state().is_main_process:
         write_random_inception(inception)
@@ -165,12 +165,12 @@ def stand_in(
             str(photographs),
             reference,
             inception=inception,
-            image_size=system.image_size,
+            image_size=model.image_size,
             keep_images=len(PHOTOGRAPHS),
             allow_other_inception=True,
         )
     process_state().wait_for_everyone()
-    return _measure(preset, system, options, out, inception, [reference], is_stand_in=True, show_progress=show_progress)
+    return _measure(preset, model, options, out, inception, [reference], is_stand_in=True, show_progress=show_progress)
 
 
 def plan(
@@ -183,17 +183,17 @@ def plan(
 ) -> Plan:
     """Estimate the sampling run and list the files that are missing; nothing is run, downloaded or hashed."""
     _, preset = published_preset(name)
-    system = find_system(preset.name, variant=options.variant)
-    config = options.run_config(system)
-    system.check(config)
+    model = find_model(preset.name, variant=options.variant)
+    config = options.run_config(model)
+    model.check(config)
     state = process_state()
     statuses = artifacts.status(needed_files(name, options), folder=folder, given=given)
     return plan_run(
-        system,
+        model,
         config,
         Path(out),
         device=state.device,
-        dtype=system.dtype(options.dtype, state.device),
+        dtype=model.dtype(options.dtype, state.device),
         num_processes=state.num_processes,
         missing=[f"{s.artifact.key}: {s.artifact.origin}" for s in statuses if s.state == "missing"],
     )
@@ -315,7 +315,7 @@ def _compare_published(preset: Preset, row: Row) -> tuple[Verdict, str]:
 
 def _measure(
     preset: Preset,
-    system: System,
+    model: NamedModel,
     options: Options,
     out: Path,
     inception: Path,
@@ -326,19 +326,26 @@ def _measure(
 ) -> tuple[Results, Judged] | None:
     """Sample, score against each reference, and write what came out."""
     stopwatch = provenance.Stopwatch()
-    config, state = options.run_config(system), process_state()
-    system.check(config)
-    make = system.stand_in if is_stand_in else system.load
+    config, state = options.run_config(model), process_state()
+    model.check(config)
     # What the scores need is looked at before the hours of sampling, not after.
     network = evaluation_features.load_inception(inception, allow_other=is_stand_in)
     if state.is_main_process:
         for reference in references:
             load_reference(reference, network, cache=out / "features")
-    sampler = make(state.device, dtype=system.dtype(options.dtype, state.device), compiled=options.compiled)
-    report = sampling_run(sampler, config, out / "samples", show_progress=show_progress)
+    done = sample_model(
+        model,
+        config,
+        out / "samples",
+        overview=out / "grid.png",
+        dtype=options.dtype,
+        compiled=options.compiled,
+        stand_in=is_stand_in,
+        show_progress=show_progress,
+    )
+    sampler, report = done.sampler, done.report
     if not state.is_main_process:
         return None
-    save_overview(out / "grid.png", report.samples, f"{sampler.name}, seed {options.seed}")
     described = sampler.describe()
     scored = score(
         report.samples,
@@ -368,8 +375,8 @@ def _measure(
                 "sampler": json.loads(json.dumps(described)),
                 "randomness": options.randomness,
                 "labels": config.labels or "balanced",
-                "published": system.kind.published,
-                "notes": list(system.kind.notes),
+                "published": model.system.evaluation.published,
+                "notes": list(model.system.evaluation.notes),
                 "run": report.as_json(),
                 "not run": scored.not_run,
             },

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from tokenbridge.models.givt import sampling as givt_sampling
 from tokenbridge.models.mar.diffusion import diffusion_process
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench
 from tokenbridge.results.schema import Row
 from tokenbridge.utils.console import log
 
 NUM_DIFFUSION_STEPS = 100  # table 5
 
 
-def prediction_time_rows(bench: Bench, *, runs: int = 100) -> list[Row]:
+def prediction_time_rows(bench: Workbench, *, runs: int = 100) -> list[Row]:
     """Rebuild table 5: milliseconds to predict all channels of one position, batch 1, mean of `runs` runs.
 
     The head alone, from a context on: what is drawn or chosen counts, the transformer before it and guidance do not.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenbridge.data.images import labels_of, load_images, pixels_of
+from tokenbridge.sampling.load import ModelSampler, scale_model
 from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.training.train import load
 from tokenbridge.utils.errors import UserError
@@ -24,7 +25,7 @@ MAIN_SYSTEM = "tokenbridge-64"
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workbench:
     """What every table needs: the models, the images, how features are called."""
 
     scale: Scale
@@ -41,8 +42,12 @@ class Bench:
         return self.scale.extractor
 
     def model(self, name: str) -> Any:
-        """Load a model of the scale; errors as `experiment.load`."""
+        """Load a model of the scale; errors as `training.train.load`."""
         return load(self.scale.recipe(name), self.weights).to(self.device)
+
+    def sampler(self, name: str) -> ModelSampler:
+        """Load a generator of the scale with its tokenizer; errors as `NamedModel.load`."""
+        return scale_model(self.scale, self.scale.recipe(name), self.weights).load(self.device)
 
     @functools.cached_property
     def latents(self) -> LatentTokenizer:
@@ -55,7 +60,7 @@ class Bench:
         return VQTokenizer(self.model("vq"))
 
 
-def open_bench(scale: Scale, weights: Path | str) -> Bench:
+def open_workbench(scale: Scale, weights: Path | str) -> Workbench:
     """Load the classifier and the images of a scale.
 
     Raises:
@@ -68,4 +73,4 @@ def open_bench(scale: Scale, weights: Path | str) -> Bench:
     train_pixels, test_pixels = (pixels_of(d, size=scale.image_size, channels=scale.channels) for d in (train, test))
     if torch.equal(train_pixels, test_pixels):
         raise UserError(f"{scale.data!r} gives the same images as training and as test set.")
-    return Bench(scale, Path(weights), classifier, train_pixels, test_pixels, labels_of(test), device)
+    return Workbench(scale, Path(weights), classifier, train_pixels, test_pixels, labels_of(test), device)

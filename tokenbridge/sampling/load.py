@@ -1,69 +1,75 @@
-"""Systems by name: every preset of TokenBridge, MAR, LlamaGen and GIVT, and every generator of a scale.
+"""Models by name: every preset of every system, and every generator of a scale, before and after loading.
 
-A system is what a sampling run can use, before its weights are loaded: sizes, settings, where the files are, what an
-image costs. A name is a preset (`mar-l`), a recipe of a scale (`tiny/parallel-64`), or a path, with the preset it
-holds. `KINDS` is the one table of what is particular to a system; commands, tables and sessions go by it.
+A name is a preset (`mar-l`), a recipe of a scale (`tiny/parallel-64`), or a path, with the preset it holds.
+
+Shape letters: B batch, C colour channels, H height, W width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers import AutoencoderKL, VQModel
-from torch import nn
+from torch import Tensor, nn
 
-from tokenbridge.configs import scales as recipes
-from tokenbridge.configs import schema as configs_schema
-from tokenbridge.models.mar.model import MAR
+from tokenbridge.configs import scales
+from tokenbridge.configs.schema import Recipe, Scale
 from tokenbridge.models.masked_sampling import MaskedSampling, masked_counts
-from tokenbridge.models.registry import KINDS, SHIPPED_PRESETS, TOKENIZERS, Kind, all_presets, find_preset
-from tokenbridge.models.tokenbridge.model import TokenBridge
-from tokenbridge.sampling.config import RunConfig, run_labels
-from tokenbridge.sampling.run import RunReport, sampling_run
-from tokenbridge.sampling.samplers import (
-    SAMPLERS,
-    STAND_IN_SALT,
-    ModelSampler,
-    as_tokenizer,
-    image_channels,
-    image_size,
+from tokenbridge.models.noise import Official, PerImage
+from tokenbridge.models.registry import (
+    SHIPPED_PRESETS,
+    SYSTEMS,
+    all_presets,
+    find_preset,
+    load_published,
+    load_published_tokenizer,
 )
+from tokenbridge.models.system import FLOP, System, change_settings
+from tokenbridge.sampling.config import RunConfig, run_labels
+from tokenbridge.sampling.run import refuse
+from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.tokenizers.cost import decoder_flop
+from tokenbridge.tokenizers.kl16 import kl16_layout
+from tokenbridge.tokenizers.llamagen_vq import EVALUATED_SIZE, LlamaGenVQ
 from tokenbridge.utils import files
-from tokenbridge.utils.devices import DTYPES, Dtype, process_state
+from tokenbridge.utils.devices import DTYPES, Dtype
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import replacing_folder
+from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights.artifacts import ARTIFACTS, resolve
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
-from tokenbridge.weights.official import check_replaceable, flat_layout, load_official
+from tokenbridge.weights.official import Layout, flat_layout, load_official
 from tokenbridge.weights.published import Preset
 from tokenbridge.weights.rule import RULE, rule_state
+from tokenbridge.weights.torch_files import CHECKPOINT
 
-CHECKPOINT = "checkpoint-last.pth"
 STAND_IN_IMAGES = 2  # as few as prove the path
+STAND_IN_RULE = {"rule": RULE, "salt": "stand-in"}
+AUTOENCODERS: dict[str, Any] = {"vae": AutoencoderKL, "vq": VQModel}  # of the scales that are trained here
 
 
-# ------------------------------------------------------------------------------------------------------- systems
+# ------------------------------------------------------------------------------------------------ not loaded yet
 
 
 @dataclass(frozen=True)
-class System:
+class NamedModel:
     """A model by name: its sizes and settings, and where its weights are; nothing is loaded yet."""
 
     name: str
-    kind: Kind
+    system: System
     model: Mapping[str, Any]  # keyword arguments of its class
+    settings: Any  # of sampling
     create_decoder: Callable[[], Any]  # the tokenizer's autoencoder, on the meta device
-    sampling: Any  # settings of its kind
+    decoder_layout: Callable[[Any], Layout]
     load_model: Callable[[Path], Any]
     load_decoder: Callable[[Path], Any]
-    weights: Path | None  # None: nobody said where
+    weights: Path | None  # None: nobody said where they are
     vae: Path | None  # the tokenizer's; likewise
 
     is_published: bool  # evaluated by its authors
@@ -78,13 +84,13 @@ class System:
     @property
     def num_iterations(self) -> int:
         """Passes of the model for an image: a masked model's iterations, or one for each position."""
-        masked = isinstance(self.sampling, MaskedSampling)
-        return self.sampling.num_iterations if masked else self.num_positions
+        masked = isinstance(self.settings, MaskedSampling)
+        return self.settings.num_iterations if masked else self.num_positions
 
     @property
     def labels(self) -> Literal["random"] | None:
         """Labels of the published evaluation, for `RunConfig`; None: balanced."""
-        return self.kind.labels if self.is_published else None
+        return self.system.evaluation.labels if self.is_published else None
 
     @property
     def channels(self) -> int:
@@ -97,32 +103,24 @@ class System:
         side = math.isqrt(self.num_positions) * self.model.get("patch_size", 1)
         return image_size(side, self.create_decoder())
 
-    def sampled(self, **changes: Any) -> System:
-        """Return the same system with other sampling settings.
+    def sampled(self, **changes: Any) -> NamedModel:
+        """Return the same model with other sampling settings; errors as `change_settings`."""
+        return replace(self, settings=change_settings(self.name, self.settings, changes))
 
-        Raises:
-            ValueError: settings that this system does not have, or values out of range.
-        """
-        known = [field.name for field in fields(self.sampling)]
-        if unknown := sorted(changes.keys() - set(known)):
-            raise UserError(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
-        return replace(self, sampling=replace(self.sampling, **changes))
-
-    def for_stand_in(self) -> System:
-        """Return the same system with settings that make a stand-in quick."""
-        return self.sampled(**self.kind.stand_in)
+    def for_stand_in(self) -> NamedModel:
+        """Return the same model with settings that make a stand-in quick."""
+        return self.sampled(**self.system.quick)
 
     def check(self, config: RunConfig) -> None:
         """Check settings and run against the model, before anything is loaded.
 
         Raises:
-            ValueError: more iterations than positions, labels that are no classes, or randomness that torch cannot
-                make.
+            UserError: more iterations than positions, labels without a class, or randomness that torch cannot make.
         """
-        if isinstance(self.sampling, MaskedSampling):
-            masked_counts(self.num_positions, self.sampling.num_iterations)
+        if isinstance(self.settings, MaskedSampling):
+            masked_counts(self.num_positions, self.settings.num_iterations)
         run_labels(config, self.model["num_classes"])
-        if config.randomness == "official" and not self.kind.has_global_streams:
+        if config.randomness == "official" and not self.system.has_official_noise:
             raise UserError(
                 f"{self.name} has no official randomness here: its official code draws with JAX, whose numbers torch "
                 "cannot make. Take per-image randomness."
@@ -131,86 +129,94 @@ class System:
     def dtype(self, name: str | None, device: torch.device) -> Dtype:
         """Return the precision called `name`; if None the official one on GPUs, and float32 for all else."""
         if name is None:
-            return self.kind.dtype if self.is_published and device.type == "cuda" else "fp32"
+            return self.system.evaluation.dtype if self.is_published and device.type == "cuda" else "fp32"
         if name not in get_args(Dtype):
             raise UserError(f"Unknown dtype {name!r}; there are {', '.join(get_args(Dtype))}.")
         return cast("Dtype", name)
 
-    def flop_per_image(self) -> dict[str, float]:
+    def flop_per_image(self) -> FLOP:
         """Count the operations of one image by part: those of the generator, and the tokenizer's decoder."""
-        model = on_meta(self.kind.model_class, self.model)
-        decoder = {f"{self.kind.recipe.upper()} decoder": decoder_flop(self.create_decoder(), model.latent_size)}
-        return {**self.kind.flop(model, self.sampling), **decoder}
+        model = on_meta(self.system.model, self.model)
+        decoder = {f"{self.system.recipe.upper()} decoder": decoder_flop(self.create_decoder(), model.latent_size)}
+        return {**self.system.count_flop(model, self.settings), **decoder}
 
     def missing(self) -> list[str]:
         """Return what is not there, one line each: what, where it was looked for, how to name it."""
-        options = (("generator", "--weights", self.weights), (self.kind.tokenizer.part, "--vae", self.vae))
+        options = (("generator", "--weights", self.weights), (self.system.tokenizer.part, "--vae", self.vae))
         return [
             f"{part} of {self.name}: " + (f"there is no {path}" if path else f"name its file or folder with {option}")
             for part, option, path in options
             if path is None or not path.exists()
         ]
 
+    def with_artifacts(self) -> NamedModel:
+        """Return the same published model with the files that nobody named, from the usual places or by download.
+
+        Raises:
+            MissingArtifactsError: files cannot be had; the message lists all of them.
+        """
+        if not (self.is_published and self.missing() and (self.weights is None or self.vae is None)):
+            return self
+        tokenizer = self.system.tokenizer.key
+        found = resolve([self.name, tokenizer], given={self.name: self.weights, tokenizer: self.vae})
+        return replace(self, weights=found[self.name], vae=found[tokenizer])
+
     def load(self, device: torch.device, *, dtype: Dtype = "fp32", compiled: bool = False) -> ModelSampler:
         """Load the weights.
 
         Raises:
-            FileNotFoundError: some are missing; the message lists them all.
-            ValueError: files that are damaged or of another model; compilation of a model that gains nothing by it.
+            MissingFileError: some are missing; the message lists them all.
+            UserError: files that are damaged or of another model; compilation of a model that gains nothing by it.
         """
         self._check_compiled(compiled)
         if missing := self.missing():
             raise MissingFileError(f"Files are missing. {'; '.join(missing)}.")
         assert self.weights is not None
         assert self.vae is not None
-        files = {
+        read = {
             "generator": weights_file(self.weights, self.name),
-            self.kind.recipe: weights_file(self.vae, self.kind.tokenizer.key),
+            self.system.recipe: weights_file(self.vae, self.system.tokenizer.key),
         }
         model, decoder = self.load_model(self.weights), self.load_decoder(self.vae)
-        return self._sampler(model, decoder, files, device, dtype, compiled)
+        return self._sampler(model, decoder, read, device, dtype, compiled)
 
     def stand_in(self, device: torch.device, *, dtype: Dtype = "fp32", compiled: bool = False) -> ModelSampler:
         """Draw all weights by the golden rule: the same model in size and work, and no result."""
         self._check_compiled(compiled)
-        model, decoder = on_meta(self.kind.model_class, self.model), self.create_decoder()
-        decoder_layout = flat_layout if isinstance(decoder, VQModel) else self.kind.tokenizer.layout
-        for module, layout_of in ((model, self.kind.layout), (decoder, decoder_layout)):
+        model, decoder = on_meta(self.system.model, self.model), self.create_decoder()
+        for module, layout_of in ((model, self.system.layout), (decoder, self.decoder_layout)):
             layout = layout_of(module)
-            load_official(module, rule_state(layout, {"rule": RULE, "salt": STAND_IN_SALT}), layout)
+            load_official(module, rule_state(layout, STAND_IN_RULE), layout)
         return self._sampler(model, decoder, {}, device, dtype, compiled)
 
-    @property
-    def _sampler_class(self) -> type[ModelSampler]:
-        return SAMPLERS[self.kind.name]
-
     def _check_compiled(self, compiled: bool) -> None:
-        if compiled and not issubclass(self.kind.model_class, TokenBridge | MAR):
+        if compiled and self.system.compiled_part is None:
             raise UserError(f"{self.name} cannot be compiled: it would be compiled anew for every token.")
 
     def _sampler(
         self, model: Any, decoder: Any, files: Mapping[str, Path], device: torch.device, dtype: Dtype, compiled: bool
     ) -> ModelSampler:
         # nn.Module's own: diffusers' method warns of a list of modules that is empty here.
-        nn.Module.to(model, device, DTYPES[dtype] if self._sampler_class.casts_weights else torch.float32)
+        nn.Module.to(model, device, DTYPES[dtype] if self.system.casts_weights else torch.float32)
         nn.Module.to(decoder, device, torch.float32)
         if compiled:
-            # What nearly all the work is in; the number of visible positions grows, so shapes are dynamic.
-            model.backbone.compile(dynamic=True)
+            assert self.system.compiled_part is not None
+            # The number of visible positions grows, so shapes are dynamic.
+            model.get_submodule(self.system.compiled_part).compile(dynamic=True)
             decoder.decoder.compile()
         name = self.name if files else f"{self.name}, stand-in weights, no result"
-        return self._sampler_class(name, model, as_tokenizer(decoder), self.sampling, dtype, files, compiled)
+        return ModelSampler(name, self.system, model, as_tokenizer(decoder), self.settings, dtype, files, compiled)
 
 
-def find_system(
+def find_model(
     name: str,
     *,
     preset: str | None = None,
     variant: str | None = None,
     weights: Path | None = None,
     vae: Path | None = None,
-) -> System:
-    """Return the system called `name`.
+) -> NamedModel:
+    """Return the model called `name`.
 
     Args:
         name: a preset, SCALE/RECIPE, or the path of a checkpoint or model folder.
@@ -220,7 +226,7 @@ def find_system(
         vae: the tokenizer's official file or a converted folder; of a scale, the one among its models by default.
 
     Raises:
-        ValueError: an unknown name or variant, a recipe that is no generator, a path without a preset.
+        UserError: an unknown name or variant, a recipe that does not generate, a path without a preset.
     """
     known = all_presets()
     if name not in known and _recipe_of(name) is None and Path(name).exists():
@@ -228,57 +234,67 @@ def find_system(
             raise UserError(f"{name} is a path: say with --preset which model is there ({', '.join(known)}).")
         if weights is not None:
             raise UserError("Weights are given twice: as the model's path, and with --weights.")
-        system = find_system(find_preset(preset)[1].name, variant=variant, vae=vae)
-        return replace(system, weights=Path(name))
+        found = find_model(find_preset(preset)[1].name, variant=variant, vae=vae)
+        return replace(found, weights=Path(name))
     if preset is not None:
         raise UserError(f"--preset says which model a path holds, but there is no path {name!r}.")
     if name in known and name not in SHIPPED_PRESETS:
         return _published(*known[name], variant, weights, vae)
-    found = _recipe_of(SHIPPED_PRESETS.get(name, name))
-    if found is None:
+    recipe_of = _recipe_of(SHIPPED_PRESETS.get(name, name))
+    if recipe_of is None:
         raise UserError(f"Unknown model {name!r}; there are {', '.join([*known, *_generators()])}, and paths.")
-    scale, recipe = found
+    scale, recipe = recipe_of
     if recipe.sampling is None:
-        raise UserError(f"{name!r} is no generator.")
-    if name in SHIPPED_PRESETS:
-        sampling = known[name][1].sampling_config(variant)
-    elif variant is None:
-        sampling = recipe.sampling
-    else:
+        raise UserError(f"{name!r} is not a generator.")
+    if variant is not None and name not in SHIPPED_PRESETS:
         raise UserError(f"{name} has no variants.")
-    kind, folder = KINDS[recipe.kind], weights or files.reference_folder() / scale.name / "weights"
-    decoder, decoder_class = scale.recipe(kind.recipe), {"vae": AutoencoderKL, "vq": VQModel}[kind.recipe]
-    return System(
-        name=name,
-        kind=kind,
+    model = scale_model(scale, recipe, weights or files.reference_folder() / scale.name / "weights")
+    if name in SHIPPED_PRESETS:
+        model = replace(model, settings=known[name][1].sampling_config(variant))
+    return replace(model, name=name, vae=vae or model.vae)
+
+
+def scale_model(scale: Scale, recipe: Recipe, weights: Path) -> NamedModel:
+    """Return a generator of a scale, whose models are in the folder `weights`."""
+    system = SYSTEMS[recipe.kind]
+    decoder, decoder_class = scale.recipe(system.recipe), AUTOENCODERS[system.recipe]
+    return NamedModel(
+        name=f"{scale.name}/{recipe.name}",
+        system=system,
         model=recipe.model,
+        settings=recipe.sampling,
         create_decoder=partial(on_meta, decoder_class, decoder.model),
-        sampling=sampling,
-        load_model=lambda path: load_model(kind.model_class, path, recipe.model),
+        decoder_layout=kl16_layout if decoder_class is AutoencoderKL else flat_layout,
+        load_model=lambda path: load_model(system.model, path, recipe.model),
         load_decoder=lambda path: load_model(decoder_class, path, decoder.model),
-        weights=folder / recipe.name,
-        vae=vae or folder / decoder.name,
+        weights=weights / recipe.name,
+        vae=weights / decoder.name,
         is_published=False,
     )
 
 
-def _published(kind: Kind, preset: Preset, variant: str | None, weights: Path | None, vae: Path | None) -> System:
+def _published(
+    system: System, preset: Preset, variant: str | None, weights: Path | None, vae: Path | None
+) -> NamedModel:
+    tokenizer = system.tokenizer
+
     def load(path: Path) -> Any:
         if (path / "config.json").is_file():
-            return load_model(kind.model_class, path, preset.model)
-        return kind.load_published(weights_file(path, preset.name), preset.name)
+            return load_model(system.model, path, preset.model)
+        return load_published(system, weights_file(path, preset.name), preset.name)
 
     def load_decoder(path: Path) -> Any:
         if (path / "config.json").is_file():
-            return load_model(kind.tokenizer.model_class, path)
-        return kind.tokenizer.load_published(weights_file(path, kind.tokenizer.key))
+            return load_model(tokenizer.model, path)
+        return load_published_tokenizer(tokenizer, weights_file(path, tokenizer.key))
 
-    return System(
+    return NamedModel(
         name=preset.name,
-        kind=kind,
+        system=system,
         model=preset.model,
-        create_decoder=kind.tokenizer.create,
-        sampling=preset.sampling_config(variant),
+        settings=preset.sampling_config(variant),
+        create_decoder=tokenizer.create,
+        decoder_layout=tokenizer.layout,
         load_model=load,
         load_decoder=load_decoder,
         weights=weights,
@@ -302,99 +318,124 @@ def on_meta(model_class: Any, arguments: Mapping[str, Any]) -> Any:
         return model_class(**arguments).eval()
 
 
-def _recipe_of(name: str) -> tuple[configs_schema.Scale, configs_schema.Recipe] | None:
+def _recipe_of(name: str) -> tuple[Scale, Recipe] | None:
     """Return the recipe called SCALE/RECIPE, or None if there is no such scale.
 
     Raises:
-        ValueError: the scale has no such recipe.
+        UserError: the scale has no such recipe.
     """
     scale, slash, recipe = name.partition("/")
-    if not slash or scale not in recipes.SCALES:
+    if not slash or scale not in scales.SCALES:
         return None
-    return recipes.SCALES[scale], recipes.SCALES[scale].recipe(recipe)
+    return scales.SCALES[scale], scales.SCALES[scale].recipe(recipe)
 
 
 def _generators() -> Iterable[str]:
-    return (f"{s.name}/{r.name}" for s in recipes.SCALES.values() for r in s.recipes if r.is_generator)
+    return (f"{s.name}/{r.name}" for s in scales.SCALES.values() for r in s.recipes if r.is_generator)
 
 
-# ---------------------------------------------------------------------------------------- conversion and listing
+# ------------------------------------------------------------------------------------------------------- loaded
 
 
-def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True) -> None:
-    """Write a published file as a diffusers model folder: config.json and one safetensors, in the file's number type.
+@dataclass(frozen=True)
+class ModelSampler:
+    """A generator and its tokenizer, with weights, ready to make images: a `run.Sampler` of any system."""
 
-    Args:
-        path: the official file, or its folder.
-        folder: what to write; whole or not at all, replacing what is there.
-        name: of a preset of any system, or of a tokenizer (`TOKENIZERS`).
-        ema: of TokenBridge and MAR, take the moving average of the weights, as published; or the last ones.
+    name: str
+    system: System
+    model: Any
+    tokenizer: Any  # `LatentTokenizer`, `VQTokenizer` or `LlamaGenVQ`
+    settings: Any  # of sampling
+    dtype: Dtype
+    files: Mapping[str, Path]  # that the weights were read from, by part; none for stand-ins
+    compiled: bool = False
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an unknown name; a file that is damaged or of another model; `official.check_replaceable`.
+    @property
+    def stand_in(self) -> bool:
+        """Whether the weights were drawn by rule."""
+        return not self.files
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class labels."""
+        return int(self.model.num_classes)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return image_size(self.model.latent_size, decoder_of(self.tokenizer))
+
+    @property
+    def channels(self) -> int:
+        """Colour channels of the images."""
+        return image_channels(decoder_of(self.tokenizer))
+
+    @torch.inference_mode()
+    def images(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
+        """Make a batch of images (see `run.Sampler`)."""
+        with self.autocast():  # around the VAE too, as the official evaluations of TokenBridge and MAR
+            latents = self.system.to_latents(self.model, self.generate(labels, indices, seed))
+            images = self.tokenizer.images(latents)
+        refuse(images.flatten(1).isnan().any(dim=1), "has NaN pixels")
+        pixels: Tensor = self.tokenizer.to_pixels(images)
+        return pixels.cpu()
+
+    def generate(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
+        """Return the tokens or latents of a batch of images, as `System.generate`.
+
+        Raises:
+            BadImageError: an image's logits are NaN.
+        """
+        noise = Official() if seed is None else PerImage(seed, list(indices))
+        generated = self.system.generate(self.model, labels, self.settings, noise)
+        if not generated.is_floating_point():
+            refuse(generated.flatten(1).amin(dim=1) < 0, "has NaN logits")
+        return generated
+
+    def describe(self) -> dict[str, Any]:
+        """Return settings, precision and the weights' SHA-256."""
+        return {
+            "system": self.system.name,
+            "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "sampling": asdict(self.settings),
+            "dtype": self.dtype,
+            "compiled": self.compiled,
+            "weights": {part: sha256_of(path) for part, path in self.files.items()} or STAND_IN_RULE,
+            **self.system.facts(self.model),
+        }
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the precision that the model runs in; nothing is cast if its weights are in it already."""
+        enabled = self.dtype != "fp32" and not self.system.casts_weights
+        return torch.autocast(self.model.device.type, DTYPES[self.dtype], enabled=enabled)
+
+
+def as_tokenizer(decoder: Any) -> Any:
+    """Return an autoencoder as the tokenizer that samplers take."""
+    if isinstance(decoder, LlamaGenVQ):
+        return decoder
+    return VQTokenizer(decoder) if isinstance(decoder, VQModel) else LatentTokenizer(decoder)
+
+
+def decoder_of(tokenizer: Any) -> Any:
+    """Return the autoencoder in a tokenizer; the inverse of `as_tokenizer`."""
+    if isinstance(tokenizer, LatentTokenizer):
+        return tokenizer.autoencoder
+    return tokenizer.model if isinstance(tokenizer, VQTokenizer) else tokenizer
+
+
+def image_size(latent_size: int, decoder: Any) -> int:
+    """Return height and width of the images, of an autoencoder on any device.
+
+    It doubles the latents' at every level but one; what LlamaGen's makes is scaled down to 256 if it is larger.
     """
-    check_replaceable(folder, "config.json")
-    path = Path(path)
-    if name in TOKENIZERS:
-        model = TOKENIZERS[name].load_published(weights_file(path, name))
-    else:
-        kind, preset = find_preset(name)
-        model = kind.load_published(weights_file(path, preset.name), preset.name, ema=ema)
-    with replacing_folder(folder) as temporary:
-        # One file whatever its size: what `load_model` reads.
-        model.save_pretrained(temporary, safe_serialization=True, max_shard_size="1TB")
+    names = ("block_out_channels", "width_multipliers", "decoder_multipliers")
+    levels = next(decoder.config[name] for name in names if name in decoder.config)
+    size = int(latent_size * 2 ** (len(levels) - 1))
+    return min(size, EVALUATED_SIZE) if isinstance(decoder, LlamaGenVQ) else size
 
 
-def with_artifacts(system: System) -> System:
-    """Fill in the files of a published system that nobody named: from the usual places, or by download.
-
-    Raises:
-        MissingArtifactsError: files cannot be had; the message lists all of them.
-    """
-    if system.missing() and (system.weights is None or system.vae is None):
-        tokenizer = system.kind.tokenizer.key
-        files = resolve([system.name, tokenizer], given={system.name: system.weights, tokenizer: system.vae})
-        return replace(system, weights=files[system.name], vae=files[tokenizer])
-    return system
-
-
-def sample(
-    model: str = "tokenbridge-tiny",
-    *,
-    out: Path | str,
-    num_images: int = 100,
-    labels: tuple[int, ...] | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    weights: Path | None = None,
-    vae: Path | None = None,
-    show_progress: bool = True,
-    **settings: Any,
-) -> RunReport:
-    """Generate images with a model by name, as the command `sample` does; a run that was killed goes on where it was.
-
-    Args:
-        model: a preset (`tokenbridge-l`) or a recipe of a scale (`tiny/parallel-64`).
-        out: folder of the run; images go to `out/samples/images`.
-        num_images: how many.
-        labels: a class for each image; None: as the system's own evaluation.
-        seed: an image is a function of seed, number and label.
-        batch_size: images at a time.
-        weights: the generator's file; the usual places by default.
-        vae: the tokenizer's file.
-        show_progress: on stderr.
-        settings: of sampling, as `guidance_scale`; the model's own by default.
-
-    Raises:
-        MissingArtifactsError: files cannot be had; the message lists all of them.
-        ValueError: an unknown model or setting, or one out of range.
-    """
-    system = find_system(model, weights=weights, vae=vae).sampled(**settings)
-    config = RunConfig(num_images, system.labels if labels is None else labels, seed, batch_size=batch_size)
-    system.check(config)
-    if system.is_published:
-        system = with_artifacts(system)
-    device = process_state().device
-    sampler = system.load(device, dtype=system.dtype(None, device))
-    return sampling_run(sampler, config, out, show_progress=show_progress)
+def image_channels(decoder: Any) -> int:
+    """Return the colour channels of an autoencoder's images; LlamaGen's has always three."""
+    config = decoder.config
+    return int(config.get("out_channels") or config.get("image_channels") or 3)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from tokenbridge.data.images import images_to_pixels
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer
 from tokenbridge.utils.errors import UserError
 
@@ -85,6 +86,10 @@ class LatentTokenizer:
         raw = (latents / self.scale + self.shift).to(self.autoencoder.dtype)
         return self.autoencoder.decode(raw).sample.float().clamp(-1, 1)
 
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Return the uint8 pixels of images that `images` made."""
+        return images_to_pixels(images)
+
     def encode(self, images: Tensor) -> Tensor:
         """Return the tokens [B, C, h, w] of images."""
         return self._quantizer().encode(self.latents(images))
@@ -142,6 +147,14 @@ class VQTokenizer:
             raise UserError(f"Tokens must be in [0, {self.num_codes}).")
         latents = self.model.quantize.embedding(tokens).permute(0, 3, 1, 2)
         return self.model.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
+
+    def images(self, codes: Tensor) -> Tensor:
+        """Return the images of codes [B, h, w], as `decode`."""
+        return self.decode(codes)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Return the uint8 pixels of images that `images` made."""
+        return images_to_pixels(images)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Encode and decode images."""

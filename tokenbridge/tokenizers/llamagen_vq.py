@@ -113,6 +113,15 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         return self._decode(tokens).clamp(-1, 1)
 
     @torch.inference_mode()
+    def images(self, codes: Tensor) -> Tensor:
+        """Return the images of codes [B, h, w] of the codebook, float32 and not clamped: see `to_pixels`."""
+        return self.raw_images(self.lookup(codes)).float()
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Return the uint8 pixels of images that `images` made, scaled down to 256 if they are larger."""
+        return official_pixels(images, min(images.shape[-1], EVALUATED_SIZE))
+
+    @torch.inference_mode()
     def pixels(self, tokens: Tensor, *, size: int = 256) -> Tensor:
         """Return the uint8 pixels [B, 3, size, size] of generated tokens, as the published evaluations made them.
 
@@ -160,6 +169,7 @@ def official_pixels(images: Tensor, size: int) -> Tensor:
 
 # ------------------------------------------------------------------------- published models and their files
 
+EVALUATED_SIZE = 256  # larger images are scaled down to it (sample_c2i_ddp.py, --image-size-eval)
 USAGE = "quantize.codebook_used"  # buffer of the official class: the last codes of its training, of no further use
 USAGE_SIZE = 65536
 

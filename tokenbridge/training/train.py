@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,7 @@ from torch import Tensor, nn
 from tokenbridge.data.images import labels_of, load_images, pixels_to_images, to_pixels
 from tokenbridge.data.latents import cache_latents
 from tokenbridge.evaluation.classifier import Classifier, classifier_loss
-from tokenbridge.models.givt.model import GIVT, givt_loss
-from tokenbridge.models.llamagen.model import LlamaGen, llamagen_loss
-from tokenbridge.models.mar.model import MAR, mar_loss
-from tokenbridge.models.tokenbridge.model import TokenBridge, generator_loss
-from tokenbridge.models.tokenbridge.orders import channel_order
+from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
 from tokenbridge.training.loop import train
 from tokenbridge.utils import provenance
@@ -39,21 +36,18 @@ if TYPE_CHECKING:
     from tokenbridge.configs.schema import Recipe, Scale
 
 
-MODEL_CLASSES: dict[str, Any] = {
-    "autoencoder": AutoencoderKL,
-    "vq": VQModel,
-    "classifier": Classifier,
-    "tokenbridge": TokenBridge,
-    "mar": MAR,
-    "givt": GIVT,
-    "llamagen": LlamaGen,
-}
+TOKENIZERS_AND_CLASSIFIER: dict[str, Any] = {"autoencoder": AutoencoderKL, "vq": VQModel, "classifier": Classifier}
+
+
+def model_class(kind: str) -> Any:
+    """Return the class of a recipe's model."""
+    return SYSTEMS[kind].model if kind in SYSTEMS else TOKENIZERS_AND_CLASSIFIER[kind]
 
 
 def build(recipe: Recipe, **overrides: Any) -> Any:
     """Return the recipe's model, initialised from its training seed; `overrides` go to its class."""
     torch.manual_seed(recipe.training.seed)
-    return MODEL_CLASSES[recipe.kind](**recipe.model, **overrides)
+    return model_class(recipe.kind)(**recipe.model, **overrides)
 
 
 def load(recipe: Recipe, weights: Path | str) -> Any:
@@ -64,7 +58,7 @@ def load(recipe: Recipe, weights: Path | str) -> Any:
         ValueError: what is there is not whole, or another model.
     """
     try:
-        return load_model(MODEL_CLASSES[recipe.kind], Path(weights) / recipe.name, recipe.model)
+        return load_model(model_class(recipe.kind), Path(weights) / recipe.name, recipe.model)
     except FileNotFoundError as error:
         raise MissingFileError(
             f"The model {recipe.name!r} is missing. {error} Train it with `tokenbridge train`, or name the folder that "
@@ -88,23 +82,22 @@ def train_recipe(
     options: dict[str, Any] = {}
     if not recipe.is_generator:
         dataset = images_of(scale, "train")
-    elif recipe.kind == "llamagen":
+    elif (system := SYSTEMS[recipe.kind]).codes:
         dataset = tokens_of(scale, weights)
         options = {"with_mirrored": scale.with_mirrored}
     else:
         dataset = latents_of(scale, weights, runs.parent / "latents")
         options = {"scaling": _autoencoder_scaling(scale, weights), "with_mirrored": scale.with_mirrored}
-        if recipe.kind == "tokenbridge":
-            latents = _some_latents(dataset)
-            changes["channel_order"] = channel_order(recipe.channel_order, recipe.model["num_channels"], latents)
+        if system.measure is not None:
+            changes = system.measure(_some_latents(dataset), **recipe.measured)
     model = build(recipe, **changes)
-    loss = functools.partial(STEPS[recipe.kind], **options, **recipe.loss)
+    loss = functools.partial(step_of(recipe), **options, **recipe.loss)
     log = train(model, dataset, loss, recipe.training, runs, name=name, show_progress=show_progress)
     log |= {
         "recipe": {
             "model": recipe.model,
             "loss": recipe.loss,
-            "channel_order": recipe.channel_order,
+            "measured": recipe.measured,
             "data": scale.data,
         },
         "command": provenance.command(),
@@ -211,9 +204,11 @@ def _latent_step(
     return latent_loss(model, sample_posterior(moments) * scaling, batch["label"], **options)
 
 
-def _token_step(model: Any, batch: dict[str, Tensor], *, with_mirrored: bool, **options: Any) -> Tensor:
+def _token_step(
+    token_loss: Any, model: Any, batch: dict[str, Tensor], *, with_mirrored: bool, **options: Any
+) -> Tensor:
     tokens = _half_mirrored(batch, "tokens") if with_mirrored else batch["tokens"]
-    return llamagen_loss(model, tokens, batch["label"], **options)
+    return token_loss(model, tokens, batch["label"], **options)
 
 
 def _half_mirrored(batch: dict[str, Tensor], column: str) -> Tensor:
@@ -223,16 +218,20 @@ def _half_mirrored(batch: dict[str, Tensor], column: str) -> Tensor:
     return torch.where(mirror, batch[f"{column}_mirrored"], values)
 
 
-STEPS: dict[str, Any] = {
+IMAGE_STEPS: dict[str, Callable[..., Tensor]] = {
     "autoencoder": _autoencoder_step,
     "vq": _vq_step,
     "classifier": _classifier_step,
-    "tokenbridge": functools.partial(_latent_step, generator_loss),
-    "mar": functools.partial(_latent_step, mar_loss),
-    "givt": functools.partial(_latent_step, givt_loss),
-    "llamagen": _token_step,
 }
-"""Loss of a model of each kind on one batch of its data set."""
+"""Loss of the models that are trained on images, on one batch; generators are trained on what a tokenizer makes."""
+
+
+def step_of(recipe: Recipe) -> Callable[..., Tensor]:
+    """Return the loss of the recipe's model on one batch of its data set."""
+    if not recipe.is_generator:
+        return IMAGE_STEPS[recipe.kind]
+    system = SYSTEMS[recipe.kind]
+    return functools.partial(_token_step if system.codes else _latent_step, system.loss)
 
 
 def _autoencoder_scaling(scale: Scale, weights: Path | str) -> float:

@@ -16,6 +16,7 @@ from golden_cases import Arrays, changed, failed, golden, listed_goldens, only_f
 from hypothesis import given
 from hypothesis import strategies as st
 from official_names import load_official, rule_state
+from samplers import sample_images
 from torch import Tensor
 
 from tokenbridge.conformance import givt as gg
@@ -31,7 +32,6 @@ from tokenbridge.models.givt.sampling import (
     draw_guided,
     draw_token,
     generate_latents,
-    sample_images,
 )
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.givt_vae import GivtVAE
@@ -573,15 +573,15 @@ def tokenizer() -> LatentTokenizer:
 @pytest.mark.parametrize("config", [GUIDED, GivtSampling()], ids=["guided", "plain"])
 def test_an_image_does_not_depend_on_its_batch(config: GivtSampling, tokenizer: LatentTokenizer) -> None:
     labels = torch.tensor([0, 4, 2, 2, 1])
-    images = sample_images(MODEL, tokenizer, config, labels, seed=3, show_progress=False)
+    images = sample_images("givt", MODEL, tokenizer, config, labels, seed=3)
     assert images.shape == (5, 3, 6, 6)
     assert images.dtype == torch.uint8
     for size in (1, 2):
-        alone = sample_images(MODEL, tokenizer, config, labels, seed=3, batch_size=size, show_progress=False)
+        alone = sample_images("givt", MODEL, tokenizer, config, labels, seed=3, batch_size=size)
         # Sums in another order move latents by 1e-6, and so a pixel by one step here and there.
         assert (images.int() - alone.int()).abs().max() <= 1
         assert (images != alone).float().mean() < 0.01
-    other = sample_images(MODEL, tokenizer, config, labels, seed=4, show_progress=False)
+    other = sample_images("givt", MODEL, tokenizer, config, labels, seed=4)
     assert (images != other).float().mean() > 0.5
     assert not torch.equal(images[2], images[3])  # one label, two images
 
@@ -649,8 +649,8 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 def test_bad_requests_are_refused(tokenizer: LatentTokenizer) -> None:
     with pytest.raises(ValueError, match=r"span \[0, 5\], but the model has the classes 0 to 4"):
-        sample_images(MODEL, tokenizer, GUIDED, torch.tensor([0, 5]), seed=0, show_progress=False)
+        sample_images("givt", MODEL, tokenizer, GUIDED, torch.tensor([0, 5]), seed=0)
     with pytest.raises(ValueError, match="A seed is at least 0"):
-        sample_images(MODEL, tokenizer, GUIDED, LABELS, seed=-1, show_progress=False)
+        sample_images("givt", MODEL, tokenizer, GUIDED, LABELS, seed=-1)
     with pytest.raises(ValueError, match="at least 1"):
-        sample_images(MODEL, tokenizer, GUIDED, LABELS[:0], seed=0, show_progress=False)
+        sample_images("givt", MODEL, tokenizer, GUIDED, LABELS[:0], seed=0)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from official_names import from_official, layout, load_official, rule_state, to_official
 from published import published_shapes
+from samplers import sample_images
 from scipy import stats
 from torch import Tensor
 from waits import Waits
@@ -340,18 +341,21 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
 def test_images_in_batches() -> None:
     labels = torch.tensor([0, 1, 2, 3, 4])
 
-    def decode(tokens: Tensor) -> Tensor:
-        assert tokens.shape[1:] == (3, 3)
-        return images_to_pixels(tokens[:, None] / 12.0 - 1)
+    class Codes:
+        """A tokenizer whose images are the codes themselves."""
 
-    whole, pieces = (
-        llamagen_sampling.sample_images(MODEL, decode, GUIDED, labels, 3, batch_size=size, show_progress=False)
-        for size in (250, 2)
-    )
+        def images(self, codes: Tensor) -> Tensor:
+            assert codes.shape[1:] == (3, 3)
+            return codes[:, None] / 12.0 - 1
+
+        def to_pixels(self, images: Tensor) -> Tensor:
+            return images_to_pixels(images)
+
+    whole, pieces = (sample_images("llamagen", MODEL, Codes(), GUIDED, labels, 3, batch_size=size) for size in (250, 2))
     assert torch.equal(whole, pieces)
     assert whole.shape == (5, 1, 3, 3)
     with pytest.raises(ValueError, match="at least 1"):
-        llamagen_sampling.sample_images(MODEL, decode, GUIDED, labels[:0], 3, show_progress=False)
+        sample_images("llamagen", MODEL, Codes(), GUIDED, labels[:0], 3)
 
 
 def test_temperature_zero_takes_the_most_likely() -> None:

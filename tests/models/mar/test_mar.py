@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from official_names import from_official, layout, load_official, rule_state, to_official
 from published import published_numbers, published_shapes
+from samplers import sample_images
 from torch import Tensor
 
 from tokenbridge.conformance import mar as golden_mar
@@ -39,7 +40,6 @@ from tokenbridge.models.mar.sampling import (
     generate_latents,
     generation,
     latent_noise,
-    sample_images,
 )
 from tokenbridge.models.masked import MaskedBackbone
 from tokenbridge.models.masked_sampling import masked_counts
@@ -485,13 +485,13 @@ def test_pixels(tmp_path: Path) -> None:
     autoencoder = AutoencoderKL(latent_channels=C, block_out_channels=(32,), sample_size=4)
     tokenizer = LatentTokenizer(autoencoder)
     labels = torch.tensor([0, 1, 2, 3, 4])
-    images = sample_images(MODEL, tokenizer, PLAIN, labels, 0, batch_size=2, show_progress=False)
+    images = sample_images("mar", MODEL, tokenizer, PLAIN, labels, 0, batch_size=2)
     assert images.shape == (5, 3, 4, 4)
     assert images.dtype == torch.uint8
-    others = sample_images(MODEL, tokenizer, PLAIN, labels, 0, batch_size=5, show_progress=False)
+    others = sample_images("mar", MODEL, tokenizer, PLAIN, labels, 0, batch_size=5)
     assert (images.int() - others.int()).abs().max() <= 1  # rounding to 8 bits
     with pytest.raises(ValueError, match="at least 1"):
-        sample_images(MODEL, tokenizer, PLAIN, labels[:0], 0)
+        sample_images("mar", MODEL, tokenizer, PLAIN, labels[:0], 0)
 
 
 # ------------------------------------------------------------------------------------------------ model and loss

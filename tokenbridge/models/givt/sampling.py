@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenbridge.models.draw import check_labels, decode_in_batches
+from tokenbridge.models.draw import check_labels
 from tokenbridge.models.givt.density import GuidedDensity, Mixture
 from tokenbridge.models.givt.model import GIVT
-from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.models.noise import Noise, PerImage
 from tokenbridge.utils.errors import UserError
 
 
@@ -61,7 +61,7 @@ class StreamNoise:
     of the image needs are never drawn; 1,000 proposals for every token would cost more than the transformer.
     """
 
-    def __init__(self, seed: int, image_indices: list[int], position: int, model: GIVT) -> None:
+    def __init__(self, seed: int, image_indices: Sequence[int], position: int, model: GIVT) -> None:
         self.sizes = model.num_components, model.num_channels
         self.device = model.device
         self.streams = [np.random.default_rng((seed, index, position)) for index in image_indices]
@@ -189,37 +189,12 @@ def generate_latents(model: GIVT, labels: Tensor, config: GivtSampling, noise: C
     return model.to_latents(torch.stack([d.values for d in generate_draws(model, labels, config, noise)], dim=1))
 
 
-def sample_images(
-    model: GIVT,
-    tokenizer: LatentTokenizer,
-    config: GivtSampling,
-    labels: Tensor,
-    seed: int,
-    *,
-    batch_size: int = 250,
-    show_progress: bool = True,
-) -> Tensor:
-    """Generate one image for each label; image i is a function of the seed, its label and i alone.
+def generate(model: GIVT, labels: Tensor, settings: GivtSampling, noise: Noise) -> Tensor:
+    """Generate latents [B, C, h, h] of a batch of images from `noise`; otherwise as `generate_latents`.
 
-    Args:
-        model: in evaluation mode.
-        tokenizer: decodes the model's latents.
-        config: how to sample.
-        labels: [N] class labels, N >= 1.
-        seed: at least 0.
-        batch_size: images at a time.
-        show_progress: draw a progress bar on stderr.
-
-    Returns:
-        uint8 pixels [N, C, H, W] on the CPU.
-
-    Raises:
-        ValueError: no labels, labels out of range, a negative seed.
+    The official code draws with JAX, whose numbers torch cannot make: only streams of images will do.
     """
-    if seed < 0:
-        raise UserError(f"A seed is at least 0, not {seed}.")
-
-    def latents(indices: list[int]) -> Tensor:
-        return generate_latents(model, labels[indices], config, lambda i: StreamNoise(seed, indices, i, model))
-
-    return decode_in_batches(latents, tokenizer, len(labels), batch_size=batch_size, show_progress=show_progress)
+    assert isinstance(noise, PerImage), "GIVT has no official noise here"
+    return generate_latents(
+        model, labels, settings, lambda position: StreamNoise(noise.seed, noise.indices, position, model)
+    )

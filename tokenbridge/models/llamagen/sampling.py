@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenbridge.models.draw import _picker, check_labels, image_batches
+from tokenbridge.models.draw import _picker, check_labels
 from tokenbridge.models.llamagen.model import LlamaGen
-from tokenbridge.models.noise import image_noise
+from tokenbridge.models.noise import Noise, PerImage, image_noise
 from tokenbridge.utils.errors import UserError
 
 
@@ -89,38 +88,9 @@ def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, u
     return tokens.masked_fill(torch.stack(bad, dim=1), -1)
 
 
-def sample_images(
-    model: LlamaGen,
-    decode: Callable[[Tensor], Tensor],
-    config: LlamaGenSampling,
-    labels: Tensor,
-    seed: int,
-    *,
-    batch_size: int = 250,
-    show_progress: bool = True,
-) -> Tensor:
-    """Generate one image for each label; image i is a function of the seed, its label and i alone.
-
-    The official script draws its labels at random, and so not the same number of each class.
-
-    Args:
-        model: in evaluation mode.
-        decode: from tokens [B, h, w] to uint8 pixels [B, C, H, W]; `LlamaGenVQ.pixels` for the published models.
-        config: how to sample.
-        labels: [N] class labels, N >= 1.
-        seed: at least 0.
-        batch_size: images at a time.
-        show_progress: draw a progress bar on stderr.
-
-    Returns:
-        uint8 pixels [N, C, H, W] on the CPU.
-
-    Raises:
-        ValueError: no labels, labels out of range, a negative seed.
-    """
-    pixels = []
-    for indices in image_batches(len(labels), batch_size, show_progress=show_progress):
-        uniforms = image_noise(seed, indices, model.num_positions, 1).uniforms[..., 0]
-        tokens = generate_tokens(model, labels[indices], config, uniforms)
-        pixels.append(decode(tokens.unflatten(1, (model.latent_size, model.latent_size))).cpu())
-    return torch.cat(pixels)
+def generate(model: LlamaGen, labels: Tensor, settings: LlamaGenSampling, noise: Noise) -> Tensor:
+    """Generate tokens [B, L] of a batch of images from `noise`; otherwise as `generate_tokens`."""
+    uniforms = None
+    if isinstance(noise, PerImage):
+        uniforms = image_noise(noise.seed, noise.indices, model.num_positions, 1).uniforms[..., 0]
+    return generate_tokens(model, labels, settings, uniforms)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenbridge.models.draw import check_labels, decode_in_batches
+from tokenbridge.models.draw import check_labels
 from tokenbridge.models.mar.diffusion import diffusion_process, spaced_timesteps
 from tokenbridge.models.mar.model import MAR
 from tokenbridge.models.masked_sampling import Iteration, MaskedSampling, contexts, iterations
+from tokenbridge.models.noise import Noise, Official, image_streams
 from tokenbridge.models.noise import global_noise as global_orders
-from tokenbridge.models.noise import image_streams
-from tokenbridge.tokenizers.base import LatentTokenizer
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class LatentNoise:
     draw: Callable[[int, int], Tensor]
 
 
-def latent_noise(seed: int, image_indices: list[int], num_positions: int, num_channels: int) -> LatentNoise:
+def latent_noise(seed: int, image_indices: Sequence[int], num_positions: int, num_channels: int) -> LatentNoise:
     """Open each image's stream, on the CPU so that every device sees the same.
 
     Noise is drawn when an iteration needs it: all of MAR-L's would be 26 MB an image.
@@ -131,23 +130,12 @@ def generate_latents(model: MAR, labels: Tensor | None, config: MarSampling, noi
     return model.to_latents(sequence)
 
 
-def sample_images(
-    model: MAR,
-    tokenizer: LatentTokenizer,
-    config: MarSampling,
-    labels: Tensor,
-    seed: int,
-    *,
-    batch_size: int = 250,
-    show_progress: bool = True,
-) -> Tensor:
-    """Generate one image for each label; image i is a function of the seed, its label and i alone.
-
-    Arguments, result and errors as `sampling.sample_images`; the tokenizer needs no quantiser.
-    """
-
-    def latents(indices: list[int]) -> Tensor:
-        noise = latent_noise(seed, indices, model.num_positions, model.num_channels)
-        return generate_latents(model, labels[indices], config, noise)
-
-    return decode_in_batches(latents, tokenizer, len(labels), batch_size=batch_size, show_progress=show_progress)
+def generate(model: MAR, labels: Tensor, settings: MarSampling, noise: Noise) -> Tensor:
+    """Generate latents [B, c, H, W] of a batch of images from `noise`; otherwise as `generate_latents`."""
+    length, channels = model.num_positions, model.num_channels
+    if isinstance(noise, Official):
+        guided = settings.guidance_scale != 1
+        drawn = global_noise(len(labels), length, channels, guided=guided, device=model.device)
+    else:
+        drawn = latent_noise(noise.seed, noise.indices, length, channels)
+    return generate_latents(model, labels, settings, drawn)

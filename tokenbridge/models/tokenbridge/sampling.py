@@ -23,13 +23,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tokenbridge.models.draw import _picker, check_labels, decode_in_batches
+from tokenbridge.models.draw import _picker, check_labels
 from tokenbridge.models.layers import take
 from tokenbridge.models.masked_sampling import MaskedSampling, contexts, iterations
-from tokenbridge.models.noise import GlobalNoise, ImageNoise, image_noise
+from tokenbridge.models.noise import GlobalNoise, ImageNoise, Noise, Official, global_noise, image_noise
 from tokenbridge.models.tokenbridge.heads import FirstElement
 from tokenbridge.models.tokenbridge.model import TokenBridge
-from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.utils.errors import UserError
 
 
@@ -110,41 +109,6 @@ def generate_tokens(
     return tokens
 
 
-def sample_images(
-    model: TokenBridge,
-    tokenizer: LatentTokenizer,
-    config: TokenBridgeSampling,
-    labels: Tensor,
-    seed: int,
-    *,
-    batch_size: int = 250,
-    show_progress: bool = True,
-) -> Tensor:
-    """Generate one image for each label; image i is a function of the seed, its label and i alone.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: decodes the model's latents.
-        config: how to sample.
-        labels: [N] class labels, N >= 1.
-        seed: at least 0.
-        batch_size: images at a time.
-        show_progress: draw a progress bar on stderr.
-
-    Returns:
-        uint8 pixels [N, C, H, W] on the CPU.
-
-    Raises:
-        ValueError: no labels, labels out of range, a negative seed, more iterations than positions.
-    """
-
-    def latents(indices: list[int]) -> Tensor:
-        noise = image_noise(seed, indices, model.num_positions, model.num_channels)
-        return model.to_latents(generate_tokens(model, labels[indices], config, noise))
-
-    return decode_in_batches(latents, tokenizer, len(labels), batch_size=batch_size, show_progress=show_progress)
-
-
 def _guided_context(
     model: TokenBridge,
     tokens: Tensor,
@@ -159,3 +123,11 @@ def _guided_context(
         return z
     conditional, unconditional = z.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
+
+
+def generate(model: TokenBridge, labels: Tensor, settings: TokenBridgeSampling, noise: Noise) -> Tensor:
+    """Generate tokens [B, L, C] of a batch of images from `noise`; otherwise as `generate_tokens`."""
+    if isinstance(noise, Official):
+        return generate_tokens(model, labels, settings, global_noise(len(labels), model.num_positions))
+    drawn = image_noise(noise.seed, noise.indices, model.num_positions, model.num_channels)
+    return generate_tokens(model, labels, settings, drawn)

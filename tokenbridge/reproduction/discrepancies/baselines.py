@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from tokenbridge.models.givt import model as givt
 from tokenbridge.models.givt import sampling as givt_sampling
 from tokenbridge.models.llamagen import model as llamagen
 from tokenbridge.models.llamagen import sampling as llamagen_sampling
-from tokenbridge.models.noise import image_noise
+from tokenbridge.models.noise import PerImage
 from tokenbridge.reproduction.discrepancies.study import (
     BATCH_SIZE,
     Scores,
@@ -28,6 +29,7 @@ from tokenbridge.reproduction.discrepancies.study import (
     rows_of,
 )
 from tokenbridge.results.schema import Row
+from tokenbridge.sampling.sample import sample_pixels
 
 NUM_GIVT_IMAGES = 100  # their tokens are enough, and 1,000 proposals for each take memory
 
@@ -95,10 +97,8 @@ def givt_mixtures(
     model: givt.GIVT, config: givt_sampling.GivtSampling, labels: Tensor, seed: int
 ) -> tuple[density.Mixture, density.Mixture]:
     """Return conditional and unconditional mixtures [N L] of every token of images sampled the official way."""
-    indices, labels = list(range(len(labels))), labels.to(model.device)
-    latents = givt_sampling.generate_latents(
-        model, labels, config, lambda i: givt_sampling.StreamNoise(seed, indices, i, model)
-    )
+    labels = labels.to(model.device)
+    latents = givt_sampling.generate(model, labels, config, PerImage(seed, range(len(labels))))
     sequence = model.to_sequence(latents)
     none = torch.ones_like(labels, dtype=torch.bool)
     logits = [model(sequence, labels, dropped=dropped).flatten(0, 1) for dropped in (~none, none)]
@@ -140,13 +140,13 @@ def givt_no_class(study: Study) -> list[Row]:
     if not _has_weights(study, "givt"):
         reason = _no_weights("givt")
         return [_not_run(f"givt-no-class-{n}", t, reason) for n, t in (("trained", trained), ("untrained", untrained))]
-    model, config = _givt(study)
+    model, _ = _givt(study)
+
+    sampler = study.bench.sampler("givt")
 
     def scores(model: givt.GIVT) -> list[Scores]:
-        made = (
-            givt_sampling.sample_images(model, study.bench.latents, config, study.labels, seed, show_progress=False)
-            for seed in study.seeds
-        )
+        changed = replace(sampler, model=model)
+        made = (sample_pixels(changed, study.labels, seed, show_progress=False) for seed in study.seeds)
         return [study.score(p, study.labels) for p in made]
 
     return rows_of(
@@ -185,11 +185,10 @@ def llamagen_zero_row(study: Study) -> list[Row]:
     assert isinstance(config, llamagen_sampling.LlamaGenSampling)
 
     def generate(model: llamagen.LlamaGen, seed: int) -> Tensor:
-        tokens = []
-        for indices in image_batches(study.num_images, BATCH_SIZE, show_progress=False):
-            uniforms = image_noise(seed, indices, model.num_positions, 1).uniforms[..., 0]
-            tokens.append(llamagen_sampling.generate_tokens(model, study.labels[indices], config, uniforms))
-        return torch.cat(tokens)
+        batches = image_batches(study.num_images, BATCH_SIZE, show_progress=False)
+        return torch.cat(
+            [llamagen_sampling.generate(model, study.labels[i], config, PerImage(seed, i)) for i in batches]
+        )
 
     def scores(tokens: Tensor) -> Scores:
         grids = tokens.unflatten(1, (model.latent_size, model.latent_size)).split(BATCH_SIZE)

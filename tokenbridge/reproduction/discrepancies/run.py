@@ -23,7 +23,7 @@ from tokenbridge.reproduction.discrepancies.precision import latents_precision, 
 from tokenbridge.reproduction.discrepancies.quantizing import encode, gaussian_fit, posterior, read_latents
 from tokenbridge.reproduction.discrepancies.sampling import class_labels, num_images, pixels, temperature
 from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_bench
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_workbench
 from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, trend_cells
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
 from tokenbridge.utils import provenance
@@ -111,7 +111,7 @@ def measure_discrepancies(
         raise UserError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
     if latents is not None:
         read_latents(latents)  # first: a bad file must not cost minutes
-    bench = open_bench(scale, weights)
+    bench = open_workbench(scale, weights)
     study = Study(bench, num_images, seed, latents)
     rows = []
     for title, compare in COMPARISONS.values():

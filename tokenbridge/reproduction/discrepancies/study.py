@@ -24,10 +24,10 @@ from tokenbridge.evaluation.metrics import (
 )
 from tokenbridge.evaluation.reconstruct import reconstruction_metrics
 from tokenbridge.models.draw import image_batches
-from tokenbridge.models.noise import image_noise
+from tokenbridge.models.noise import PerImage
 from tokenbridge.models.tokenbridge import sampling
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Bench
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench
 from tokenbridge.results.schema import Row
 from tokenbridge.utils.errors import UnusableImageError
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -45,7 +45,7 @@ Scores = dict[str, float]
 class Study:
     """What the comparisons share: models, images, seeds, and the samples that several of them start from."""
 
-    bench: Bench
+    bench: Workbench
     num_images: int  # samples of each seed
     seed: int  # the first of NUM_SEEDS
     latents: Path | None = None  # real latents to quantise, see `read_latents`
@@ -104,8 +104,7 @@ class Study:
         """
         model = model or self.model
         batches = image_batches(len(labels), BATCH_SIZE, show_progress=False)
-        noise = ((i, image_noise(seed, i, model.num_positions, model.num_channels)) for i in batches)
-        tokens = torch.cat([sampling.generate_tokens(model, labels[i], config, numbers) for i, numbers in noise])
+        tokens = torch.cat([sampling.generate(model, labels[i], config, PerImage(seed, i)) for i in batches])
         if int(tokens.min()) < 0:
             raise UnusableImageError("The logits of the generator are NaN.")
         return tokens
