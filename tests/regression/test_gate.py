@@ -218,9 +218,8 @@ def test_a_changed_seed_is_red(stored: Path, scale: Scale, tmp_path: Path, monke
     def other(seed: int, *arguments: Any) -> ImageNoise:
         return original(seed + 1, *arguments)
 
-    monkeypatch.setattr("tokenbridge.reproduction.small_scale.image_noise", other)
-    assert bad(gate.tokens(scale, stored / "tiny")) == {"tokenbridge-64"}
     monkeypatch.setattr("tokenbridge.models.tokenbridge.sampling.image_noise", other)
+    assert bad(gate.tokens(scale, stored / "tiny")) == {"tokenbridge-64"}
     failed = bad(gate.tiny(scale, stored / "tiny", tmp_path / "out"))
     assert {"table2a/autoregressive", "table3/tokenbridge"} <= failed
     assert not any(name.startswith("table1") for name in failed)  # nothing is drawn there
