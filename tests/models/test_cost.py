@@ -165,7 +165,7 @@ def test_every_preset_has_expected_counts() -> None:
 def test_preset(name: str) -> None:
     kind, preset = all_presets()[name]
     settings = preset.sampling_config() if preset.sampling else UNPUBLISHED[kind.name]
-    counted = COUNTS[kind.name](on_meta(kind.model_class, preset.model), settings)
+    counted = COUNTS[kind.name](on_meta(kind.model, preset.model), settings)
     assert counted == dict(zip(PARTS[kind.name], PRESETS[name], strict=True))
 
 
@@ -174,7 +174,7 @@ def test_system_with_its_decoder(name: str) -> None:
     system = find_model(name)
     counted = system.flop_per_image()
     assert tuple(counted.values()) == WITH_DECODER[name]
-    assert list(counted) == [*PARTS[system.kind.name], "VQ decoder" if "llamagen" in name else "VAE decoder"]
+    assert list(counted) == [*PARTS[system.system.name], "VQ decoder" if "llamagen" in name else "VAE decoder"]
 
 
 def test_others_of_published_size() -> None:
