@@ -1,8 +1,8 @@
 """Time two functions in turns, and print the ratios as a table at the end of the session.
 
-A machine drifts (other jobs, clock rates), so a time alone says little. Here reference and fast path alternate,
-and what is reported is the ratio of their medians. Ratios are not asserted: a target missed is marked in the
-table. Only what does not depend on the machine is asserted: equal results, and memory.
+The speed of a machine drifts (other jobs, clock rates), so a time alone says little. Here the reference and the fast
+path alternate, and the ratio of their medians is reported. Ratios are not asserted, but the table marks a missed
+target. Equal results and memory do not depend on the machine, so these are asserted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the ratios shall not depend on how many cores the machine has
+torch.set_num_threads(1)  # so that the ratios do not depend on how many cores the machine has
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Timing:
     name: str
     fast_ms: float
     reference_ms: float
-    quartiles: tuple[float, float]  # of the ratio round by round: how noisy the machine was
+    quartiles: tuple[float, float]  # of the ratios of single rounds, which show how noisy the machine was
     target: float | None
 
     @property
@@ -46,10 +46,10 @@ class Timing:
 
 @dataclass
 class Report:
-    """What the benchmarks of a session found."""
+    """The results of a session."""
 
     timings: list[Timing] = field(default_factory=list)
-    memory: list[tuple[str, ...]] = field(default_factory=list)  # rows of text
+    memory: list[tuple[str, ...]] = field(default_factory=list)  # rows of a table
 
 
 class SideBySide(Protocol):
@@ -80,7 +80,7 @@ def report(request: pytest.FixtureRequest) -> Report:
 
 @pytest.fixture
 def side_by_side(benchmark: Any, report: Report) -> SideBySide:
-    """Time `reference` and `fast` in turns; `fast` is what pytest-benchmark saves and compares."""
+    """Time `reference` and `fast` in turns; pytest-benchmark saves and compares the times of `fast`."""
 
     def run(
         name: str,
@@ -97,9 +97,9 @@ def side_by_side(benchmark: Any, report: Report) -> SideBySide:
             reference()
             reference_s.append(time.perf_counter() - start)
 
-        # The set-up of a round is not part of its time: it is the reference's turn.
+        # The reference runs as the set-up of a round, which is not part of the round's time.
         benchmark.pedantic(fast, setup=time_reference, rounds=rounds, warmup_rounds=1)
-        if benchmark.stats is None:  # --benchmark-disable: each ran once, nothing was timed
+        if benchmark.stats is None:  # --benchmark-disable: each function ran once, and nothing was timed
             return
         fast_s = benchmark.stats.stats.data
         reference_s = reference_s[-len(fast_s) :]  # without the warm-up
@@ -109,12 +109,12 @@ def side_by_side(benchmark: Any, report: Report) -> SideBySide:
         timing = Timing(name, fast_ms, reference_ms, (low, high), target)
         report.timings.append(timing)
         benchmark.extra_info.update(
-            label=name,  # `tokenbridge gate` finds a ratio by it
+            label=name,  # `tokenbridge gate` finds the ratio by this label
             fast_ms=timing.fast_ms,
             reference_ms=timing.reference_ms,
             ratio=timing.ratio,
             ratio_quartiles=[low, high],
-            ratio_of_fastest=min(reference_s) / min(fast_s),  # what other processes disturbed least
+            ratio_of_fastest=min(reference_s) / min(fast_s),  # the rounds that other processes disturbed least
             target=target,
             num_threads=torch.get_num_threads(),
             torch=torch.__version__,

@@ -1,8 +1,9 @@
 """Make golden cases of any configuration with the reference path: `python -m benchmarks.make_golden FOLDER`.
 
-The cases in reference_results/goldens come from the official code, at small sizes. The reference path equals them
-(tests/test_reference_path.py), so it can stand in for the official code at full size. It is not that code: the files
-say so in their `source`. Format and rule for the weights: reference_results/goldens/README.md.
+The cases in reference_results/goldens come from the official code, at small sizes. The reference path reproduces them
+(tests/benchmarks/test_reference_path.py), so it can stand in for the official code at full size. Since it is not that
+code, the files say so in their `source`. reference_results/goldens/README.md describes the format and the rule for the
+weights.
 
 Shape letters: B batch, L positions, C channels, H height, W width, N positions of any image, D width.
 """
@@ -31,7 +32,7 @@ from tokenbridge.weights.rule import RULE, rule_state
 
 SALT = "own"
 LARGE = {"preset": "tokenbridge_large", "quant_levels": 64}
-TOLERANCES: dict[str, dict[str, Any]] = {  # those of the public cases
+TOLERANCES: dict[str, dict[str, Any]] = {  # as in the public cases
     "features": {"atol": 2e-4, "rtol": 1e-3},
     "training-logits": {"atol": 2e-4, "rtol": 1e-3},
     "head-sampling-logits": {"atol": 2e-4, "rtol": 1e-3},
@@ -46,13 +47,13 @@ Tensors = Mapping[str, Tensor]
 
 
 def rule_reference(config: Mapping[str, Any], weights: Mapping[str, Any]) -> Reference:
-    """Return the reference path of a golden's configuration and rule."""
+    """Return the reference path for the configuration and the weights' rule of a case."""
     complete = tokenbridge_config(config)
     return make_reference(rule_state(tokenbridge_layout(make_model(complete)), weights), complete)
 
 
 def features(reference: Reference, inputs: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Encode and decode latents [B, C, H, W] of which `mask` [B, L] leaves some visible."""
+    """Return tokens, encoder output and context of latents [B, C, H, W], masked where `mask` [B, L] is 1."""
     tokens = reference.encode(inputs["latents"].flatten(2).transpose(1, 2))
     embedding = reference.class_embedding(inputs["labels"], len(tokens))
     encoder = reference.encoder(reference.decode(tokens), inputs["mask"], embedding)
@@ -60,7 +61,7 @@ def features(reference: Reference, inputs: Tensors, arguments: Mapping[str, Any]
 
 
 def training_logits(reference: Reference, inputs: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Compute the logits of all masked positions along their true tokens, and the loss."""
+    """Return the teacher-forced logits of all masked positions, the loss, and the true tokens."""
     computed = features(reference, inputs, arguments)
     masked = inputs["mask"].bool()
     targets = computed["tokens"][masked][:, list(reference.channel_order)]
@@ -69,14 +70,14 @@ def training_logits(reference: Reference, inputs: Tensors, arguments: Mapping[st
 
 
 def head_sampling_logits(reference: Reference, inputs: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Record the logits that the sampler sees on its way along given tokens [N, C]."""
+    """Return the logits that the sampler sees when it is made to choose given tokens [N, C]."""
     seen: list[Tensor] = []
     reference.sample_channels(inputs["features"], following(inputs["tokens"], seen))
     return {"logits": torch.stack(seen, dim=1)}
 
 
 def following(tokens: Tensor, seen: list[Tensor]) -> Pick:
-    """Return a pick that takes the given tokens [N, C] and keeps the logits."""
+    """Return a function that chooses the given tokens [N, C] and appends the logits to `seen`."""
 
     def pick(logits: Tensor, place: int) -> Tensor:
         seen.append(logits)
@@ -86,7 +87,7 @@ def following(tokens: Tensor, seen: list[Tensor]) -> Pick:
 
 
 def sample(reference: Reference, inputs: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Sample without chance, by given orders [B, L]."""
+    """Sample with given orders [B, L], at temperature 0."""
     settings = {**SAMPLE_DEFAULTS, **arguments}
     labels = inputs["labels"] if settings.pop("labels") else None
     tokens = reference.sample_tokens(labels, inputs["orders"], SampleArguments(**settings))
@@ -103,7 +104,7 @@ ENTRIES: dict[str, Callable[[Reference, Tensors, Mapping[str, Any]], dict[str, T
 
 
 def draw_inputs(entry: str, config: Mapping[str, Any], *, num_masked: int, num_features: int = 6) -> dict[str, Tensor]:
-    """Draw the inputs of an entry, for one image."""
+    """Draw the inputs of a case for one image; `entry` says what the case computes."""
     generator = torch.Generator().manual_seed(0)
     side = config["img_size"] // config["vae_stride"]
     channels = config["vae_embed_dim"]
@@ -130,7 +131,7 @@ def write_golden(
     inputs: Tensors,
     arguments: Mapping[str, Any],
 ) -> None:
-    """Compute a case and write it; `config` as the file shall state it."""
+    """Compute a case and write it, with `config` as the file will state it."""
     with torch.inference_mode():
         outputs = ENTRIES[entry](reference, inputs, arguments)
     commit = provenance.commit()
@@ -157,12 +158,12 @@ def write_golden(
 def write_goldens(
     folder: Path, name: str, config: Mapping[str, Any], *, num_iter: int, num_masked: int, cfg: float = 3.1
 ) -> list[Path]:
-    """Write a case of every entry to `folder`; return their paths.
+    """Write a case of every entry to `folder` and return their paths.
 
     Args:
-        folder: made if needed.
-        name: the files are `tokenbridge-NAME-ENTRY.npz`.
-        config: official arguments, as the files shall state them.
+        folder: it is made if needed.
+        name: the files are called `tokenbridge-NAME-ENTRY.npz`.
+        config: official arguments, as the files will state them.
         num_iter: iterations of the sample.
         num_masked: masked positions of features and training logits.
         cfg: guidance scale of the sample.
@@ -179,7 +180,7 @@ def write_goldens(
 
 
 def main(folder: Annotated[Path, typer.Argument(help="Where the files go.")]) -> None:
-    """Write four cases of the L size: about 2 GB of memory for the weights, minutes on two cores."""
+    """Write four cases of the L size. This takes about 2 GB of memory for the weights, and minutes on two cores."""
     for path in write_goldens(folder, "large", LARGE, num_iter=4, num_masked=16):
         print(f"{path}: {path.stat().st_size:,} bytes")
 

@@ -1,4 +1,4 @@
-"""How much memory a function takes: torch's profiler records every allocation, also those inside an operator."""
+"""Measure the memory of a function. torch's profiler records every allocation, also those inside an operator."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Most bytes held at once during a call, what existed before it not counted."""
+    """Most bytes held at once during a call, without what existed before it."""
 
     total: int  # with the returned tensor
     working: int  # without the returned tensor, whenever it was allocated
 
 
 def peak_memory(function: Callable[[], Tensor]) -> PeakMemory:
-    """Measure a function of CPU tensors that returns a tensor it has allocated."""
+    """Measure a function that works on CPU tensors and returns a tensor that it has allocated."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     address = result.untyped_storage().data_ptr()
@@ -31,7 +31,7 @@ def peak_memory(function: Callable[[], Tensor]) -> PeakMemory:
         events = json.loads(path.read_text())["traceEvents"]
     memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
     changes = [(e["args"]["Addr"], e["args"]["Bytes"]) for e in memory]
-    # An address may be used again and again; the result is the last allocation there.
+    # An address may be used several times. The result is the last allocation at its address.
     is_result = [a == address and size > 0 for a, size in changes]
     if not any(is_result):
         raise ValueError("The function returned a tensor that it did not allocate.")

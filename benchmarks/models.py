@@ -1,4 +1,4 @@
-"""The models that are timed."""
+"""Models for the benchmarks."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MODELS = {"tiny": TINY_MODEL, "medium": MEDIUM_MODEL}
 def make_model(size: str) -> TokenBridge:
     """Return a model in which every parameter matters.
 
-    At initialisation the adaLN projections are zero, and so is all that the head's blocks do: any two ways to
-    compute them would seem equal.
+    At initialisation the adaLN projections are zero, so the head's blocks have no effect, and any two ways to compute
+    them would seem equal.
     """
     torch.manual_seed(0)
     model = TokenBridge(**MODELS[size])

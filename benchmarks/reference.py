@@ -1,14 +1,15 @@
-"""The plain way to do what the package does fast: TokenBridge as its official code computes it.
+"""The reference path: TokenBridge as its official code computes it, without what makes the package fast.
 
-Facts from YuqingWang1029/TokenBridge at 3ede281, models/tokenbridge.py; words and structure are ours. It shares no
-arithmetic with the package: plain functions of the weights by their official names. As there:
+It follows YuqingWang1029/TokenBridge at 3ede281, models/tokenbridge.py, in words and structure of our own. It shares
+no arithmetic with the package: it consists of plain functions of the weights by their official names. As in the
+official code:
 
-- distances to all levels, the smallest wins (`quantize`);
-- guidance by two forward passes one after the other, each with the whole batch: first with the class, then without
-  (`sample_tokens`; no doubled batch);
-- encoder input and decoder output at all positions, taken apart by boolean masks;
-- the head runs the whole prefix, and its modulation, again for every channel (`_sample_channel_ar`);
-- the schedule lives on the device, so that every iteration waits for it.
+- the quantiser computes the distances to all levels and takes the smallest (`quantize`);
+- guidance takes two forward passes of the whole batch, first with the class and then without it (`sample_tokens`), not
+  one pass of a doubled batch;
+- the encoder's input and the decoder's output cover all positions, which boolean masks select from;
+- the head runs the whole prefix, with its modulation, again for every channel (`_sample_channel_ar`);
+- the schedule lies on the device, so every iteration waits for it.
 
 Shape letters: B batch, L positions, C channels, V levels, R buffer tokens, S sequence, H heads, D width,
 N positions of any image.
@@ -43,7 +44,7 @@ def quantize(latents: Tensor, codebook: Tensor, *, value_range: float) -> Tensor
 
 
 def reconstruction_values(num_levels: int, std_range: float) -> Tensor:
-    """Return the means [V] of N(0, 1) within bins of equal probability, cut at ± `std_range`; float32 throughout."""
+    """Return the means [V] of N(0, 1) in bins of equal probability, cut at ± `std_range`; float32 throughout."""
     cuts = torch.tensor(stats.norm.ppf(torch.linspace(0, 1, num_levels + 1).numpy()), dtype=torch.float32)
     cuts = cuts.clamp(-std_range, std_range)
     values = []
@@ -55,9 +56,9 @@ def reconstruction_values(num_levels: int, std_range: float) -> Tensor:
 
 
 def draw(uniforms: Tensor, temperature: float = 1.0) -> Pick:
-    """Return the function that picks the first level whose cumulative probability exceeds uniforms [N, C].
+    """Return a function that chooses the first level whose cumulative probability exceeds uniforms [N, C].
 
-    The official code draws from torch's global stream (`multinomial`); by given numbers, two paths can be compared.
+    The official code draws from torch's global stream (`multinomial`). With given numbers, two paths can be compared.
     """
 
     def pick(logits: Tensor, place: int) -> Tensor:
@@ -68,7 +69,7 @@ def draw(uniforms: Tensor, temperature: float = 1.0) -> Pick:
 
 
 def greedy(logits: Tensor, place: int) -> Tensor:
-    """Pick the most likely level."""
+    """Choose the most likely level."""
     return logits.argmax(-1)
 
 
@@ -106,13 +107,13 @@ class SampleArguments:
 
 @dataclass(frozen=True)
 class Reference:
-    """TokenBridge on its weights.
+    """TokenBridge as plain functions of its weights.
 
     Args:
         weights: parameters by official name.
-        config: the official constructor's arguments, all of them (`golden_tokenbridge.tokenbridge_config`).
+        config: all arguments of the official constructor (`conformance.tokenbridge.tokenbridge_config`).
         values: the quantiser's reconstruction values [V], in units of its Gaussian.
-        causal: [C, C], added to the head's attention weights: -inf above the diagonal.
+        causal: [C, C], -inf above the diagonal, added to the head's attention scores.
         channel_order: a constant of the official code.
     """
 
@@ -134,7 +135,7 @@ class Reference:
         return F.layer_norm(x, weight.shape, weight, bias, self.config["norm_layer_eps"] if eps is None else eps)
 
     def attention(self, x: Tensor, name: str, num_heads: int, mask: Tensor | None = None) -> Tensor:
-        """Attend within x [B, S, D]; the head's blocks have a mask [S, S], and normalised queries and keys."""
+        """Attend within x [B, S, D]; with a mask [S, S], as in the head, queries and keys are normalised."""
         batch, length, width = x.shape
         qkv = self.linear(x, f"{name}.qkv").reshape(batch, length, 3, num_heads, width // num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, S, D / H]
@@ -147,12 +148,12 @@ class Reference:
         """Apply the MLP `name`."""
         return self.linear(F.gelu(self.linear(x, f"{name}.fc1")), f"{name}.fc2")
 
-    def blocks(self, x: Tensor, side: str) -> Tensor:
-        """Run x [B, S, D] through the blocks (timm's) of the side "encoder" or "decoder"."""
-        for i in range(self.config[f"{side}_depth"]):
-            block = f"{side}_blocks.{i}"
+    def blocks(self, x: Tensor, part: str) -> Tensor:
+        """Run x [B, S, D] through the blocks (timm's) of the part "encoder" or "decoder"."""
+        for i in range(self.config[f"{part}_depth"]):
+            block = f"{part}_blocks.{i}"
             normed = self.norm(x, f"{block}.norm1")
-            x = x + self.attention(normed, f"{block}.attn", self.config[f"{side}_num_heads"])
+            x = x + self.attention(normed, f"{block}.attn", self.config[f"{part}_num_heads"])
             x = x + self.mlp(self.norm(x, f"{block}.norm2"), f"{block}.mlp")
         return x
 
@@ -173,7 +174,7 @@ class Reference:
     # ----------------------------------------------------------------------------------------- backbone
 
     def class_embedding(self, labels: Tensor | None, batch: int) -> Tensor:
-        """Return [B, D]: of labels [B], or of no class."""
+        """Return the embedding [B, D] of labels [B], or of no class."""
         if labels is None:
             return self.weights["fake_latent"].repeat(batch, 1)
         return self.weights["class_emb.weight"][labels]
@@ -201,14 +202,14 @@ class Reference:
         return self.decoder(self.encoder(latents, mask, embedding), mask)
 
     def _kept(self, mask: Tensor) -> tuple[Tensor, ...]:
-        """Return where the encoder's tokens are: buffer and visible positions. Waits for the device."""
+        """Return the indices of the encoder's elements, buffer and visible positions; this waits for the device."""
         buffer = torch.zeros(mask.shape[0], self.config["buffer_size"], device=mask.device)
         return (1 - torch.cat([buffer, mask], dim=1)).nonzero(as_tuple=True)
 
     # --------------------------------------------------------------------------------------------- head
 
     def head(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Take a prefix x [N, S, D] of channels and its condition to what the output layers see, [N, S, D]."""
+        """Return the input [N, S, D] of the output layers for a prefix x [N, S, D] of channels and its condition."""
         length = x.shape[1]
         x = x + self.weights["channel_embed"][:, :length]
         for i in range(self.config["channel_depth"]):
@@ -222,16 +223,16 @@ class Reference:
             y = self.norm(x, f"{block}.norm2") * (1 + scale2) + shift2
             x = x + gate2 * self.mlp(y, f"{block}.mlp")
         x = self.norm(x, "channel_norm")
-        # Quirk kept: scale before shift here, shift before scale above.
+        # Quirk kept: the order is scale, shift here, and shift, scale above.
         scale, shift = self.linear(F.silu(condition), "channel_final.adaLN_modulation.1").chunk(2, dim=-1)
         return F.layer_norm(x, x.shape[-1:], eps=self.config["norm_layer_eps"]) * (1 + scale) + shift
 
     def token_embedding(self, place: int, tokens: Tensor) -> Tensor:
-        """Return what the head sees of tokens [N] of the channel generated as number `place`."""
+        """Return the embedding of tokens [N] of the channel that is generated as number `place`, from 0."""
         return self.weights[f"token_embeddings.{place}.weight"][tokens]
 
     def sample_channels(self, features: Tensor, pick: Pick) -> Tensor:
-        """Return tokens [N, C] of features [N, D]: every channel runs the whole prefix through the head."""
+        """Return tokens [N, C] for features [N, D]; for every channel the whole prefix runs through the head."""
         condition = self.linear(features, "condition_proj")[:, None] + self.weights["timesteps_embeddings"]
         # Quirk kept: the first element has a timestep embedding, which training leaves out.
         prefix = [condition[:, 0]]
@@ -244,7 +245,7 @@ class Reference:
         return torch.stack(tokens, dim=1)
 
     def training_logits(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Return logits [N, C, V] of features [N, D] and their true tokens [N, C] in generation order."""
+        """Return logits [N, C, V] for features [N, D] and their true tokens [N, C] in generation order."""
         first = self.linear(features, "condition_proj")
         num_channels = self.config["vae_embed_dim"]
         prefix = [first, *(self.token_embedding(i, targets[:, i]) for i in range(num_channels - 1))]
@@ -263,19 +264,19 @@ class Reference:
         arguments: SampleArguments,
         uniforms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Do one iteration.
+        """Run one iteration.
 
         Args:
-            tokens: [B, L, C] so far.
-            mask: [B, L] float, 1 where no token is yet.
+            tokens: [B, L, C] before the iteration.
+            mask: [B, L] float, 1 at positions that are still masked.
             labels: [B]; None for no class.
             orders: [B, L]; an order is consumed from its end.
             step: number of the iteration, from 0.
             arguments: of the sampler.
-            uniforms: [B, L, C] to draw the tokens by, in generation order; not needed at temperature 0.
+            uniforms: [B, L, C] random numbers that decide the tokens, in generation order; None at temperature 0.
 
         Returns:
-            tokens and mask after it.
+            Tokens and mask after the iteration.
         """
         batch, length = mask.shape
         latents = self.decode(tokens)
@@ -288,7 +289,7 @@ class Reference:
         mask_len = mask_len.minimum(mask[0].sum() - 1).clamp(min=1)
         still = torch.zeros_like(mask).scatter(1, orders[:, : int(mask_len)], 1.0)  # int() waits for the device
         predicted = mask.bool() if step == arguments.num_iter - 1 else mask.bool() ^ still.bool()
-        where = predicted.nonzero(as_tuple=True)  # and so does this
+        where = predicted.nonzero(as_tuple=True)  # nonzero() waits for it too
 
         features = z[where]
         if arguments.cfg != 1.0:
@@ -319,7 +320,7 @@ class Reference:
 
 
 def reference_of(model: TokenBridge) -> Reference:
-    """Return the reference path on the parameters of `model`, which stay the model's own."""
+    """Return the reference path on the parameters of `model`, which it shares with the model."""
     c: Any = model.config
     parameters = dict(model.named_parameters())
     config = {
@@ -359,9 +360,9 @@ def make_reference(
 def token_losses(
     model: TokenBridge, latents: Tensor, labels: Tensor, *, label_dropout: float = 0.1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses [N, C] of all masked positions' tokens, the mask [B, L], and the order [B, L] behind it.
+    """Return the losses [N, C] of all masked positions' tokens, the mask [B, L], and the order [B, L] it comes from.
 
-    Draws the same random numbers as `generator_loss`, in the same order.
+    This draws the same random numbers as `generator_loss`, in the same order.
     """
     reference = reference_of(model)
     batch, length = latents.shape[0], model.num_positions

@@ -1,14 +1,15 @@
-"""Sampling of a whole preset against the reference path, in turns: `python -m benchmarks.speed_l --device cpu`.
+"""Time the sampling of a whole preset and the reference path in turns: `python -m benchmarks.speed_l --device cpu`.
 
-Weights are drawn by the goldens' rule: how long a product takes does not depend on what is multiplied. Settings are
-the preset's own (guidance 3.1, temperature 0.96 for L). Times are host seconds of one batch, the device waited for.
+The weights are drawn by the goldens' rule, since the time of a product does not depend on the values multiplied. The
+settings are the preset's own (guidance 3.1, temperature 0.96 for L). Times are host seconds of one batch, measured
+after waiting for the device.
 
-On the CPU, in float32: 4 iterations; 64 iterations, extrapolated; the head alone. On CUDA, at batch 1 and at the best
-batch, 64 and 256 iterations: the package in bfloat16, eager and compiled, beside the reference with float32 weights
-under bfloat16 autocast (the official evaluation does so with float16).
+On the CPU, in float32, three things are timed: 4 iterations, 64 iterations (extrapolated), and the head alone. On
+CUDA, 64 and 256 iterations are timed at batch 1 and at the best batch. There the package runs in bfloat16, eager and
+compiled, and the reference has float32 weights under bfloat16 autocast (the official evaluation uses float16).
 
-Extrapolated means: a few iterations of the schedule are timed; for those between, seconds per counted FLOP are
-interpolated and multiplied by the iteration's own FLOP.
+Extrapolation: a few iterations of the schedule are timed. The seconds per counted FLOP are interpolated between them,
+and multiplied by the FLOP of each iteration.
 
 Shape letters: B batch, L positions, C channels.
 """
@@ -51,10 +52,10 @@ from tokenbridge.weights.rule import RULE, rule_state
 
 WEIGHTS = {"rule": RULE, "salt": "speed"}
 TARGETS = {("image", 4): 2.5, ("image", 64): 1.2, ("head", None): 4.0}  # speed-ups to reach, for L on two cores
-AGREEMENT = 0.99  # of tokens in float32: as the goldens ask for; a draw may flip where sums are added in another order
-BUSY = 0.1  # share of the machine that other processes took meanwhile, above which the table says so
+AGREEMENT = 0.99  # share of equal tokens in float32, as for the goldens; a draw may flip when sums are reordered
+BUSY = 0.1  # the table warns if other processes took a larger share of the machine during the run
 MAX_BATCH = 512
-BATCH_GAIN = 1.03  # a doubled batch that is not this much faster per image ends the search
+BATCH_GAIN = 1.03  # the search ends when doubling the batch speeds up an image by less than this factor
 
 Function = Callable[[], object]
 
@@ -63,14 +64,14 @@ Function = Callable[[], object]
 class Plan:
     """What is timed, and how thoroughly."""
 
-    whole: tuple[int, ...]  # numbers of iterations, run whole
-    extrapolated: tuple[int, ...]  # numbers of iterations, extrapolated
+    whole: tuple[int, ...]  # numbers of iterations of runs that are timed whole
+    extrapolated: tuple[int, ...]  # numbers of iterations of runs that are extrapolated
     num_points: int = 4  # timed iterations of an extrapolated run
-    head_positions: int | None = None  # the head alone on this many
+    head_positions: int | None = None  # the head alone is timed on this many
     rounds: int = 3
-    bfloat16: bool = False  # the package in bfloat16, the reference under autocast; else both in float32
-    compile_backend: str | None = None  # of torch.compile, for a variant beside the eager one
-    best_batch: bool = False  # also at the batch that is cheapest per image, extrapolated
+    bfloat16: bool = False  # the package in bfloat16 and the reference under autocast, instead of float32
+    compile_backend: str | None = None  # of torch.compile; None times the eager variant only
+    best_batch: bool = False  # also extrapolate at the batch size with the least time per image
 
 
 PLANS = {
@@ -81,7 +82,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations of both paths for one image; decoding of its latents is not timed and not counted."""
+    """Operations of both paths for one image, without decoding its latents, which is not timed either."""
 
     num_positions: int
     fast: Callable[[int, int], dict[str, float]]  # of a pass of the backbone, see `count_pass`
@@ -144,7 +145,7 @@ def meta_model(sizes: Mapping[str, Any]) -> TokenBridge:
 
 @dataclass(frozen=True)
 class Setting:
-    """The two paths, and what they sample."""
+    """The two paths, with what they sample."""
 
     fast: TokenBridge
     plain: Reference
@@ -153,15 +154,15 @@ class Setting:
     noise: ImageNoise
     cost: Cost
     autocast: torch.dtype | None = None  # of the reference
-    compiled: dict[tuple[str, str], Callable[..., Any]] | None = None  # replaces methods, by module and name
+    compiled: dict[tuple[str, str], Callable[..., Any]] | None = None  # compiled methods by (part, name)
 
     @property
     def device(self) -> torch.device:
-        """Where both run."""
+        """The device of both paths."""
         return self.fast.device
 
     def variants(self, fast: Function, plain: Function) -> dict[str, Function]:
-        """Return what is timed in turns, by name."""
+        """Return the functions that are timed in turns, by name."""
 
         def compiled() -> object:
             assert self.compiled is not None
@@ -184,7 +185,7 @@ class Setting:
         return {name: sum(flop) * len(self.labels) / 1e12 for name, flop in self.flop(num_iterations).items()}
 
     def step(self, num_iterations: int, number: int) -> Step:
-        """Return iteration `number` of a run; its visible tokens are drawn at random."""
+        """Return iteration `number` of a run, with visible tokens drawn at random."""
         shape = *self.noise.orders.shape, self.fast.num_channels
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(self.fast.quantizer.num_levels, shape, generator=generator).to(self.device)
@@ -194,7 +195,7 @@ class Setting:
 
 @contextmanager
 def methods(model: TokenBridge, replacements: dict[tuple[str, str], Callable[..., Any]]) -> Iterator[None]:
-    """Replace methods of the model's parts, by (part, name), while the block runs."""
+    """Replace methods of the model's parts, by (part, name), within a `with` block."""
     for (part, name), function in replacements.items():
         setattr(model.get_submodule(part), name, function)
     try:
@@ -205,7 +206,7 @@ def methods(model: TokenBridge, replacements: dict[tuple[str, str], Callable[...
 
 
 def compiled_methods(model: TokenBridge, backend: str) -> dict[tuple[str, str], Callable[..., Any]]:
-    """Compile what an iteration runs; how many positions are visible and predicted changes all the time."""
+    """Compile the methods of an iteration, with dynamic shapes where the number of positions changes."""
     return {
         ("backbone", "encode"): torch.compile(model.backbone.encode, backend=backend, dynamic=True),
         ("backbone", "decode"): torch.compile(model.backbone.decode, backend=backend, dynamic=True),
@@ -226,7 +227,7 @@ def make_setting(preset: str, device: str, plan: Plan) -> Setting:
     plain = reference_of(model)
     labels = torch.zeros(0, dtype=torch.int64)
     noise = ImageNoise(labels, labels)
-    # The tiny preset has the other first element.
+    # The tiny preset's settings have the other first element.
     config = replace(find_preset(preset, PRESETS).sampling_config(), first_element="official")
     setting = Setting(fast, plain, config, labels, noise, count_cost(model.config), autocast, compiled)
     return with_batch(setting, 1)
@@ -260,17 +261,17 @@ def seconds_of(function: Function, device: torch.device) -> float:
 
 
 def in_turns(variants: dict[str, Function], device: torch.device) -> dict[str, float]:
-    """Time one call of each, one after the other."""
+    """Time one call of each function, one after another."""
     return {name: seconds_of(function, device) for name, function in variants.items()}
 
 
 def extrapolate(numbers: list[int], seconds: list[float], flop: list[float]) -> float:
-    """Return the seconds of all iterations from those of some.
+    """Extrapolate from the seconds of some iterations to those of the whole run.
 
     Args:
-        numbers: which iterations were timed, rising.
-        seconds: of each.
-        flop: of every iteration of the run.
+        numbers: the timed iterations, rising.
+        seconds: the time of each of them.
+        flop: the operations of every iteration of the run.
     """
     per_flop = [s / flop[n] for n, s in zip(numbers, seconds, strict=True)]
     between = np.interp(np.arange(len(flop)), numbers, per_flop)
@@ -282,18 +283,18 @@ def extrapolate(numbers: list[int], seconds: list[float], flop: list[float]) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing timed, all ways."""
+    """One benchmark, timed in all variants."""
 
     what: Literal["image", "head"]
     num_iterations: int | None
     batch_size: int  # images, or positions of the head alone
-    rounds: list[dict[str, float]]  # seconds of a batch by variant, round by round
+    rounds: list[dict[str, float]]  # for each round, seconds of a batch by variant
     tflop: dict[str, float]  # of a batch: "fast" and "reference"
-    timed_iterations: list[dict[str, Any]] | None = None  # of an extrapolated row: number, seconds by variant
+    timed_iterations: list[dict[str, Any]] | None = None  # of an extrapolated row: number and seconds by variant
 
     @property
     def name(self) -> str:
-        """What a reader calls it."""
+        """The name in the table."""
         what = "head alone, positions" if self.what == "head" else f"{self.num_iterations} iterations, images"
         return f"{what}, extrapolated" if self.timed_iterations is not None else what
 
@@ -302,7 +303,7 @@ class Row:
         return statistics.median(r[variant] for r in self.rounds)
 
     def to_json(self, peak: float) -> dict[str, Any]:
-        """Return everything, with what follows from it; `peak` in TFLOP/s."""
+        """Return the row with the numbers derived from it; `peak` is in TFLOP/s."""
         target = TARGETS.get((self.what, self.num_iterations))
         variants = {}
         for name in self.rounds[0]:
@@ -334,7 +335,7 @@ class Row:
 
 
 def time_whole(setting: Setting, num_iterations: int, rounds: int, *, warm_up: bool) -> Row:
-    """Time whole images; without a warm-up of its own where `time_extrapolated` has warmed the same shapes."""
+    """Time whole runs; no warm-up is needed if `time_extrapolated` has run the same shapes before."""
     config = replace(setting.config, num_iterations=num_iterations)
     arguments = official_arguments(config)
     noise, labels = setting.noise, setting.labels
@@ -349,7 +350,7 @@ def time_whole(setting: Setting, num_iterations: int, rounds: int, *, warm_up: b
 
 
 def time_extrapolated(setting: Setting, num_iterations: int, num_points: int, rounds: int) -> Row:
-    """Time some iterations of a run, and extrapolate to all; the first pass over them warms up."""
+    """Time some iterations of a run and extrapolate to all of them; a first pass over them is the warm-up."""
     flop = setting.flop(num_iterations)
     numbers = sorted({round(x) for x in np.linspace(0, num_iterations - 1, num_points)})
     steps = [setting.step(num_iterations, number) for number in numbers]
@@ -375,7 +376,7 @@ def time_extrapolated(setting: Setting, num_iterations: int, num_points: int, ro
 
 
 def time_head(setting: Setting, num_positions: int, rounds: int) -> Row:
-    """Time the head alone; a sixteenth of the positions warms up."""
+    """Time the head alone; the warm-up runs on a sixteenth of the positions."""
     head, reference = setting.fast.head, setting.plain
     assert isinstance(head, ARHead)
     generator = torch.Generator().manual_seed(0)
@@ -396,7 +397,7 @@ def time_head(setting: Setting, num_positions: int, rounds: int) -> Row:
 
 
 def agreement(setting: Setting, num_iterations: int) -> float:
-    """Return the share of tokens that both paths choose alike in an iteration halfway."""
+    """Return the share of equal tokens of both paths, in the middle iteration."""
     step = setting.step(num_iterations, num_iterations // 2)
     results = setting.variants(step.fast, step.plain)
     with torch.inference_mode():
@@ -409,7 +410,7 @@ def agreement(setting: Setting, num_iterations: int) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best TFLOP/s of a square product: of 8192 on a GPU, 2048 on the CPU."""
+    """Return the best TFLOP/s of a product of square matrices, of size 8192 on a GPU and 2048 on the CPU."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = [seconds_of(lambda: a @ b, device) for _ in range(6)]
@@ -417,7 +418,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def best_batch(setting: Setting, num_iterations: int) -> int:
-    """Double the batch while that makes an image cheaper, by an iteration halfway of the eager package."""
+    """Double the batch while that speeds up an image, measured on the middle iteration of the eager package."""
     best, best_rate, batch_size = 1, 0.0, 1
     while batch_size <= MAX_BATCH:
         try:
@@ -436,10 +437,10 @@ def best_batch(setting: Setting, num_iterations: int) -> int:
 
 
 def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
-    """Time everything of the plan; return the report.
+    """Time everything in the plan and return the report.
 
     Raises:
-        RuntimeError: the two paths do not agree, so that comparing their times would mean nothing.
+        RuntimeError: the two paths do not agree, so comparing their times would mean nothing.
     """
     stopwatch = provenance.Stopwatch()
     first_run = (plan.extrapolated or plan.whole)[0]
@@ -489,7 +490,7 @@ def measure(setting: Setting, plan: Plan, preset: str) -> dict[str, Any]:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """Return the report as a table with what one must know to read it."""
+    """Return the report as a Markdown table, with the conditions of the measurement."""
     origin = report["provenance"]
     others = origin["share_of_other_processes"]
     where = ", ".join(origin["hardware"]["accelerators"]) or origin["hardware"]["processor"]
@@ -529,7 +530,7 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 
 def run(preset: str, device: str, plan: Plan, folder: Path) -> dict[str, Any]:
-    """Measure and write `PRESET-DEVICE.json` and `.md` to `folder`; return the report."""
+    """Measure, write `PRESET-DEVICE.json` and `.md` to `folder`, and return the report."""
     report = measure(make_setting(preset, device, plan), plan, preset)
     name = f"{preset}-{device}"
     write_json(folder / f"{name}.json", report)
@@ -540,11 +541,11 @@ def run(preset: str, device: str, plan: Plan, folder: Path) -> dict[str, Any]:
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     preset: Annotated[str, typer.Option(help="Name of the preset.")] = "tokenbridge-l",
-    num_threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    num_threads: Annotated[int, typer.Option(help="Threads on the CPU.")] = 2,
     rounds: Annotated[int, typer.Option(help="How often each path is timed.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder; reference_results/benchmarks by default.")] = None,
 ) -> None:
-    """Time the sampler beside the reference path; minutes for L on two cores."""
+    """Time the sampler and the reference path in turns. For L this takes minutes on two cores."""
     if device not in PLANS:
         raise typer.BadParameter(f"There are {' and '.join(PLANS)}, not {device!r}.", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():

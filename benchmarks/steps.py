@@ -1,4 +1,4 @@
-"""One iteration of sampling both ways: as the package does it, and as the reference path does.
+"""One iteration of sampling, by the package and by the reference path.
 
 Shape letters: B batch, L positions, C channels.
 """
@@ -29,21 +29,21 @@ class Step:
     number: int  # of the iteration, from 0
     labels: Tensor  # [B]
     noise: ImageNoise
-    tokens: Tensor  # [B, L, C] before it; those still masked are not looked at
+    tokens: Tensor  # [B, L, C] before the iteration; those of masked positions have no effect
 
     @property
     def num_masked(self) -> int:
-        """How many positions are masked before the iteration."""
+        """Number of positions that are masked before the iteration."""
         length = self.model.num_positions
         return [length, *masked_counts(length, self.config.num_iterations)][self.number]
 
     @property
     def num_masked_after(self) -> int:
-        """How many positions are masked after it."""
+        """Number of positions that are masked after the iteration."""
         return masked_counts(self.model.num_positions, self.config.num_iterations)[self.number]
 
     def fast(self) -> Tensor:
-        """Do what the body of `generate_tokens`' loop does; return tokens [B, L, C]."""
+        """Run the body of the loop of `generate_tokens`; return tokens [B, L, C]."""
         orders = self.noise.orders
         c = self.config
         guidance = guidance_at(c.guidance_scale, c.guidance_schedule, self.model.num_positions, self.num_masked_after)
@@ -56,7 +56,7 @@ class Step:
         return self.tokens.scatter(1, positions[..., None].expand_as(chosen), chosen)
 
     def plain(self) -> Tensor:
-        """Do the same by the reference path."""
+        """Run the same iteration by the reference path."""
         masked = self.noise.orders[:, : self.num_masked]
         mask = torch.zeros_like(self.noise.orders, dtype=torch.float32).scatter(1, masked, 1.0)
         arguments = official_arguments(self.config)
@@ -79,5 +79,5 @@ def official_arguments(config: TokenBridgeSampling) -> SampleArguments:
 
 
 def to_device(noise: ImageNoise, device: torch.device) -> ImageNoise:
-    """Move the random numbers, so that a step does not pay for it."""
+    """Move the random numbers to the device, so that this is not part of a step's time."""
     return replace(noise, orders=noise.orders.to(device), uniforms=noise.uniforms.to(device))

@@ -1,5 +1,7 @@
-"""GIVT's sampler with DB-CFG against the plain way: the whole prefix anew for every token, one pass with the class and
-one without, all proposals drawn and tried at once, the whole grid searched.
+"""GIVT's sampler with DB-CFG against a plain one.
+
+For every token the plain sampler runs the whole prefix again, in one pass with the class and one without. It draws and
+tries all proposals at once, and searches the whole grid for the bound.
 
 Shape letters: B batch, L positions, C channels, M components of the mixture, K proposals.
 """
@@ -34,7 +36,7 @@ CONFIG = GivtSampling(temperature=0.95, guidance_weight=0.4)
 
 
 def make_model(**changes: Any) -> GIVT:
-    """Return a model in which every parameter matters; at initialisation the head is zero."""
+    """Return a model in which every parameter matters, since at initialisation the head is zero."""
     torch.manual_seed(0)
     model = GIVT(**{**TINY, **changes})
     with torch.no_grad():
@@ -45,7 +47,7 @@ def make_model(**changes: Any) -> GIVT:
 
 @dataclass
 class AllNoise:
-    """The numbers of one position, all made before: what is timed is the sampler, not the generator."""
+    """The random numbers of one position, made in advance so that their generator is not timed."""
 
     gumbel: Tensor  # [B, M]
     normal: Tensor  # [B, C]
@@ -65,7 +67,7 @@ class AllNoise:
 
 
 def all_noise(model: GIVT, batch: int, position: int) -> AllNoise:
-    """Return a position's numbers."""
+    """Return the random numbers of a position."""
     generator = torch.Generator().manual_seed(position)
     shape = (CONFIG.num_proposals, batch, model.num_channels)
     return AllNoise(
@@ -91,7 +93,7 @@ def guided_draw(conditional: Mixture, unconditional: Mixture, noise: AllNoise) -
 
 
 def generate_plainly(model: GIVT, labels: Tensor, noises: list[AllNoise]) -> Tensor:
-    """Return latents [B, C, h, h] with no cache."""
+    """Return latents [B, C, h, h], generated without a cache."""
     latents = torch.zeros(len(labels), model.num_positions, model.num_channels)
     dropped = torch.ones(len(labels), dtype=torch.bool)
     mixture = partial(model.mixture, temperature=CONFIG.temperature)
@@ -121,14 +123,14 @@ def test_generation(side_by_side: SideBySide, name: str, changes: dict[str, Any]
     def reference() -> Tensor:
         return generate_plainly(model, labels, noises)
 
-    # Sums in another order; errors of a token enter those after it.
+    # Sums are added in another order, and the errors of a token enter those after it.
     torch.testing.assert_close(fast(), reference(), rtol=1e-3, atol=1e-3)
     side_by_side(f"GIVT generation, {name}, {batch} image{'s'[: batch > 1]}", fast, reference, rounds=3)
 
 
 @torch.inference_mode()
 def test_proposals_are_drawn_as_needed(side_by_side: SideBySide) -> None:
-    """One guided token of 16 images, generator included: rounds from streams, against all proposals at once."""
+    """One guided token of 16 images, with the random generator: proposals in rounds, against all at once."""
     model, batch = make_model(), 16
     shape = (batch, model.num_channels)
     density = GuidedDensity(

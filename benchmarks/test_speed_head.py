@@ -1,4 +1,4 @@
-"""The AR head with its key/value cache against the whole prefix for every channel."""
+"""The AR head with its key/value cache, against running the whole prefix for every channel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""LlamaGen's sampler against the plain way: no cache, the whole prefix for every token, two passes for guidance.
+"""LlamaGen's sampler against a plain one.
 
-Published sizes on a GPU are another matter; ratios here are of tiny models on one core. The longer the sequence, the
-more a cache saves.
+The plain sampler has no cache: for every token it runs the whole prefix, in two passes for guidance. The ratios are
+those of small models on one core, and say nothing of published sizes on a GPU. The longer the sequence, the more a
+cache saves.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CONFIG = LlamaGenSampling(guidance_scale=2.0, temperature=0.9, top_k=100, top_p=
 
 
 def make_model(size: str) -> LlamaGen:
-    """Return a model whose output layer, zero at initialisation, is not."""
+    """Return a model whose output layer, which is zero at initialisation, is drawn at random."""
     torch.manual_seed(0)
     model = LlamaGen(**SIZES[size])
     torch.nn.init.normal_(model.output.weight, std=0.2)
@@ -34,7 +35,7 @@ def make_model(size: str) -> LlamaGen:
 
 @torch.inference_mode()
 def reference(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, uniforms: Tensor) -> Tensor:
-    """Generate tokens from the description of the method; the same parameters and random numbers."""
+    """Generate tokens by the plain sampler, with the same parameters and random numbers."""
     tokens = torch.zeros(len(labels), 0, dtype=torch.int64)
     for place in range(model.num_positions):
         conditional = model(tokens, labels)[:, -1]
@@ -64,7 +65,7 @@ def test_generation(side_by_side: SideBySide, size: str, batch: int, rounds: int
 
 
 def test_interval(side_by_side: SideBySide) -> None:
-    """After the guidance interval the unconditional half is left out; the official code runs it to the end."""
+    """After the guidance interval the unconditional half is left out, which the official code runs to the end."""
     model = make_model("medium")
     labels = torch.arange(4)
     uniforms = image_noise(0, list(range(4)), model.num_positions, 1).uniforms[..., 0]

@@ -1,7 +1,8 @@
-"""One sampling iteration of MAR with guidance, half of the positions known, against the plain way.
+"""One sampling iteration of MAR with guidance, with half of the positions known, against a plain one.
 
-The plain way is structured as the official code is: two passes through the backbone with every position decoded, and
-a head that embeds timestep and context of every row anew in each diffusion step, for both halves to the end.
+The plain iteration has the structure of the official code. It takes two passes through the backbone and decodes every
+position. Its head embeds timestep and context again for every row in each diffusion step, and runs both halves to the
+end.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MEDIUM: dict[str, Any] = {
 
 
 def make_model(sizes: dict[str, Any]) -> MAR:
-    """Return a model in which every parameter matters; a new head predicts nothing."""
+    """Return a model in which every parameter matters, since at initialisation the head predicts 0."""
     torch.manual_seed(0)
     model = MAR(**sizes)
     with torch.no_grad():
@@ -70,7 +71,7 @@ class Step:
     guidance: float
 
     def fast(self) -> Tensor:
-        """Do what the body of `generation`'s loop does."""
+        """Run the body of the loop of `generation`."""
         visible = self.orders[:, self.num_masked :].sort(dim=1).values
         positions = self.orders[:, self.still_masked : self.num_masked].sort(dim=1).values
         z = contexts(self.model, self.sequence, visible, positions, self.labels, self.guidance)
@@ -79,7 +80,7 @@ class Step:
         return self.sequence.scatter(1, positions[..., None].expand_as(predicted), predicted)
 
     def reference(self) -> Tensor:
-        """Do the same from boolean masks, with nothing shared and nothing skipped."""
+        """Run the same iteration from boolean masks, with nothing shared and nothing skipped."""
         masked, remaining = (before(self.orders, n) for n in (self.num_masked, self.still_masked))
         predicted = masked & ~remaining
         net, head = self.model.backbone, self.model.head
@@ -101,12 +102,15 @@ class Step:
 
 
 def before(orders: Tensor, count: int) -> Tensor:
-    """Return where the first `count` positions of orders [B, L] are, [B, L] bool."""
+    """Return a mask [B, L] that is true at the first `count` positions of orders [B, L]."""
     return torch.zeros_like(orders, dtype=torch.bool).scatter(1, orders[:, :count], True)
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal to four digits of the largest value: rounding in the first step is multiplied by 1 / signal, 2e4."""
+    """Return whether the two agree to four digits of the largest value.
+
+    Rounding errors of the first diffusion step are multiplied by 1 / signal, which is 2e4.
+    """
     return bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max())
 
 
@@ -138,7 +142,7 @@ def test_sampling_iteration(
 
 @torch.inference_mode()
 def test_whole_generation_equals_the_reference() -> None:
-    """The iteration above is a copy of the loop's body; this holds the loop itself to the reference."""
+    """The iteration above is a copy of the loop's body, so the loop itself is compared with the reference too."""
     model = make_model(TINY)
     config = MarSampling(num_iterations=5, guidance_scale=GUIDANCE, num_diffusion_steps=10)
     labels, length = torch.arange(8), model.num_positions

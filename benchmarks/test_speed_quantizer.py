@@ -1,4 +1,4 @@
-"""The quantiser against the distances to all levels: time and memory."""
+"""Time and memory of the quantiser, against computing the distances to all levels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def by_distances(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def latents(layout: str) -> Tensor:
-    """Return latents of unit variance; as they come, or as [B, L, C] the way the generator's loss sees them."""
+    """Return latents of unit variance [B, C, h, w], or transposed to [B, L, C] as the generator's loss sees them."""
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     return x if layout == "contiguous" else x.flatten(2).transpose(1, 2)
 
@@ -43,9 +43,10 @@ def test_encode(side_by_side: SideBySide, num_levels: int) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_memory_of_encode(report: Report, layout: str) -> None:
-    """Limit what is needed beside input and output.
+    """The memory beside input and output is limited.
 
-    Tokens are int64, so the output alone is twice a float32 input. The table has both, with and without it.
+    Tokens are int64, so the output alone is twice as large as a float32 input. The table shows both numbers, with and
+    without the output.
     """
     quantizer = gaussian_quantizer(64)
     x = latents(layout)

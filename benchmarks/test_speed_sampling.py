@@ -1,4 +1,4 @@
-"""One sampling step with guidance, half of the positions known, against two passes with nothing skipped."""
+"""One sampling step with guidance, with half of the positions known, against two passes that skip nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_sampling_step(side_by_side: SideBySide, size: str, batch: int, num_iter
 
 @torch.inference_mode()
 def test_whole_generation_equals_the_reference() -> None:
-    """The step above is a copy of the loop's body; this holds the loop itself to the reference."""
+    """The step above is a copy of the loop's body, so the loop itself is compared with the reference too."""
     model = make_model("tiny")
     config = TokenBridgeSampling(num_iterations=5, guidance_scale=GUIDANCE, temperature=0.9)
     labels = torch.arange(8)

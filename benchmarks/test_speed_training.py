@@ -1,7 +1,7 @@
-"""One training step of the tiny generator: loss on 4 positions of an image, and on all masked ones.
+"""One training step of the tiny generator, with the loss on 4 positions of an image or on all masked ones.
 
-A step is: loss, gradients, clipping, AdamW. The loss on 4 positions is an estimate of the loss on all: equal in
-expectation only. What is asserted is that it is the reference's loss of these very positions.
+A step consists of loss, gradients, clipping and AdamW. The loss on 4 positions estimates the loss on all and equals it
+in expectation only, so the test compares it with the reference's loss of the same 4 positions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RTOL, ATOL = 1e-4, 1e-6  # float32 sums in another order: at most 4e-8 seen, in 
 def reference_loss(
     model: TokenBridge, latents: Tensor, labels: Tensor, *, num_loss_positions: int | None = None
 ) -> Tensor:
-    """Compute the loss of all masked positions; take the mean over all, or over `num_loss_positions` an image."""
+    """Return the loss of all masked positions, or of `num_loss_positions` of each image, by the reference path."""
     losses, masked, order = reference.token_losses(model, latents, labels)
     if num_loss_positions is None:
         return losses.mean()
