@@ -34,7 +34,11 @@ def prediction_time_rows(bench: Workbench, *, runs: int = 100) -> list[Row]:
     }
     times: dict[str, list[float]] = {}
     missing: dict[str, str] = {}
+    there = {recipe.name for recipe in bench.scale.recipes}
     for id_, (_, name, prediction) in heads.items():
+        if name not in there:
+            missing[id_] = f"scale {bench.scale.name} has no recipe {name}"
+            continue
         try:
             model = bench.model(name)
         except FileNotFoundError:
