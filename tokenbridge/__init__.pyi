@@ -2,7 +2,6 @@
 
 from .audit.audit import audit_claims as audit_claims
 from .audit.audit import audit_samples as audit_samples
-from .audit.ledger import read_ledger as read_ledger
 from .audit.report import write_report as write_report
 from .data.images import load_images as load_images
 from .evaluation.evaluate import evaluate as evaluate
@@ -18,6 +17,7 @@ from .reproduction.discrepancies.run import measure_discrepancies as measure_dis
 from .reproduction.small_scale import reproduce as reproduce
 from .reproduction.table1 import reproduce_table1 as reproduce_table1
 from .reproduction.table3 import reproduce_table3 as reproduce_table3
+from .results.ledger import read_ledger as read_ledger
 from .sampling.convert import convert as convert
 from .sampling.pipeline import TokenBridgePipeline as TokenBridgePipeline
 from .sampling.sample import sample as sample

@@ -24,12 +24,12 @@ from official_files import write_quick_inception
 
 from tokenbridge.audit.audit import audit_claims, audit_samples
 from tokenbridge.audit.expected import WORSE, Expected, gate_failures, read_expected, write_expected
-from tokenbridge.audit.ledger import Claim, Tolerance
 from tokenbridge.audit.report import counts, to_junit, to_markdown, write_report
 from tokenbridge.audit.verdicts import RANK, VERDICTS, Audit, Finding, verdict_of
 from tokenbridge.evaluation import evaluate as evaluation
 from tokenbridge.reproduction import table3
 from tokenbridge.results.compare import NUM_IMAGES
+from tokenbridge.results.ledger import Claim, Tolerance
 from tokenbridge.results.schema import Provenance, Results, Row, digest_of, read, write
 from tokenbridge.utils.files import reference_folder, sha256_of
 from tokenbridge.weights import artifacts

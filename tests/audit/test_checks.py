@@ -10,8 +10,8 @@ import torch
 
 from tokenbridge.audit.audit import audit_claims
 from tokenbridge.audit.checks import CHECKS, COUNTING_RULES, HEADS, count_grouped_head, count_head, distortion
-from tokenbridge.audit.ledger import read_ledger
 from tokenbridge.models.tokenbridge.heads import ARHead, HeadConfig
+from tokenbridge.results.ledger import read_ledger
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils.files import reference_folder
 

@@ -19,7 +19,6 @@ from conftest import ROOT
 from PIL import Image
 
 from tokenbridge.audit.figures import data_uri, pictures
-from tokenbridge.audit.ledger import Claim, Discrepancy, Tolerance
 from tokenbridge.audit.page import (
     VERDICTS,
     bar,
@@ -34,6 +33,7 @@ from tokenbridge.audit.page import (
 )
 from tokenbridge.audit.verdicts import Audit, Effect, Evidence, Finding, Verdict
 from tokenbridge.results import schema as results
+from tokenbridge.results.ledger import Claim, Discrepancy, Tolerance
 from tokenbridge.results.schema import Row
 
 NASTY = "<script>alert('1')</script> \"quoted\" & 'single' </style> {{ braces }} — Größe 漢字 ±½"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import skimage.data
 from official_files import SMALL_VAE, declare_small_models, write_checkpoint, write_kl16, write_quick_inception
+from published import publish
 
 from tokenbridge.cli import main as cli
 from tokenbridge.evaluation import evaluate as evaluation
@@ -20,6 +21,7 @@ from tokenbridge.models import registry
 from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.table3 import Options, judge, published_row, reproduce_table3
+from tokenbridge.results.ledger import published_metrics
 from tokenbridge.results.schema import STAND_IN, Results, Row, read
 from tokenbridge.tokenizers.kl16 import create_kl16
 from tokenbridge.tokenizers.published import KL16
@@ -53,7 +55,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def preset(monkeypatch: pytest.MonkeyPatch) -> str:
     """Declare a published model so small that tests can run it, scored on few images."""
     name = declare_small_models(monkeypatch)
-    monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], published=PRESETS["tokenbridge-l"].published))
+    publish(monkeypatch, f"table3/{name}", published_metrics("table3/tokenbridge-l"))
     monkeypatch.setitem(ARTIFACTS, name, replace(ARTIFACTS["tokenbridge-l"], key=name))
     small = replace(KL16, create=lambda: create_kl16(**SMALL_VAE))
     monkeypatch.setitem(registry.SYSTEMS, "tokenbridge", replace(registry.SYSTEMS["tokenbridge"], tokenizer=small))
@@ -129,14 +131,14 @@ def test_the_whole_of_it_on_small_files(preset: str, folder: Path, monkeypatch: 
     assert p.settings["sampler"]["sampling"]["num_iterations"] == 4
 
     # What was measured, published: then it is reproduced. One number off: then not.
-    measured = {name: row.metrics[f"{name}-50K"] for name in table3.SCORES}
-    monkeypatch.setitem(PRESETS, preset, replace(PRESETS[preset], published=measured))
+    measured = {f"{name}-50K": row.metrics[f"{name}-50K"] for name in table3.SCORES}
+    publish(monkeypatch, row.id, measured)
     again = reproduce_table3(preset, options(), out="out", folder=folder, show_progress=False)
     assert again is not None
     assert again[1][row.id][0] == "reproduced"
     assert again[0].provenance.settings["run"]["num_made"] == 0  # resumed: nothing was sampled twice
-    off = replace(PRESETS[preset], published={**measured, "FID": measured["FID"] * 1.05})
-    assert judge(off, again[0])[row.id][0] == "not reproduced"
+    publish(monkeypatch, row.id, {**measured, "FID-50K": measured["FID-50K"] * 1.05})
+    assert judge(PRESETS[preset], again[0])[row.id][0] == "not reproduced"
 
 
 def test_other_numbers_of_images_and_stand_ins_are_not_compared(
@@ -165,8 +167,8 @@ def test_other_numbers_of_images_and_stand_ins_are_not_compared(
 
 
 def test_a_column_that_was_not_measured_is_said_to_be(preset: str) -> None:
-    published = PRESETS["tokenbridge-l"].published
-    metrics = {f"{name}-50K": value for name, value in published.items() if name in ("FID", "IS")}
+    published = published_metrics("table3/tokenbridge-l")
+    metrics = {name: value for name, value in published.items() if name in ("FID-50K", "IS-50K")}
     verdict, why = table3._compare_published(PRESETS[preset], Row(id="table3/x", label="x", metrics=metrics))
     assert verdict == "not compared"  # half a row is not a row
     assert "not all were: precision-50K, recall-50K" in why

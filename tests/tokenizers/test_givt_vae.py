@@ -186,7 +186,6 @@ def test_published_names_and_shapes() -> None:
 def test_preset() -> None:
     config = PRESETS["givt-causal-256"].sampling_config()
     assert (config.temperature, config.temp_probs, config.guidance_weight, config.num_proposals) == (0.95, 1, 0.4, 1000)
-    assert PRESETS["givt-causal-256"].published["FID"] == 3.35
     with pytest.raises(ValueError, match="Unknown preset 'givt-maskgit'"):
         create_givt("givt-maskgit")
     assert create_givt("givt-causal-256", depth=1).config["depth"] == 1

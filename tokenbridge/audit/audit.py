@@ -22,10 +22,10 @@ from pathlib import Path
 
 from tokenbridge.audit.evidence import choose, gather
 from tokenbridge.audit.expected import WORSE, gate_failures, read_expected
-from tokenbridge.audit.ledger import Ledger, read_ledger
 from tokenbridge.audit.samples import score_samples
 from tokenbridge.audit.verdicts import VERDICTS, Audit, _effect, _evidence, _judge
 from tokenbridge.results import schema as result_files
+from tokenbridge.results.ledger import Ledger, read_ledger
 from tokenbridge.utils import files, provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.weights import artifacts

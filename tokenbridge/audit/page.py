@@ -24,8 +24,8 @@ from tokenbridge.utils.files import write_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from tokenbridge.audit.ledger import Tolerance
     from tokenbridge.audit.verdicts import Audit, Evidence, Finding
+    from tokenbridge.results.ledger import Tolerance
     from tokenbridge.results.schema import Row
 
 

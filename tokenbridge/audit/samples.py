@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokenbridge.audit.ledger import Claim
 from tokenbridge.data.image_sets import open_images
 from tokenbridge.evaluation import bootstrap
 from tokenbridge.reproduction import table3
+from tokenbridge.results.ledger import Claim
 from tokenbridge.results.schema import Provenance, Results, Row
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 from tokenbridge.audit.evidence import Source
-from tokenbridge.audit.ledger import Claim, Discrepancy, Tolerance
 from tokenbridge.configs.scales import SCALES
 from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.trends import trend_rows
 from tokenbridge.results.compare import incomparable
+from tokenbridge.results.ledger import Claim, Discrepancy, Tolerance
 from tokenbridge.results.schema import Row, Trend
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of

@@ -151,7 +151,7 @@ def _labels(
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the models of all systems: size, tokens, source and licence of the weights, published scores, settings."""
-    from tokenbridge.models.listing import list_presets
+    from tokenbridge.reproduction.listing import list_presets
 
     listed = list_presets()
     if as_json:

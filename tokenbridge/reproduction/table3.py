@@ -25,6 +25,7 @@ from tokenbridge.evaluation.reference import load_reference, make_reference
 from tokenbridge.models.registry import published_preset
 from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results.compare import Verdict, compare, incomparable
+from tokenbridge.results.ledger import published_metrics
 from tokenbridge.results.markdown import cell, markdown_table
 from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
@@ -269,9 +270,9 @@ def score(
 
 
 def published_row(preset: Preset) -> Row:
-    """Return the paper's row, under the names that ours has."""
-    metrics = {f"{name}-50K": value for name, value in preset.published.items()}
-    return Row(id=f"table3/{preset.name}", label=preset.name, metrics=metrics)
+    """Return what was published of a preset, in the paper's table or its README, as a row like ours."""
+    row = f"table3/{preset.name}"
+    return Row(id=row, label=preset.name, metrics=published_metrics(row))
 
 
 def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:

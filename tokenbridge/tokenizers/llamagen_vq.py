@@ -182,14 +182,12 @@ PRESETS: dict[str, Preset] = {
             model={"encoder_multipliers": (1, 1, 2, 2, 4), "decoder_multipliers": (1, 1, 2, 2, 4)},
             num_parameters=71_883_403,
             official_name="VQ-16",
-            published={"rFID": 2.19, "rFID 384 px": 0.94},
         ),
         Preset(
             name="llamagen-vq8",
             model={"encoder_multipliers": (1, 2, 2, 4), "decoder_multipliers": (1, 2, 2, 4)},
             num_parameters=70_109_835,
             official_name="VQ-8",
-            published={"rFID": 0.59},
         ),
     )
 }

@@ -33,7 +33,6 @@ class Preset:
     num_parameters: int  # expected; buffers are not counted
     official_name: str | None = None  # function of the official code that builds it
     sampling: Mapping[str, SamplingRecipe] = field(default_factory=dict)  # by name; the first is the default
-    published: Mapping[str, float] = field(default_factory=dict)  # table 3; 50,000 images, ImageNet 256 × 256
 
     def sampling_config(self, variant: str | None = None) -> Any:
         """Return the settings called `variant`; the default ones if None.

@@ -1,4 +1,4 @@
-"""The published sizes of LlamaGen, their settings and scores."""
+"""The published sizes of LlamaGen and their settings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def _preset(
     pixels: int,
     num_parameters: int,
     guidance_scale: float | None = None,
-    published: dict[str, float] | None = None,
     source: str = _COMMANDS,
 ) -> Preset:
     """Return a size at a resolution; `guidance_scale` is None where no settings were published."""
@@ -50,25 +49,22 @@ def _preset(
         num_parameters=num_parameters,
         official_name=f"GPT-{size}",
         sampling=sampling,
-        published=published or {},
     )
 
 
-# FID: README.md at ce98ec4, table "AR models", by the TensorFlow evaluator of ADM on 50,000 images with random labels.
-# The other scores of 3B: TokenBridge's table 3 (arXiv 2503.16430 v1).
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        _preset("B", 256, 110_888_448, 2.0, {"FID": 5.46}, _ISSUE),
-        _preset("B", 384, 110_888_448, 2.0, {"FID": 6.09}),
-        _preset("L", 256, 342_910_976, None, {"FID": 3.80}),
-        _preset("L", 384, 342_910_976, 2.0, {"FID": 3.07}),
+        _preset("B", 256, 110_888_448, 2.0, _ISSUE),
+        _preset("B", 384, 110_888_448, 2.0),
+        _preset("L", 256, 342_910_976),
+        _preset("L", 384, 342_910_976, 2.0),
         _preset("XL", 256, 774_699_520),
-        _preset("XL", 384, 774_699_520, 1.75, {"FID": 2.62}),
+        _preset("XL", 384, 774_699_520, 1.75),
         _preset("XXL", 256, 1_410_972_672),
-        _preset("XXL", 384, 1_410_972_672, 1.75, {"FID": 2.34}),
+        _preset("XXL", 384, 1_410_972_672, 1.75),
         _preset("3B", 256, 3_096_659_200),
-        _preset("3B", 384, 3_096_659_200, 1.65, {"FID": 2.18, "IS": 263.3, "precision": 0.81, "recall": 0.58}),
+        _preset("3B", 384, 3_096_659_200, 1.65),
     )
 }
 

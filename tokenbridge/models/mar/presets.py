@@ -1,4 +1,4 @@
-"""The published sizes of MAR, their settings and scores."""
+"""The published sizes of MAR and their settings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ PRESETS: dict[str, Preset] = {
             num_parameters=207_924_768,
             official_name="mar_base",
             sampling=_sampling(2.9),
-            published={"FID": 2.31, "IS": 281.7},
         ),
         Preset(
             name="mar-l",
@@ -54,7 +53,6 @@ PRESETS: dict[str, Preset] = {
             num_parameters=478_326_304,
             official_name="mar_large",
             sampling=_sampling(3.0),
-            published={"FID": 1.78, "IS": 296.0, "precision": 0.81, "recall": 0.60},
         ),
         Preset(
             name="mar-h",
@@ -62,11 +60,9 @@ PRESETS: dict[str, Preset] = {
             num_parameters=942_403_104,
             official_name="mar_huge",
             sampling=_sampling(3.2),
-            published={"FID": 1.55, "IS": 303.7, "precision": 0.81, "recall": 0.62},
         ),
     )
 }
-"""The published models. FID and IS: README.md; precision and recall: table 3 of arXiv 2503.16430 v1."""
 
 
 def create_mar(name: str, **changes: Any) -> MAR:

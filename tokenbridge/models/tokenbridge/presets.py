@@ -87,7 +87,6 @@ PRESETS: dict[str, Preset] = {
             num_parameters=486_889_472,
             official_name="tokenbridge_large",
             sampling={OFFICIAL: _sampling(3.1, 0.96, _README), PAPER: _sampling(3.1, 0.97, _PAPER)},
-            published={"FID": 1.76, "IS": 294.8, "precision": 0.80, "recall": 0.63},
         ),
         Preset(
             name="tokenbridge-h",
@@ -95,7 +94,6 @@ PRESETS: dict[str, Preset] = {
             num_parameters=910_040_576,
             official_name="tokenbridge_huge",
             sampling={OFFICIAL: _sampling(3.45, 0.91, _README), PAPER: _sampling(3.45, 0.91, _PAPER)},
-            published={"FID": 1.55, "IS": 313.3, "precision": 0.80, "recall": 0.65},
         ),
         Preset(
             name="tokenbridge-tiny",

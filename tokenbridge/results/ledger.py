@@ -1,12 +1,14 @@
 """Published claims and known discrepancies: what was said, by whom, and how it is checked here.
 
 They are facts of others, kept in `reference_results/paper/` as YAML; nothing in them was measured by this project.
-What was measured, and the verdicts, are `audit.py`'s.
+This is their one home: tables, listings and the audit read them here. What was measured, and the verdicts, are the
+audit's.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokenbridge.results.tolerances import metric
+from tokenbridge.utils import files
 from tokenbridge.utils.errors import UserError
 
 Scale = Literal["paper", "tiny", "counted"]
@@ -81,12 +84,12 @@ def read_ledger(folder: Path | str) -> Ledger:
     Raises:
         ValueError: no such files, one that is damaged, an unknown field, or an id that occurs twice.
     """
-    files = sorted(Path(folder).glob("*.yaml"))
-    if not files:
+    paths = sorted(Path(folder).glob("*.yaml"))
+    if not paths:
         raise UserError(f"There are no claims in {folder}: it has no .yaml files.")
     claims: list[Claim] = []
     discrepancies: list[Discrepancy] = []
-    for file in files:
+    for file in paths:
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             read = Ledger.model_validate({"claims": (), "discrepancies": (), **content})
@@ -99,6 +102,28 @@ def read_ledger(folder: Path | str) -> Ledger:
         if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
             raise UserError(f"These ids occur twice in {folder}: {', '.join(twice)}.")
     return Ledger(claims=tuple(claims), discrepancies=tuple(discrepancies))
+
+
+_read_once = cache(read_ledger)
+
+
+def shipped_ledger() -> Ledger:
+    """Return the ledger that comes with the package, read once in a process."""
+    return _read_once(files.reference_folder() / "paper")
+
+
+def published_metrics(row: str) -> dict[str, float]:
+    """Return what was published of a row of result files, by metric; nothing if nothing was.
+
+    Args:
+        row: id of the row ("table3/mar-l"). Where both a README and the paper's table have a score of it, the README's
+            is returned, which is that of the system's authors.
+    """
+    metrics: dict[str, float] = {}
+    for claim in shipped_ledger().claims:
+        if claim.row == row and claim.metric is not None and claim.value is not None:
+            metrics.setdefault(claim.metric, claim.value)
+    return metrics
 
 
 def _with_tolerance(claim: Claim) -> Claim:

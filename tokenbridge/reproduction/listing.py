@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenbridge.models.registry import SHIPPED_PRESETS, all_presets
 from tokenbridge.models.system import System
+from tokenbridge.results.ledger import published_metrics
 from tokenbridge.weights.artifacts import ARTIFACTS
 from tokenbridge.weights.published import Preset
 
@@ -40,6 +41,8 @@ def list_presets() -> list[Listing]:
 
 def _listing(system: System, preset: Preset) -> Listing:
     num_tokens, token = system.describe_tokens(preset.model)
+    metrics = published_metrics(f"table3/{preset.name}")
+    published = {name.removesuffix("-50K"): value for name, value in metrics.items()}
     artifact = ARTIFACTS.get(preset.name)
     if preset.name in SHIPPED_PRESETS:
         source, licence = "shipped with this package", SHIPPED_LICENCE
@@ -48,5 +51,5 @@ def _listing(system: System, preset: Preset) -> Listing:
         licence = artifact.licence if artifact else "–"
     settings = {name: {**asdict(recipe.config), "source": recipe.source} for name, recipe in preset.sampling.items()}
     return Listing(
-        preset.name, system.name, preset.num_parameters, num_tokens, token, source, licence, preset.published, settings
+        preset.name, system.name, preset.num_parameters, num_tokens, token, source, licence, published, settings
     )
