@@ -17,7 +17,7 @@ from conftest import error_of
 from datasets import Dataset
 from PIL import Image
 
-from tokenbridge.cli import options, train
+from tokenbridge.cli import options
 from tokenbridge.configs import scales as recipes
 from tokenbridge.configs.schema import Scale, TrainingConfig
 from tokenbridge.configs.tiny import TINY
@@ -27,6 +27,7 @@ from tokenbridge.reproduction.small_scale import reproduce
 from tokenbridge.results.compare import compare, verdicts
 from tokenbridge.results.schema import Results, digest_of, read
 from tokenbridge.training import train as experiment
+from tokenbridge.training.scale import run_command as run_command_itself
 from tokenbridge.training.train import build, load, train_recipe
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.utils.provenance import hash_of_dataset
@@ -503,8 +504,8 @@ def test_train_all_runs_generators_last(
         calls.append(arguments)
         return 0
 
-    monkeypatch.setattr("tokenbridge.cli.train._run_self", note)
-    monkeypatch.setattr(experiment, "latents_of", lambda *_: calls.append(["latents"]))
+    monkeypatch.setattr("tokenbridge.training.scale.run_command", note)
+    monkeypatch.setattr("tokenbridge.training.scale.latents_of", lambda *_: calls.append(["latents"]))
     code, _, _ = run("train", "mini", "--out", tmp_path, "--jobs", "1", "--data", DATA)
     assert code == 0
     optional = [recipe.name for recipe in MINI.recipes if recipe.optional]
@@ -517,6 +518,22 @@ def test_train_all_runs_generators_last(
     assert {tuple(call[:2] + call[3:]) for call in calls} == {("train", "mini", "--out", str(tmp_path), "--data", DATA)}
 
 
+def test_codes_need_no_latents(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """LlamaGen is trained on the codes of a VQ tokenizer: no VAE is asked for, which might not be there."""
+    calls: list[str] = []
+
+    def note(arguments: list[str]) -> int:
+        calls.append(arguments[2])
+        return 0
+
+    monkeypatch.setattr("tokenbridge.training.scale.run_command", note)
+    code, _, err = run("train", "mini", "vq", "llamagen", "--out", tmp_path)
+    assert code == 0, err
+    assert calls == ["vq", "llamagen"]
+
+
 def test_failed_training_stops_before_generators(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -526,14 +543,14 @@ def test_failed_training_stops_before_generators(
         calls.append(arguments[2])
         return 2 if arguments[2] == "vae" else 0
 
-    monkeypatch.setattr("tokenbridge.cli.train._run_self", fail)
+    monkeypatch.setattr("tokenbridge.training.scale.run_command", fail)
     message = error_of(run("train", "mini", "--out", tmp_path, "--jobs", "2"))
     assert "1 of 3 trainings failed" in message
     assert sorted(calls) == ["classifier", "vae", "vq"]
 
 
 def test_trainings_in_processes_pass_on_what_they_say(capfd: pytest.CaptureFixture[str]) -> None:
-    assert train._run_self(["train", "tiny", "nonsense"]) == 2
+    assert run_command_itself(["train", "tiny", "nonsense"]) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert "Unknown recipe 'nonsense'" in err

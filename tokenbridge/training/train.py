@@ -94,6 +94,7 @@ def train_recipe(
     loss = functools.partial(step_of(recipe), **options, **recipe.loss)
     log = train(model, dataset, loss, recipe.training, runs, name=name, show_progress=show_progress)
     log |= {
+        "name": name,
         "recipe": {
             "model": recipe.model,
             "loss": recipe.loss,
