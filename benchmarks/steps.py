@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reference import Reference, SampleArguments
-from tokenbridge.models.draw import _picker
+from tokenbridge.models.draw import token_chooser
 from tokenbridge.models.layers import take
 from tokenbridge.models.masked_sampling import guidance_at, masked_counts
 from tokenbridge.models.noise import ImageNoise
@@ -50,7 +50,7 @@ class Step:
         visible = orders[:, self.num_masked :].sort(dim=1).values
         positions = orders[:, self.num_masked_after : self.num_masked]
         z = _guided_context(self.model, self.tokens, visible, positions, self.labels, guidance)
-        pick = _picker(c.temperature, take(self.noise.uniforms, positions).flatten(0, 1))
+        pick = token_chooser(c.temperature, take(self.noise.uniforms, positions).flatten(0, 1))
         chosen, _ = self.model.head.sample(z.flatten(0, 1), pick, first=c.first_element)
         chosen = chosen.unflatten(0, positions.shape)[..., self.model.inverse_channel_order]
         return self.tokens.scatter(1, positions[..., None].expand_as(chosen), chosen)

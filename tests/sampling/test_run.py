@@ -33,7 +33,7 @@ from samplers import sampler_of
 from torch import Tensor, nn
 
 from tokenbridge.cli import main as cli
-from tokenbridge.models.draw import _picker
+from tokenbridge.models.draw import token_chooser
 from tokenbridge.models.noise import global_noise
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS
@@ -340,7 +340,7 @@ def test_tokens_are_multinomial_s(num_rows: int, num_levels: int, temperature: f
     expected = torch.multinomial((logits / temperature).softmax(-1), num_samples=1).squeeze(-1)
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    assert torch.equal(_picker(temperature, None)(logits, 0), expected)
+    assert torch.equal(token_chooser(temperature, None)(logits, 0), expected)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 
-Pick = Callable[[Tensor, int], Tensor]
+ChooseTokens = Callable[[Tensor, int], Tensor]
 """Choose tokens [N] from logits [N, V] of the i-th channel (greedy, or by random numbers of the run)."""
 
 
@@ -27,7 +27,9 @@ def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> I
         yield list(range(start, min(start + batch_size, num_images)))
 
 
-def _picker(temperature: float, uniforms: Tensor | None, keep: Callable[[Tensor], Tensor] | None = None) -> Pick:
+def token_chooser(
+    temperature: float, uniforms: Tensor | None, keep: Callable[[Tensor], Tensor] | None = None
+) -> ChooseTokens:
     """Return the function that chooses tokens: the inverse of the cumulative distribution at uniforms [N, C].
 
     Without uniforms: what torch.multinomial draws from the global stream, without its wait for the device.
@@ -48,12 +50,12 @@ def _picker(temperature: float, uniforms: Tensor | None, keep: Callable[[Tensor]
     if uniforms is None:
         return race
 
-    def pick(logits: Tensor, place: int) -> Tensor:
+    def choose(logits: Tensor, place: int) -> Tensor:
         cumulative = probabilities(logits).cumsum(-1)
         threshold = uniforms[:, place, None] * cumulative[:, -1:]  # rounding: the sum is not exactly 1
         return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
-    return pick
+    return choose
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from waits import Waits
 
 from tokenbridge.data.images import images_to_pixels
-from tokenbridge.models.draw import _picker
+from tokenbridge.models.draw import token_chooser
 from tokenbridge.models.llamagen import checkpoint as llamagen_checkpoint
 from tokenbridge.models.llamagen import model as lg
 from tokenbridge.models.llamagen import presets as llamagen_presets
@@ -289,7 +289,7 @@ def test_the_temperature_comes_before_the_filters() -> None:
         seen.append(scaled)
         return scaled
 
-    _picker(2.0, torch.tensor([[0.5]]), keep)(logits, 0)
+    token_chooser(2.0, torch.tensor([[0.5]]), keep)(logits, 0)
     torch.testing.assert_close(seen[0].softmax(-1), (logits / 2).softmax(-1))
     kept = [llamagen_sampling.filter_logits(x, top_p=0.7).isfinite().sum().item() for x in (seen[0], logits)]
     assert kept == [3, 2]

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 from waits import Waits
 
-from tokenbridge.models.draw import _picker
+from tokenbridge.models.draw import token_chooser
 from tokenbridge.models.layers import take
 from tokenbridge.models.masked_sampling import masked_counts
 from tokenbridge.models.noise import ImageNoise, image_noise
@@ -170,7 +170,7 @@ LOGITS = torch.tensor([0.5, -1.0, 2.0, 0.0, -4.0, 1.0])
 def test_picker_follows_the_softmax(temperature: float) -> None:
     n = 200_000
     uniforms = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
-    tokens = _picker(temperature, uniforms)(LOGITS.expand(n, -1), 0)
+    tokens = token_chooser(temperature, uniforms)(LOGITS.expand(n, -1), 0)
     counts = tokens.bincount(minlength=6).double()
 
     def fits(assumed: float) -> bool:
@@ -184,7 +184,7 @@ def test_picker_follows_the_softmax(temperature: float) -> None:
 def test_picker_inverts_the_cumulative_distribution() -> None:
     n = 100_000
     uniforms = ((torch.arange(n) + 0.5) / n)[:, None]
-    tokens = _picker(1.0, uniforms)(LOGITS.expand(n, -1), 0)
+    tokens = token_chooser(1.0, uniforms)(LOGITS.expand(n, -1), 0)
     assert (tokens.diff() >= 0).all()
     # Even spacing leaves at most one count at either end of a token's stretch; float32 moves an end by 1e-7.
     assert (tokens.bincount(minlength=6) - n * LOGITS.softmax(-1)).abs().max() <= 1.1
@@ -192,7 +192,7 @@ def test_picker_inverts_the_cumulative_distribution() -> None:
 
 def test_picker_reads_the_uniforms_of_its_place() -> None:
     uniforms = torch.tensor([[0.0, 0.999]])
-    pick = _picker(1.0, uniforms)
+    pick = token_chooser(1.0, uniforms)
     assert pick(torch.zeros(1, 10), 0).item() == 0
     assert pick(torch.zeros(1, 10), 1).item() == 9
 
@@ -201,12 +201,12 @@ def test_picker_reads_the_uniforms_of_its_place() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_picker_never_takes_an_impossible_token(uniform: float, dtype: torch.dtype) -> None:
     logits = torch.tensor([[-1e4, 0.0, -1e4, 1.0, 0.3, -1e4]], dtype=dtype)
-    token = _picker(1.0, torch.tensor([[uniform]]))(logits, 0).item()
+    token = token_chooser(1.0, torch.tensor([[uniform]]))(logits, 0).item()
     assert token in (1, 3, 4)
 
 
 def test_temperature_zero_is_argmax() -> None:
-    assert _picker(0.0, torch.tensor([[0.99]]))(LOGITS[None], 0).item() == 2
+    assert token_chooser(0.0, torch.tensor([[0.99]]))(LOGITS[None], 0).item() == 2
     greedy = replace(GUIDED, temperature=0)
     same_orders = replace_uniforms(noise(0), noise(1))
     assert torch.equal(generate(greedy), generate_tokens(MODEL, LABELS, greedy, same_orders))

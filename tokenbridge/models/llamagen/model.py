@@ -21,7 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from tokenbridge.models.draw import Pick
+from tokenbridge.models.draw import ChooseTokens
 from tokenbridge.utils.errors import UserError
 
 
@@ -183,7 +183,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
     def sample(
         self,
         labels: Tensor,
-        pick: Pick,
+        choose: ChooseTokens,
         *,
         guidance_scale: float = 1.0,
         num_guided: int | None = None,
@@ -193,7 +193,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
         Args:
             labels: [B].
-            pick: chooses tokens [B] from guided logits [B, V] and the position.
+            choose: chooses tokens [B] from guided logits [B, V] and the position.
             guidance_scale: see `LlamaGenSampling`.
             num_guided: likewise.
             num_tokens: how many tokens to generate; all L if None.
@@ -220,7 +220,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
             if place < num_guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + (conditional - unconditional) * guidance_scale
-            tokens[:, place] = pick(logits, place)
+            tokens[:, place] = choose(logits, place)
             x = self.tok_embeddings(tokens[:, place])
             if place < num_guided:
                 x = x.repeat(2, 1)

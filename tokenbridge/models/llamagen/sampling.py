@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenbridge.models.draw import _picker, check_labels
+from tokenbridge.models.draw import check_labels, token_chooser
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.noise import Noise, PerImage, image_noise
 from tokenbridge.utils.errors import UserError
@@ -75,15 +75,15 @@ def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, u
     """
     check_labels(labels, len(labels) if uniforms is None else len(uniforms), model.num_classes)
     keep = partial(filter_logits, top_k=config.top_k, top_p=config.top_p)
-    choose = _picker(config.temperature, None if uniforms is None else uniforms.to(model.device), keep)
+    choose = token_chooser(config.temperature, None if uniforms is None else uniforms.to(model.device), keep)
     bad: list[Tensor] = []
 
-    def pick(logits: Tensor, place: int) -> Tensor:
-        bad.append(logits.isnan().any(-1))  # whatever is picked by them is a valid token: one look at the end finds it
+    def choose_and_note(logits: Tensor, place: int) -> Tensor:
+        bad.append(logits.isnan().any(-1))  # whatever is chosen by them is a valid token: one look at the end finds it
         return choose(logits, place)
 
     tokens = model.sample(
-        labels.to(model.device), pick, guidance_scale=config.guidance_scale, num_guided=config.num_guided
+        labels.to(model.device), choose_and_note, guidance_scale=config.guidance_scale, num_guided=config.num_guided
     )
     return tokens.masked_fill(torch.stack(bad, dim=1), -1)
 

@@ -18,7 +18,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from tokenbridge.models.draw import Pick
+from tokenbridge.models.draw import ChooseTokens
 from tokenbridge.models.layers import ModulatedBlock, modulate
 from tokenbridge.utils.errors import UserError
 
@@ -111,14 +111,16 @@ class ARHead(_ChannelTransformer):
         elements += [embed(tokens[:, i]) for i, embed in enumerate(self.token_embeddings)]
         return self.run(torch.stack(elements, dim=1), condition, is_causal=True)
 
-    def sample(self, context: Tensor, pick: Pick, *, first: FirstElement = "official") -> tuple[Tensor, Tensor]:
+    def sample(
+        self, context: Tensor, choose: ChooseTokens, *, first: FirstElement = "official"
+    ) -> tuple[Tensor, Tensor]:
         """Choose the channels one after another with a key/value cache of static shape.
 
         The modulation of all channels is one product per block; each channel then costs one sequence element.
 
         Args:
             context: [N, D].
-            pick: chooses tokens [N] from logits [N, V] and the channel's place.
+            choose: chooses tokens [N] from logits [N, V] and the channel's place.
             first: as for `logits`; the published weights were evaluated with ``"official"``.
 
         Returns:
@@ -140,7 +142,7 @@ class ARHead(_ChannelTransformer):
                 x = block.forward_cached(x, modulation[:, i : i + 1], keys, values, i)
             x = modulate(self.channel_final.norm_final(self.channel_norm(x[:, 0])), shift[:, i], scale[:, i])
             logits = self.channel_heads[i](x)
-            tokens[:, i] = pick(logits, i)
+            tokens[:, i] = choose(logits, i)
             log_probs[:, i] = _log_prob(logits, tokens[:, i])
             if i < c - 1:
                 x = self.token_embeddings[i](tokens[:, i])
@@ -162,10 +164,12 @@ class ParallelHead(_ChannelTransformer):
         condition = self.condition(context)
         return self.run(condition, condition, is_causal=False)
 
-    def sample(self, context: Tensor, pick: Pick, *, first: FirstElement = "official") -> tuple[Tensor, Tensor]:
+    def sample(
+        self, context: Tensor, choose: ChooseTokens, *, first: FirstElement = "official"
+    ) -> tuple[Tensor, Tensor]:
         """Choose all channels independently: tokens [N, C] and their log-probabilities [N, C]."""
         logits = self.logits(context)
-        tokens = torch.stack([pick(logits[:, i], i) for i in range(self.num_channels)], dim=1)
+        tokens = torch.stack([choose(logits[:, i], i) for i in range(self.num_channels)], dim=1)
         return tokens, _log_prob(logits, tokens)
 
 

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tokenbridge.models.draw import _picker, check_labels
+from tokenbridge.models.draw import check_labels, token_chooser
 from tokenbridge.models.layers import take
 from tokenbridge.models.masked_sampling import MaskedSampling, contexts, iterations
 from tokenbridge.models.noise import GlobalNoise, ImageNoise, Noise, Official, global_noise, image_noise
@@ -92,9 +92,11 @@ def generate_tokens(
         if uniforms is None:
             positions = positions.sort(dim=1).values  # the official code draws for rising positions
         z = _guided_context(model, tokens, visible, positions, labels, iteration.guidance)
-        pick = _picker(config.temperature, None if uniforms is None else take(uniforms, positions).flatten(0, 1))
-        chosen, log_probs = model.head.sample(z.flatten(0, 1), pick, first=config.first_element)
-        # Whatever is picked by NaN logits is a valid token: mark it, so that one look at the end finds it.
+        choose = token_chooser(
+            config.temperature, None if uniforms is None else take(uniforms, positions).flatten(0, 1)
+        )
+        chosen, log_probs = model.head.sample(z.flatten(0, 1), choose, first=config.first_element)
+        # Whatever is chosen by NaN logits is a valid token: mark it, so that one look at the end finds it.
         chosen = chosen.masked_fill(log_probs.isnan(), -1).unflatten(0, positions.shape)
         if config.position_order == "confidence":
             confidence = log_probs.sum(-1).unflatten(0, positions.shape)

@@ -15,7 +15,7 @@ from tokenbridge.reproduction.discrepancies.study import BATCH_SIZE, Side, Study
 from tokenbridge.results.schema import Row
 
 if TYPE_CHECKING:
-    from tokenbridge.models.draw import Pick
+    from tokenbridge.models.draw import ChooseTokens
     from tokenbridge.models.tokenbridge.model import TokenBridge
 
 
@@ -63,7 +63,7 @@ def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 9) 
     assert isinstance(head, ARHead)
     generator = torch.Generator().manual_seed(study.seed)
     context = torch.randn(num_positions, study.model.config.width, generator=generator).to(study.bench.device)
-    likeliest: Pick = lambda logits, place: logits.argmax(-1)  # noqa: E731
+    likeliest: ChooseTokens = lambda logits, place: logits.argmax(-1)  # noqa: E731
 
     def recomputed(context: Tensor) -> Tensor:
         return sample_without_cache(head, context, likeliest)
@@ -84,7 +84,7 @@ def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 9) 
     ]
 
 
-def sample_without_cache(head: ARHead, context: Tensor, pick: Pick) -> Tensor:
+def sample_without_cache(head: ARHead, context: Tensor, choose: ChooseTokens) -> Tensor:
     """Return what `ARHead.sample` does, tokens [N, C], by running the whole prefix anew for each channel.
 
     Source: models/tokenbridge.py, `_sample_channel_ar`.
@@ -97,7 +97,7 @@ def sample_without_cache(head: ARHead, context: Tensor, pick: Pick) -> Tensor:
         for block in blocks:
             x = block(x, block.adaLN_modulation(condition[:, : i + 1]), is_causal=True)
         x = head.channel_final(head.channel_norm(x), condition[:, : i + 1])
-        tokens.append(pick(head.channel_heads[i](x[:, i]), i))
+        tokens.append(choose(head.channel_heads[i](x[:, i]), i))
         if i < head.num_channels - 1:
             prefix.append(head.token_embeddings[i](tokens[-1]))
     return torch.stack(tokens, dim=1)
