@@ -24,13 +24,15 @@ from official_files import write_quick_inception
 
 from tokenbridge.audit.audit import audit_claims, audit_samples
 from tokenbridge.audit.expected import WORSE, Expected, gate_failures, read_expected, write_expected
+from tokenbridge.audit.findings import Audit, Finding
 from tokenbridge.audit.report import counts, to_junit, to_markdown, write_report
-from tokenbridge.audit.verdicts import RANK, VERDICTS, Audit, Finding, verdict_of
 from tokenbridge.evaluation import evaluate as evaluation
 from tokenbridge.reproduction import table3
 from tokenbridge.results.compare import NUM_IMAGES
-from tokenbridge.results.ledger import Claim, Tolerance
+from tokenbridge.results.ledger import Claim
 from tokenbridge.results.schema import Provenance, Results, Row, digest_of, read, write
+from tokenbridge.results.tolerances import Tolerance
+from tokenbridge.results.verdicts import CLAIM_VERDICTS, RANK, judge
 from tokenbridge.utils.files import reference_folder, sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, LOCK_FILE, MissingArtifactsError
@@ -214,7 +216,7 @@ def test_reproduced_if_and_only_if_the_interval_is_inside(
 ) -> None:
     low, high = measured - below, measured + above
     hair = 1e-9 * (1 + abs(claimed))
-    verdict = verdict_of(claimed, measured, tolerance_of(granted), (low, high))
+    verdict = judge(claimed, measured, tolerance_of(granted), (low, high))
     if claimed - granted + hair <= low and high <= claimed + granted - hair:
         assert verdict == "reproduced"
     if low < claimed - granted - hair or high > claimed + granted + hair:
@@ -224,7 +226,7 @@ def test_reproduced_if_and_only_if_the_interval_is_inside(
     if verdict == "not reproduced":
         assert high <= claimed - granted + hair or low >= claimed + granted - hair
     # Without an interval there is no doubt.
-    assert verdict_of(claimed, measured, tolerance_of(granted)) != "within doubt"
+    assert judge(claimed, measured, tolerance_of(granted)) != "within doubt"
 
 
 @given(values, widths, values, widths, widths, widths)
@@ -232,14 +234,14 @@ def test_further_away_is_never_better(
     claimed: float, granted: float, measured: float, below: float, above: float, step: float
 ) -> None:
     away = step if measured >= claimed else -step
-    before = verdict_of(claimed, measured, tolerance_of(granted), (measured - below, measured + above))
+    before = judge(claimed, measured, tolerance_of(granted), (measured - below, measured + above))
     moved = measured + away
-    after = verdict_of(claimed, moved, tolerance_of(granted), (moved - below, moved + above))
+    after = judge(claimed, moved, tolerance_of(granted), (moved - below, moved + above))
     if before == "not reproduced":
         assert after == "not reproduced"
     assert (
-        GOODNESS[verdict_of(claimed, moved, tolerance_of(granted))]
-        <= GOODNESS[verdict_of(claimed, measured, tolerance_of(granted))]
+        GOODNESS[judge(claimed, moved, tolerance_of(granted))]
+        <= GOODNESS[judge(claimed, measured, tolerance_of(granted))]
     )
 
 
@@ -248,16 +250,16 @@ def test_more_tolerance_is_never_worse_and_a_wider_interval_never_surer(
     claimed: float, granted: float, measured: float, width: float, more: float
 ) -> None:
     interval = (measured - width, measured + width)
-    verdict = verdict_of(claimed, measured, tolerance_of(granted), interval)
-    assert GOODNESS[verdict_of(claimed, measured, tolerance_of(granted + more), interval)] >= GOODNESS[verdict]
-    wider = verdict_of(claimed, measured, tolerance_of(granted), (interval[0] - more, interval[1] + more))
+    verdict = judge(claimed, measured, tolerance_of(granted), interval)
+    assert GOODNESS[judge(claimed, measured, tolerance_of(granted + more), interval)] >= GOODNESS[verdict]
+    wider = judge(claimed, measured, tolerance_of(granted), (interval[0] - more, interval[1] + more))
     assert wider in (verdict, "within doubt")
 
 
 def test_without_tolerance_a_count_is_exact() -> None:
-    assert verdict_of(486_889_472, 486_889_472, None) == "reproduced"
-    assert verdict_of(3_893_027_840, 3_893_027_841, None) == "not reproduced"
-    assert verdict_of(0.22, 1.33 - 1.11, None) == "reproduced"  # which is 0.2200000000000002
+    assert judge(486_889_472, 486_889_472, None) == "reproduced"
+    assert judge(3_893_027_840, 3_893_027_841, None) == "not reproduced"
+    assert judge(0.22, 1.33 - 1.11, None) == "reproduced"  # which is 0.2200000000000002
 
 
 # -------------------------------------------------------------------------------------------------- the small ledger
@@ -553,7 +555,7 @@ def test_results_of_own_weights_need_their_folder(shipped: Path, tmp_path: Path)
 
 # --------------------------------------------------------------------------------------------------------- the gate
 
-verdicts = st.sampled_from(VERDICTS)
+verdicts = st.sampled_from(CLAIM_VERDICTS)
 
 
 def finding(verdict: Any, id_: str = "a/b") -> Finding:
@@ -643,13 +645,13 @@ def test_reports_agree(done: Audit, shipped: Path) -> None:
     assert {path.name for path in Path("out").iterdir()} == {"audit.md", "audit.json", "junit.xml", "index.html"}
     assert Audit.model_validate_json(Path("out/audit.json").read_text()) == done
     found = Counter(verdicts_of(done).values())
-    assert counts(done) == {verdict: found[verdict] for verdict in VERDICTS}
+    assert counts(done) == {verdict: found[verdict] for verdict in CLAIM_VERDICTS}
     assert sum(counts(done).values()) == len(CLAIMS)
 
     lines = Path("out/audit.md").read_text().splitlines()
     cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("|")]
     assert {c[0]: int(c[1]) for c in cells if len(c) == 2 and c[1].isdigit()} == counts(done)
-    assert Counter(c[3] for c in cells if len(c) == 4 and c[3] in VERDICTS) == found
+    assert Counter(c[3] for c in cells if len(c) == 4 and c[3] in CLAIM_VERDICTS) == found
     assert ["TokenBridge-L, FID", "1.76", "1.8 (1.76 to 1.84)", "within doubt"] in cells
     assert any(c[0] == "The autoregressive head \\| beats the parallel one" for c in cells)
     assert "not measured: no GPU" in "\n".join(lines)

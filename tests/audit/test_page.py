@@ -19,8 +19,8 @@ from conftest import ROOT
 from PIL import Image
 
 from tokenbridge.audit.figures import data_uri, pictures
+from tokenbridge.audit.findings import Audit, Effect, Evidence, Finding
 from tokenbridge.audit.page import (
-    VERDICTS,
     bar,
     claimed,
     measured,
@@ -31,10 +31,11 @@ from tokenbridge.audit.page import (
     summary,
     write_page,
 )
-from tokenbridge.audit.verdicts import Audit, Effect, Evidence, Finding, Verdict
 from tokenbridge.results import schema as results
-from tokenbridge.results.ledger import Claim, Discrepancy, Tolerance
+from tokenbridge.results.ledger import Claim, Discrepancy
 from tokenbridge.results.schema import Row
+from tokenbridge.results.tolerances import Tolerance
+from tokenbridge.results.verdicts import CLAIM_VERDICTS, Verdict
 
 NASTY = "<script>alert('1')</script> \"quoted\" & 'single' </style> {{ braces }} — Größe 漢字 ±½"
 LONG = "FrechetDistance" * 12
@@ -246,7 +247,7 @@ def test_headings_without_evidence_or_claims(tmp_path: Path) -> None:
 
 def test_verdicts_are_named_and_counted(page: Page) -> None:
     text = " ".join("".join(page.text).split())
-    for verdict in VERDICTS:
+    for verdict in CLAIM_VERDICTS:
         assert verdict in text
     claims = [a for tag, a in page.elements if tag == "details" and (a.get("class") or "").startswith("claim")]
     assert len(claims) == len(make_audit().findings)
@@ -435,7 +436,7 @@ def test_deep_link_unfolds_its_claim_in_a_folded_group(open_page: Any) -> None:
 def test_filter_shows_one_verdict(open_page: Any) -> None:
     tab = open_page()
     verdicts = Counter(finding.verdict for finding in make_audit().findings)
-    for verdict in VERDICTS:
+    for verdict in CLAIM_VERDICTS:
         tab.check(f"#filter-{verdict.replace(' ', '-')}", force=True)
         assert tab.locator(".claim:visible").count() == verdicts[verdict]
     tab.check("#filter-all", force=True)

@@ -21,6 +21,7 @@ from tokenbridge.models import registry
 from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.table3 import Options, judge, published_row, reproduce_table3
+from tokenbridge.results.compare import compare_published
 from tokenbridge.results.ledger import published_metrics
 from tokenbridge.results.schema import STAND_IN, Results, Row, read
 from tokenbridge.tokenizers.kl16 import create_kl16
@@ -169,14 +170,17 @@ def test_other_numbers_of_images_and_stand_ins_are_not_compared(
 def test_a_column_that_was_not_measured_is_said_to_be(preset: str) -> None:
     published = published_metrics("table3/tokenbridge-l")
     metrics = {name: value for name, value in published.items() if name in ("FID-50K", "IS-50K")}
-    verdict, why = table3._compare_published(PRESETS[preset], Row(id="table3/x", label="x", metrics=metrics))
+    verdict, why = compare_published(Row(id="table3/x", label="x", metrics=metrics), published_row(PRESETS[preset]))
     assert verdict == "not compared"  # half a row is not a row
     assert "not all were: precision-50K, recall-50K" in why
-    off, _ = table3._compare_published(PRESETS[preset], Row(id="x", label="x", metrics={**metrics, "FID-50K": 9.0}))
+    off, _ = compare_published(
+        Row(id="x", label="x", metrics={**metrics, "FID-50K": 9.0}), published_row(PRESETS[preset])
+    )
     assert off == "not reproduced"
     assert published_row(PRESETS["tokenbridge-l"]).metrics["FID-50K"] == 1.76
-    assert table3._compare_published(PRESETS["tokenbridge-b"], Row(id="x", label="x", metrics=metrics))[0] == (
-        "not compared"
+    assert compare_published(Row(id="x", label="x", metrics=metrics), published_row(PRESETS["tokenbridge-b"])) == (
+        "not compared",
+        "nothing was published for tokenbridge-b",
     )
 
 

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from tokenbridge.results.compare import compare, incomparable, verdicts
 from tokenbridge.results.markdown import columns_of, markdown_table, tables, to_markdown
 from tokenbridge.results.schema import SCHEMA, STAND_IN, Provenance, Results, Row, Trend, digest_of, read, write
-from tokenbridge.results.tolerances import METRICS, metric, within
+from tokenbridge.results.tolerances import METRICS, metric
+from tokenbridge.results.verdicts import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,10 +22,12 @@ from pathlib import Path
 
 from tokenbridge.audit.evidence import choose, gather
 from tokenbridge.audit.expected import WORSE, gate_failures, read_expected
+from tokenbridge.audit.findings import Audit
 from tokenbridge.audit.samples import score_samples
-from tokenbridge.audit.verdicts import VERDICTS, Audit, _effect, _evidence, _judge
+from tokenbridge.audit.verdicts import effect_of, evidence_of, judge_claim
 from tokenbridge.results import schema as result_files
 from tokenbridge.results.ledger import Ledger, read_ledger
+from tokenbridge.results.verdicts import CLAIM_VERDICTS
 from tokenbridge.utils import files, provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.weights import artifacts
@@ -59,8 +61,9 @@ def audit_claims(
         ValueError: a file that is refused, an unknown verdict to fail on, or claims that cannot be read.
     """
     paper = files.reference_folder() / "paper"
-    if unknown := set(fail_on) - {WORSE, *VERDICTS}:
-        raise UserError(f"The gate fails on {WORSE!r} or on verdicts ({', '.join(VERDICTS)}), not on {min(unknown)!r}.")
+    if unknown := set(fail_on) - {WORSE, *CLAIM_VERDICTS}:
+        words = ", ".join(CLAIM_VERDICTS)
+        raise UserError(f"The gate fails on {WORSE!r} or on verdicts ({words}), not on {min(unknown)!r}.")
     ledger = read_ledger(paper)
     expected = read_expected(paper / "expected.json") if WORSE in fail_on else {}
     if row is not None:
@@ -68,15 +71,15 @@ def audit_claims(
     sources, regressions = choose(gather(results, runs=Path(runs), weights=weights, folder=folder))
     statuses = {s.artifact.key: s for s in artifacts.status({k for c in ledger.claims for k in c.needs}, folder=folder)}
     run_check = functools.cache(functools.partial(_run_check, _all_checks() if checks is None else checks))
-    findings = tuple(_judge(claim, sources, statuses, run_check) for claim in ledger.claims)
+    findings = tuple(judge_claim(claim, sources, statuses, run_check) for claim in ledger.claims)
     failures = gate_failures(findings, expected, fail_on, whole=row is None)
     return Audit(
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **provenance.commit(),
         versions=provenance.versions(),
         findings=findings,
-        effects=tuple(_effect(d, sources, run_check) for d in ledger.discrepancies),
-        evidence=tuple(_evidence(source) for source in sources),
+        effects=tuple(effect_of(d, sources, run_check) for d in ledger.discrepancies),
+        evidence=tuple(evidence_of(source) for source in sources),
         failures=(*failures, *(regressions if WORSE in fail_on else ())),
     )
 

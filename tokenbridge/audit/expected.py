@@ -8,15 +8,17 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tokenbridge.audit.verdicts import RANK, Audit, Finding, Verdict, _Strict
+from tokenbridge.audit.findings import Audit, Finding
+from tokenbridge.results.verdicts import Verdict, is_worse
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
+from tokenbridge.utils.strict import Strict
 
 EXPECTED_SCHEMA = "tokenbridge-expected/1"
 WORSE = "worse"  # than the stored verdict
 
 
-class Expected(_Strict):
+class Expected(Strict):
     """The verdict that a claim had when it was last accepted."""
 
     verdict: Verdict
@@ -72,11 +74,6 @@ def expected_verdict(id_: str, expected: Mapping[str, Expected]) -> Verdict:
     A claim without one is expected not to have run, so that a new one fails only if it is contradicted.
     """
     return expected[id_].verdict if id_ in expected else "not run"
-
-
-def is_worse(verdict: Verdict, stored: Verdict) -> bool:
-    """Whether a verdict is worse than the stored one."""
-    return RANK[verdict] > RANK[stored]
 
 
 def gate_failures(

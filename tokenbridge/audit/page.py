@@ -10,26 +10,25 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup, escape
 
 from tokenbridge.audit.figures import loss_curves, picture_pair, pictures
-from tokenbridge.audit.verdicts import Verdict
 from tokenbridge.configs.scales import SCALES
 from tokenbridge.results import markdown, tolerances
+from tokenbridge.results.verdicts import CLAIM_VERDICTS, Verdict
 from tokenbridge.utils.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from tokenbridge.audit.verdicts import Audit, Evidence, Finding
-    from tokenbridge.results.ledger import Tolerance
+    from tokenbridge.audit.findings import Audit, Evidence, Finding
     from tokenbridge.results.schema import Row
+    from tokenbridge.results.tolerances import Tolerance
 
 
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 MEANINGS: dict[Verdict, str] = {
     "reproduced": "measured, counted or compared with the official code here, and within the stated tolerance",
     "not reproduced": "measured here, and outside the tolerance",
@@ -79,7 +78,7 @@ def write_page(audit: Audit, path: Path, *, reference: Path, runs: Path | None =
     environment.filters |= {"source": source, "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False)}
     page = environment.get_template("audit.html.j2").render(
         audit=audit,
-        verdicts=VERDICTS,
+        verdicts=CLAIM_VERDICTS,
         meanings=MEANINGS,
         symbols=SYMBOLS,
         decided_by=DECIDED_BY,
@@ -181,7 +180,7 @@ def summary(findings: Sequence[Finding]) -> list[str]:
         "by counting, arithmetic or comparison with the official code's settings, which needs no trained weights."
     ]
     if left:
-        kinds = [f"{left[verdict]} {verdict}" for verdict in VERDICTS if left[verdict]]
+        kinds = [f"{left[verdict]} {verdict}" for verdict in CLAIM_VERDICTS if left[verdict]]
         sentences.append(f"About the others nothing is said: {', '.join(kinds)}.")
     if tiny := [finding for finding in findings if finding.claim.scale == "tiny"]:
         sentences.append(

@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenbridge.audit.findings import Audit, Finding
 from tokenbridge.audit.page import TITLES, write_page
-from tokenbridge.audit.verdicts import VERDICTS, Audit, Finding
-from tokenbridge.results.markdown import cell, columns_of, markdown_table
+from tokenbridge.results.markdown import cell, columns_of, commit_of, markdown_table
+from tokenbridge.results.verdicts import CLAIM_VERDICTS
 from tokenbridge.utils.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def write_report(audit: Audit, out: Path | str, *, reference: Path | str, runs: 
 
 
 def counts(audit: Audit) -> dict[str, int]:
-    """Return how many claims have each verdict, in the order of `VERDICTS`."""
+    """Return how many claims have each verdict, in the order of `CLAIM_VERDICTS`."""
     found = Counter(finding.verdict for finding in audit.findings)
-    return {verdict: found[verdict] for verdict in VERDICTS}
+    return {verdict: found[verdict] for verdict in CLAIM_VERDICTS}
 
 
 def group_of(finding: Finding) -> str:
@@ -50,8 +51,7 @@ def group_of(finding: Finding) -> str:
 
 def to_markdown(audit: Audit) -> str:
     """Return verdicts, claims, discrepancies and evidence as one Markdown page."""
-    commit = f"commit {audit.commit or 'unknown'}{' with uncommitted changes' if audit.dirty else ''}"
-    lines = ["# Audit", "", f"Made {audit.made}, {commit}.", ""]
+    lines = ["# Audit", "", f"Made {audit.made}, {commit_of(audit.commit, audit.dirty)}.", ""]
     lines += [*markdown_table(["verdict", "claims"], [[v, str(n)] for v, n in counts(audit).items()]), ""]
     if audit.failures:
         lines += ["## The gate fails", "", *(f"- {_line(failure)}" for failure in audit.failures), ""]
@@ -82,8 +82,8 @@ def to_markdown(audit: Audit) -> str:
         p = evidence.provenance
         lines += [
             f"{number}. `{evidence.file}`, scale {evidence.scale}, SHA-256 `{evidence.sha256}`: "
-            f"`{_line(p['command'])}` at {p['started']}, commit {p['commit'] or 'unknown'}"
-            f"{' with uncommitted changes' if p['dirty'] else ''}. {_line('; '.join(evidence.notes))}"
+            f"`{_line(p['command'])}` at {p['started']}, {commit_of(p['commit'], p['dirty'])}. "
+            f"{_line('; '.join(evidence.notes))}"
         ]
     return "\n".join(lines)
 

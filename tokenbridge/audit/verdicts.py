@@ -1,103 +1,21 @@
-"""Verdicts on published claims, and what an audit consists of."""
+"""The verdict on a claim, what a discrepancy does, and what the two rest on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
-
-from pydantic import BaseModel, ConfigDict
 
 from tokenbridge.audit.evidence import Source
+from tokenbridge.audit.findings import Effect, Evidence, Finding
 from tokenbridge.configs.scales import SCALES
 from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.trends import trend_rows
 from tokenbridge.results.compare import incomparable
-from tokenbridge.results.ledger import Claim, Discrepancy, Tolerance
+from tokenbridge.results.ledger import Claim, Discrepancy
 from tokenbridge.results.schema import Row, Trend
+from tokenbridge.results.verdicts import judge
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights.artifacts import Status
-
-SCHEMA = "tokenbridge-audit/1"
-
-Verdict = Literal["reproduced", "not reproduced", "within doubt", "not run", "not applicable at this scale"]
-"""`within doubt`: the measured value is in or out of the tolerance, but its interval is not wholly. `not applicable at
-this scale`: nothing that could be run here decides it."""
-
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-RANK: dict[Verdict, int] = {
-    "reproduced": 0,
-    "within doubt": 1,
-    "not run": 2,
-    "not applicable at this scale": 2,
-    "not reproduced": 3,
-}
-"""Higher is worse. A claim that ran and no longer does has lost its evidence; one that is contradicted is worse off."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class Evidence(_Strict):
-    """A result file that an audit rests on, and where its numbers come from."""
-
-    file: str
-    sha256: str  # of the file
-    scale: str
-    rows: tuple[Row, ...]
-    trends: tuple[Trend, ...]  # computed from the rows, not read
-    provenance: dict[str, Any]  # `results.Provenance` as JSON
-    notes: tuple[str, ...] = ()  # what was checked of it, what could not be, which file it stands in for
-
-
-class Finding(_Strict):
-    """A claim, judged."""
-
-    claim: Claim
-    verdict: Verdict
-    why: str
-    measured: float | None = None
-    interval: tuple[float, float] | None = None  # 95 %, where the evidence has one
-    evidence: int | None = None  # number in `Audit.evidence`; None where nothing or only counting was needed
-    support: tuple[str, ...] = ()  # "at tiny scale: <claim> holds (19.7 >= 2)"; decides nothing
-
-
-class Effect(_Strict):
-    """A discrepancy, and what it does as far as that was measured."""
-
-    discrepancy: Discrepancy
-    rows: tuple[Row, ...] = ()
-    checks: dict[str, float] = {}
-    evidence: int | None = None
-
-
-class Audit(_Strict):
-    """What `tokenbridge audit` finds, as `audit.json` holds it."""
-
-    schema_version: Literal["tokenbridge-audit/1"] = "tokenbridge-audit/1"
-    made: str  # UTC, ISO 8601
-    commit: str | None
-    dirty: bool | None
-    versions: dict[str, str]
-    findings: tuple[Finding, ...]
-    effects: tuple[Effect, ...]
-    evidence: tuple[Evidence, ...]
-    failures: tuple[str, ...] = ()  # what fails the gate, in words; none: it is green
-
-
-def verdict_of(
-    claimed: float, measured: float, tolerance: Tolerance | None, interval: tuple[float, float] | None = None
-) -> Verdict:
-    """Judge a measured value, or its interval, by the tolerance around the claimed one; without one, exactly."""
-    low, high = (measured, measured) if interval is None else (min(*interval, measured), max(*interval, measured))
-    # 1.33 - 1.11 is 0.22 but for the last bit of float arithmetic, which is no difference.
-    granted = (tolerance.of(claimed) if tolerance is not None else 0.0) + 1e-12 * abs(claimed)
-    distances = abs(low - claimed), abs(high - claimed)
-    if max(distances) <= granted:
-        return "reproduced"
-    nearest = 0.0 if low <= claimed <= high else min(distances)
-    return "not reproduced" if nearest > granted else "within doubt"
 
 
 def interval_of(row: Row, metric: str) -> tuple[float, float] | None:
@@ -107,15 +25,26 @@ def interval_of(row: Row, metric: str) -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-def _judge(
+def judge_claim(
     claim: Claim, sources: Sequence[Source], files: Mapping[str, Status], run_check: Callable[[str], float]
 ) -> Finding:
+    """Judge a claim by the first file that decides it; without one, say why none does.
+
+    Args:
+        claim: of the ledger.
+        sources: result files, as `evidence.choose` orders them.
+        files: the published files that claims need, by key.
+        run_check: returns the number that a counted claim's check gives, by the check's name.
+
+    Raises:
+        UserError: the claim names no check, trend or value where its scale asks for one, or one that there is not.
+    """
     support = tuple(_support(claim, sources))
     if claim.scale == "counted":
         measured = run_check(_named(claim, claim.check, "check"))
         # A claim in words has a check that is 1 where it is true.
         claimed = 1.0 if claim.value is None else claim.value
-        verdict = verdict_of(claimed, measured, claim.tolerance)
+        verdict = judge(claimed, measured, claim.tolerance)
         return Finding(
             claim=claim, verdict=verdict, why=_comparison(claim, measured), measured=measured, support=support
         )
@@ -145,7 +74,7 @@ def _judge(
             measured, interval = row.metrics[claim.metric], interval_of(row, claim.metric)
             return Finding(
                 claim=claim,
-                verdict=verdict_of(claim.value, measured, claim.tolerance, interval),
+                verdict=judge(claim.value, measured, claim.tolerance, interval),
                 why=_comparison(claim, measured, interval),
                 measured=measured,
                 interval=interval,
@@ -198,7 +127,8 @@ def _words(trend: Trend) -> str:
     return f"{trend.claim} {f'holds ({number})' if trend.holds else f'does not hold (not {number})'}"
 
 
-def _effect(discrepancy: Discrepancy, sources: Sequence[Source], run_check: Callable[[str], float]) -> Effect:
+def effect_of(discrepancy: Discrepancy, sources: Sequence[Source], run_check: Callable[[str], float]) -> Effect:
+    """Return what a discrepancy does, by the rows and checks that the ledger names for it."""
     found = [(i, row) for i, s in enumerate(sources) for row in s.results.rows if row.id in discrepancy.rows]
     return Effect(
         discrepancy=discrepancy,
@@ -208,7 +138,8 @@ def _effect(discrepancy: Discrepancy, sources: Sequence[Source], run_check: Call
     )
 
 
-def _evidence(source: Source) -> Evidence:
+def evidence_of(source: Source) -> Evidence:
+    """Return a file as the audit shows it."""
     return Evidence(
         file=source.name,
         sha256=sha256_of(source.path),

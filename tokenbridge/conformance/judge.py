@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tokenbridge.conformance import llamagen as golden_llamagen
 from tokenbridge.conformance import mar as golden_mar
 from tokenbridge.conformance import tokenbridge as golden_tokenbridge
 from tokenbridge.conformance.golden import Computed, Entries, Entry, Golden, read_golden
+from tokenbridge.results.verdicts import CheckVerdict
 from tokenbridge.utils.console import colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 
@@ -46,7 +47,7 @@ class Outcome:
     name: str
     error: float | None  # largest absolute difference; None if there was none to take
     tolerance: str
-    verdict: Literal["pass", "fail"]
+    verdict: CheckVerdict  # "pass" or "fail"
     reason: str = ""  # of a failure; or what the tolerance let through
 
 

@@ -12,13 +12,13 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.markup import escape
 
 from tokenbridge.audit.audit import audit_claims as run_audit
-from tokenbridge.audit.expected import WORSE, expected_verdict, gate_failures, is_worse, read_expected
+from tokenbridge.audit.expected import WORSE, expected_verdict, gate_failures, read_expected
 from tokenbridge.audit.report import write_report
 from tokenbridge.conformance import judge as conformance
 from tokenbridge.data.images import load_images
@@ -28,6 +28,7 @@ from tokenbridge.reproduction.trends import trends
 from tokenbridge.reproduction.workbench import open_workbench
 from tokenbridge.results import compare
 from tokenbridge.results import schema as results
+from tokenbridge.results.verdicts import CheckVerdict, is_worse
 from tokenbridge.utils.console import colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import references_in, sha256_of, write_text
@@ -37,11 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tokenbridge.audit.expected import Expected
-    from tokenbridge.audit.verdicts import Audit
+    from tokenbridge.audit.findings import Audit
     from tokenbridge.configs.schema import Scale
     from tokenbridge.results.schema import Results, Row
-
-Verdict = Literal["pass", "fail", "not run", "skipped"]
 
 SHARE_OF_TOKENS = 0.8
 """Tokens that must be the stored ones: rounding on another processor can flip one, which draws the rest of its image
@@ -55,7 +54,7 @@ class Check:
     """One thing compared."""
 
     name: str
-    verdict: Verdict
+    verdict: CheckVerdict
     why: str = ""
 
 
@@ -68,10 +67,10 @@ class Part:
     seconds: float = 0.0
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> CheckVerdict:
         """The worst of its checks: a failure, then what could not be run; `skipped` if all were."""
         found = {check.verdict for check in self.checks}
-        order: tuple[Verdict, ...] = ("fail", "not run", "pass")
+        order: tuple[CheckVerdict, ...] = ("fail", "not run", "pass")
         return next((verdict for verdict in order if verdict in found), "skipped")
 
     @property

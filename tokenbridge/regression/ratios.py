@@ -15,11 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
+from tokenbridge.utils.strict import Strict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,11 +34,7 @@ TOLERANCE = 0.3
 made the path 1.5 times faster, and how much the runs of one machine differ is in what is stored."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class Ratio(_Strict):
+class Ratio(Strict):
     """How many times faster one benchmark's fast path is than its reference."""
 
     test: str  # pytest's name of it, which runs it again
@@ -49,7 +46,7 @@ class Ratio(_Strict):
         return statistics.median(self.runs)
 
 
-class Origin(_Strict):
+class Origin(Strict):
     """Where ratios come from."""
 
     command: str
@@ -62,7 +59,7 @@ class Origin(_Strict):
     share_of_other_processes: float  # of the machine's processor time
 
 
-class Ratios(_Strict):
+class Ratios(Strict):
     """The ratios of one or more runs of `benchmarks/`, by the benchmark's name."""
 
     schema_version: Literal["tokenbridge-ratios/1"] = "tokenbridge-ratios/1"

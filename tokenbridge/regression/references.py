@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import datetime
 import functools
-import math
 import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenbridge.audit.expected import is_worse, read_expected, write_expected
+from tokenbridge.audit.expected import read_expected, write_expected
 from tokenbridge.regression import gate, ratios
 from tokenbridge.reproduction.small_scale import reproduce
-from tokenbridge.results import compare, markdown, tolerances
+from tokenbridge.results import compare, markdown, tolerances, verdicts
 from tokenbridge.results import schema as results
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing_folder, write_text
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from tokenbridge.audit.expected import Expected
-    from tokenbridge.audit.verdicts import Audit
+    from tokenbridge.audit.findings import Audit
     from tokenbridge.configs.schema import Scale
     from tokenbridge.regression.ratios import Ratios
     from tokenbridge.results.schema import Results
@@ -170,8 +169,8 @@ def result_changes(measured: Results, stored: Results | None) -> Iterator[Change
         for name in dict.fromkeys([*before, *after]):
             if name not in before or name not in after:
                 yield f"{id_} {name}", *_presence(name in before, name in after), "changed"
-            elif before[name] != after[name] and not math.isinf(tolerances.metric(name).relative):
-                good = tolerances.within(name, after[name], before[name])
+            elif before[name] != after[name] and tolerances.metric(name).is_compared:
+                good = verdicts.within(name, after[name], before[name])
                 yield f"{id_} {name}", f"{before[name]:.6g}", f"{after[name]:.6g}", _word(good)
     held, holds = ({t.id: t.holds for t in r.trends} if r is not None else {} for r in (stored, measured))
     for id_ in dict.fromkeys([*held, *holds]):
@@ -199,7 +198,7 @@ def verdict_changes(audit: Audit, expected: Mapping[str, Expected]) -> Iterator[
         if id_ not in expected:
             yield id_, "–", verdict, "changed"
         elif (stored := expected[id_].verdict) != verdict:
-            yield id_, stored, verdict, "worse" if is_worse(verdict, stored) else "changed"
+            yield id_, stored, verdict, "worse" if verdicts.is_worse(verdict, stored) else "changed"
     for id_ in sorted(expected.keys() - {finding.claim.id for finding in audit.findings}):
         yield id_, expected[id_].verdict, "–", "changed"
 

@@ -15,8 +15,9 @@ from typing import Any
 from tokenbridge.models.registry import SHIPPED_PRESETS, all_presets, find_preset, unpublished
 from tokenbridge.reproduction import table1, table3
 from tokenbridge.reproduction.table3 import Options, published_row
-from tokenbridge.results.compare import Verdict
+from tokenbridge.results.compare import Judged
 from tokenbridge.results.schema import Results, Row
+from tokenbridge.results.verdicts import Verdict
 from tokenbridge.utils.console import log
 from tokenbridge.utils.devices import process_state
 from tokenbridge.utils.errors import UserError
@@ -155,7 +156,7 @@ def _run(name: str, options: Options, out: Path, folder: Path | str | None, show
     return _outcomes(name, done)
 
 
-def _outcomes(name: str, done: tuple[Results, dict[str, tuple[Verdict, str]]] | None) -> list[Outcome]:
+def _outcomes(name: str, done: tuple[Results, Judged] | None) -> list[Outcome]:
     if done is None:
         return []
     results, judged = done

@@ -33,12 +33,11 @@ from tokenbridge.data.images import labels_of, load_images, pixels_of, pixels_to
 from tokenbridge.evaluation.inception import InceptionWeights, find_inception, load_inception, write_random_inception
 from tokenbridge.evaluation.metrics import ISC_SPLITS
 from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
-from tokenbridge.results.compare import Verdict, compare, incomparable
+from tokenbridge.results.compare import Judged, judge_published
 from tokenbridge.results.ledger import published_metrics
-from tokenbridge.results.markdown import TITLES, cell, markdown_table, tables
+from tokenbridge.results.markdown import TITLES, cell, markdown_table, measured_by, tables, tolerance_lines
 from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
-from tokenbridge.results.tolerances import metric, tolerance_of
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.cost import decoder_flop
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
@@ -95,8 +94,6 @@ RECIPES = (
     Recipe("table1b/range-5", "range ±5", 64, 5.0),
 )
 QUANTIZERS = tuple(dict.fromkeys(recipe.quantizer for recipe in RECIPES))
-
-Judged = dict[str, tuple[Verdict, str]]
 
 
 def reproduce_table1(
@@ -387,22 +384,13 @@ def read_statistics(path: Path | str) -> dict[str, np.ndarray]:
 
 def judge(results: Results) -> Judged:
     """Compare each row with the paper, if it is of the paper's images, weights and number."""
-    if (reason := incomparable(results, NUM_IMAGES)) is not None:
-        return {row.id: ("not compared", reason) for row in results.rows}
-    published = {recipe.id: recipe.published for recipe in RECIPES}
-    return {row.id: compare(row, published[row.id]) for row in results.rows}
+    return judge_published(results, {recipe.id: recipe.published for recipe in RECIPES}, NUM_IMAGES)
 
 
 def to_markdown(results: Results, judged: Judged) -> str:
     """Return both tables beside the paper's, with verdicts, tolerances and where the numbers come from."""
     published = {recipe.id: recipe.published for recipe in RECIPES}
-    p = results.provenance
-    lines = [f"# Table 1: {results.scale}", ""]
-    lines += [
-        f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
-        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. Published: {SOURCE}.",
-        "",
-    ]
+    lines = [f"# Table 1: {results.scale}", "", f"{measured_by(results.provenance)}. Published: {SOURCE}.", ""]
     for table, rows in tables(results).items():
         _, rfid, isc = rows[0].metrics
         header = ["", rfid, "published", isc, "published", "verdict"]
@@ -420,9 +408,7 @@ def to_markdown(results: Results, judged: Judged) -> str:
         lines += [f"## {TITLES[table]}", "", *markdown_table(header, body), ""]
         said = {f"- {verdict}: {why}": None for verdict, why in (judged[row.id] for row in rows)}  # each once
         lines += [*said, ""]
-    body = [[name, tolerance_of(metric(name)), metric(name).reason] for name in ("rFID-50K", "IS-50K")]
-    lines += ["## Tolerances", "", *markdown_table(["metric", "tolerance", "reason"], body)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *tolerance_lines(["rFID-50K", "IS-50K"])])
 
 
 def vae_tflop() -> tuple[float, float]:

@@ -24,12 +24,11 @@ from tokenbridge.evaluation.inception import write_random_inception
 from tokenbridge.evaluation.reference import load_reference, make_reference
 from tokenbridge.models.registry import published_preset
 from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
-from tokenbridge.results.compare import Verdict, compare, incomparable
+from tokenbridge.results.compare import Judged, judge_published
 from tokenbridge.results.ledger import published_metrics
-from tokenbridge.results.markdown import cell, markdown_table
+from tokenbridge.results.markdown import cell, markdown_table, measured_by, tolerance_lines
 from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
-from tokenbridge.results.tolerances import metric, tolerance_of
 from tokenbridge.sampling.config import RunConfig
 from tokenbridge.sampling.load import STAND_IN_IMAGES, NamedModel, find_model
 from tokenbridge.sampling.plan import Plan, plan_run
@@ -45,8 +44,6 @@ IMAGE_SIZE = 256
 STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
 SCORES = ("FID", "IS", "precision", "recall")  # of the paper's table
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; the stand-in's reference
-
-Judged = dict[str, tuple[Verdict, str]]
 
 
 @dataclass(frozen=True)
@@ -202,9 +199,7 @@ def plan(
 
 def judge(preset: Preset, results: Results) -> Judged:
     """Compare the row with the paper, if it is of the paper's number of images and by its Inception weights."""
-    if (reason := incomparable(results, NUM_IMAGES)) is not None:
-        return {row.id: ("not compared", reason) for row in results.rows}
-    return {row.id: _compare_published(preset, row) for row in results.rows}
+    return judge_published(results, {f"table3/{preset.name}": published_row(preset)}, NUM_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -279,12 +274,7 @@ def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:
     """Return the row beside the paper's, with the verdict, tolerances and where the numbers come from."""
     p, published = results.provenance, published_row(preset)
     lines = [f"# Table 3, {preset.name}: {results.scale}", ""]
-    lines += [
-        f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
-        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. Published: "
-        f"{p.settings['published']}.",
-        "",
-    ]
+    lines += [f"{measured_by(p)}. Published: {p.settings['published']}.", ""]
     row = results.rows[0]
     body = [[name, cell(row, name), cell(published, name)] for name in row.metrics]
     lines += [*markdown_table(["", "measured", "published"], body), ""]
@@ -294,24 +284,7 @@ def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:
     for reason in p.settings["not run"]:
         lines += [f"- not run: {reason}"]
     names = [name for name in row.metrics if name in published.metrics]
-    if names:
-        tolerances = [[name, tolerance_of(metric(name)), metric(name).reason] for name in names]
-        lines += ["", "## Tolerances", "", *markdown_table(["metric", "tolerance", "reason"], tolerances)]
-    return "\n".join(lines)
-
-
-def _compare_published(preset: Preset, row: Row) -> tuple[Verdict, str]:
-    """Compare the table's own columns; a column that was not measured is not held against the row."""
-    published = published_row(preset)
-    if not published.metrics:
-        return "not compared", f"nothing was published for {preset.name}"
-    measured = {name: value for name, value in row.metrics.items() if name in published.metrics}
-    there = published.model_copy(update={"metrics": {n: v for n, v in published.metrics.items() if n in measured}})
-    verdict, why = compare(row.model_copy(update={"metrics": measured}), there)
-    absent = sorted(published.metrics.keys() - measured.keys())
-    if absent and verdict == "reproduced":
-        return "not compared", f"{why} of those measured, but not all were: {', '.join(absent)}"
-    return verdict, why
+    return "\n".join([*lines, *(["", *tolerance_lines(names)] if names else [])])
 
 
 def _measure(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
 
 from tokenbridge.results.schema import STAND_IN, Results, Row
 from tokenbridge.results.score import NUM_IMAGES as NUM_IMAGES
-from tokenbridge.results.tolerances import within
+from tokenbridge.results.verdicts import Verdict, within
 
-Verdict = Literal["reproduced", "not reproduced", "not run", "not compared"]
+Judged = dict[str, tuple[Verdict, str]]
+"""Verdict and reason by a row's id."""
 
 
 def compare(row: Row, reference: Row | None) -> tuple[Verdict, str]:
@@ -46,7 +47,27 @@ def incomparable(results: Results, num_images: int = NUM_IMAGES) -> str | None:
     return None
 
 
-def verdicts(results: Results, reference: Results | None) -> dict[str, tuple[Verdict, str]]:
+def judge_published(results: Results, published: Mapping[str, Row], num_images: int = NUM_IMAGES) -> Judged:
+    """Compare each row with the paper's of the same id, if the run's numbers compare with the paper's at all."""
+    if (reason := incomparable(results, num_images)) is not None:
+        return {row.id: ("not compared", reason) for row in results.rows}
+    return {row.id: compare_published(row, published[row.id]) for row in results.rows}
+
+
+def compare_published(row: Row, published: Row) -> tuple[Verdict, str]:
+    """Compare the columns of the paper's row; one that was not measured is not held against the row."""
+    if not published.metrics:
+        return "not compared", f"nothing was published for {published.label}"
+    measured = {name: value for name, value in row.metrics.items() if name in published.metrics}
+    there = published.model_copy(update={"metrics": {n: v for n, v in published.metrics.items() if n in measured}})
+    verdict, why = compare(row.model_copy(update={"metrics": measured}), there)
+    absent = sorted(published.metrics.keys() - measured.keys())
+    if absent and verdict == "reproduced":
+        return "not compared", f"{why} of those measured, but not all were: {', '.join(absent)}"
+    return verdict, why
+
+
+def verdicts(results: Results, reference: Results | None) -> Judged:
     """Return (verdict, reason) of every row by its id."""
     if reference is None:
         without: tuple[Verdict, str] = ("not compared", "there is no stored result to compare with")

@@ -7,40 +7,24 @@ audit's.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from tokenbridge.results.tolerances import metric
+from tokenbridge.results.tolerances import Tolerance, metric
 from tokenbridge.utils import files
 from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.strict import Strict
 
 Scale = Literal["paper", "tiny", "counted"]
 """Where a claim is decided: with published weights on ImageNet; by the tiny models (a trend, never a number of the
 paper); or without trained weights, by counting and arithmetic."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class Tolerance(_Strict):
-    """The difference that a claim is granted, and why this much."""
-
-    relative: float = 0.0  # share of the claimed value
-    absolute: float = 0.0
-    reason: str
-
-    def of(self, value: float) -> float:
-        """Return the granted difference from a claimed value."""
-        return self.absolute + self.relative * abs(value)
-
-
-class Claim(_Strict):
+class Claim(Strict):
     """One published number, or one sentence that a trend decides."""
 
     id: str  # "table3/tokenbridge-l/fid": table, row, column
@@ -60,7 +44,7 @@ class Claim(_Strict):
     not_applicable: str | None = None  # why no recipe of this project measures it (other people's systems, ...)
 
 
-class Discrepancy(_Strict):
+class Discrepancy(Strict):
     """The paper against the code, or the code against itself."""
 
     id: str  # "first-element"
@@ -71,7 +55,7 @@ class Discrepancy(_Strict):
     not_measured: str | None = None  # why not, where neither is named
 
 
-class Ledger(_Strict):
+class Ledger(Strict):
     """Everything in `reference_results/paper/`."""
 
     claims: tuple[Claim, ...]
@@ -130,7 +114,4 @@ def _with_tolerance(claim: Claim) -> Claim:
     if claim.scale != "paper" or claim.tolerance is not None or claim.metric is None:
         return claim
     m = metric(claim.metric)
-    if math.isinf(m.relative):
-        return claim  # a time, which is not compared
-    granted = Tolerance(relative=m.relative, absolute=m.absolute, reason=m.reason)
-    return claim.model_copy(update={"tolerance": granted})
+    return claim.model_copy(update={"tolerance": m.tolerance}) if m.is_compared else claim

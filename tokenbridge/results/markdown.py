@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokenbridge.results.compare import verdicts
-from tokenbridge.results.schema import Results, Row, Trend
+from tokenbridge.results.schema import Provenance, Results, Row, Trend
 from tokenbridge.results.tolerances import metric, tolerance_of
 
 if TYPE_CHECKING:
@@ -55,13 +55,7 @@ def trend_cells(trend: Trend) -> list[str]:
 def to_markdown(results: Results, reference: Results | None) -> str:
     """Return all tables, the trends, the tolerances and the provenance as one Markdown page."""
     judged = verdicts(results, reference)
-    p = results.provenance
-    lines = [f"# Results at scale {results.scale}", ""]
-    lines += [
-        f"Measured by `{p.command}` (seed {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
-        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}.",
-        "",
-    ]
+    lines = [f"# Results at scale {results.scale}", "", f"{measured_by(results.provenance)}.", ""]
     for table, rows in tables(results).items():
         columns = columns_of(rows)
         lines += [f"## {TITLES.get(table, table)}", ""]
@@ -76,11 +70,24 @@ def to_markdown(results: Results, reference: Results | None) -> str:
     if results.trends:
         lines += ["## The paper's argument at this scale", ""]
         lines += [*markdown_table(TREND_COLUMNS, [trend_cells(t) for t in results.trends]), ""]
-    lines += ["## Tolerances", ""]
-    used = columns_of(results.rows)
-    body = [[name, tolerance_of(metric(name)), metric(name).reason] for name in used]
-    lines += markdown_table(["metric", "tolerance", "reason"], body)
-    return "\n".join(lines)
+    return "\n".join([*lines, *tolerance_lines(columns_of(results.rows))])
+
+
+def measured_by(p: Provenance, settings: str | None = None) -> str:
+    """Return the first sentence of a page, without its full stop: command, seed or other settings, time, commit."""
+    how = f"seed {p.seed}" if settings is None else settings
+    return f"Measured by `{p.command}` ({how}) in {p.wall_seconds:.0f} s, {p.started}, {commit_of(p.commit, p.dirty)}"
+
+
+def commit_of(commit: str | None, dirty: bool | None) -> str:
+    """Return in words what code something was made by."""
+    return f"commit {commit or 'unknown'}{' with uncommitted changes' if dirty else ''}"
+
+
+def tolerance_lines(names: Iterable[str]) -> list[str]:
+    """Return the section on the tolerances of some metrics."""
+    body = [[name, tolerance_of(metric(name)), metric(name).reason] for name in names]
+    return ["## Tolerances", "", *markdown_table(["metric", "tolerance", "reason"], body)]
 
 
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

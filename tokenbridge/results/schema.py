@@ -15,21 +15,18 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from tokenbridge.results.tolerances import metric
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
+from tokenbridge.utils.strict import Strict
 
 SCHEMA = "tokenbridge-results/1"
 STAND_IN = "stand-in: no result"  # scale of what random weights gave
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class Row(_Strict):
+class Row(Strict):
     """One row of one table: what was measured, or why it was not."""
 
     id: str  # "table2a/ar": table, then the row's own name
@@ -43,7 +40,7 @@ class Row(_Strict):
         return self.id.split("/")[0]
 
 
-class Trend(_Strict):
+class Trend(Strict):
     """A claim about the rows, in words, with the number that decides it."""
 
     id: str
@@ -58,7 +55,7 @@ class Trend(_Strict):
         return self.measured >= self.bound if self.relation == ">=" else self.measured <= self.bound
 
 
-class Provenance(_Strict):
+class Provenance(Strict):
     """Where the numbers come from."""
 
     command: str
@@ -74,7 +71,7 @@ class Provenance(_Strict):
     settings: dict[str, Any]  # number of images, sampling settings of each system
 
 
-class Results(_Strict):
+class Results(Strict):
     """Everything a run measured."""
 
     schema_version: Literal["tokenbridge-results/1"] = "tokenbridge-results/1"

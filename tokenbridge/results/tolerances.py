@@ -6,6 +6,19 @@ import math
 from dataclasses import dataclass, replace
 
 from tokenbridge.results.score import read_name
+from tokenbridge.utils.strict import Strict
+
+
+class Tolerance(Strict):
+    """The difference that a value is granted, and why this much."""
+
+    relative: float = 0.0  # share of the expected value
+    absolute: float = 0.0
+    reason: str
+
+    def of(self, value: float) -> float:
+        """Return the granted difference from an expected value."""
+        return self.absolute + self.relative * abs(value)
 
 
 @dataclass(frozen=True)
@@ -18,6 +31,16 @@ class Metric:
     reason: str  # why the tolerance has this size
     low: float = 0.0  # of what can be; FID of equal sets rounds to a little less, so the absolute tolerance is granted
     high: float = math.inf
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether two values of it are compared; times are not."""
+        return math.isfinite(self.relative)
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """The difference that is granted, where values are compared."""
+        return Tolerance(relative=self.relative, absolute=self.absolute, reason=self.reason)
 
 
 _SAME_NUMBERS = "deterministic; the rest is float rounding across processors"
@@ -109,17 +132,9 @@ def metric(name: str) -> Metric:
     return found
 
 
-def within(name: str, measured: float, reference: float) -> bool:
-    """Whether a measured value lies within the metric's tolerance of the reference value."""
-    m = metric(name)
-    if math.isinf(m.relative):
-        return measured > 0
-    return abs(measured - reference) <= m.absolute + m.relative * abs(reference)
-
-
 def tolerance_of(m: Metric) -> str:
     """Format a tolerance for a table."""
-    if math.isinf(m.relative):
+    if not m.is_compared:
         return "none"
     parts = [f"{m.relative:.0%}"] * (m.relative > 0) + [f"{m.absolute:g}"] * (m.absolute > 0)
     return " + ".join(parts) or "exact"

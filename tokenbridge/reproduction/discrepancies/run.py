@@ -24,7 +24,7 @@ from tokenbridge.reproduction.discrepancies.quantizing import encode, gaussian_f
 from tokenbridge.reproduction.discrepancies.sampling import class_labels, num_images, pixels, temperature
 from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_workbench
-from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, trend_cells
+from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, measured_by, trend_cells
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import log
@@ -162,13 +162,9 @@ def to_markdown(results: Results) -> str:
     """Return all comparisons as one Markdown page."""
     p = results.provenance
     lines = [f"# What the discrepancies do, at scale {results.scale}", ""]
-    lines += [
-        f"Measured by `{p.command}` ({p.settings['num_images']:,} samples of each of {p.settings['num_seeds']} seeds, "
-        f"the first {p.seed}) in {p.wall_seconds:.0f} s, {p.started}, commit "
-        f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}. "
-        "±: standard deviation over seeds. Change: from the first row, seed by seed.",
-        "",
-    ]
+    settings = f"{p.settings['num_images']:,} samples of each of {p.settings['num_seeds']} seeds, the first {p.seed}"
+    legend = "±: standard deviation over seeds. Change: from the first row, seed by seed."
+    lines += [f"{measured_by(p, settings)}. {legend}", ""]
     for title, rows in by_comparison(results).items():
         run = [row for row in rows if row.not_run is None]
         lines += [f"## {title}", ""]
