@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 
 ChooseTokens = Callable[[Tensor, int], Tensor]
 """Choose tokens [N] from logits [N, V] of the i-th channel (greedy, or by random numbers of the run)."""
-
-
-def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> Iterator[list[int]]:
-    """Yield the indices of each batch of images, with a progress bar on stderr.
-
-    Raises:
-        ValueError: there are no images.
-    """
-    if num_images < 1:
-        raise UserError("The number of images must be at least 1.")
-    starts = range(0, num_images, batch_size)
-    for start in track(starts, "sample", show=show_progress):
-        yield list(range(start, min(start + batch_size, num_images)))
 
 
 def token_chooser(

@@ -8,40 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from tokenbridge.sampling.config import RunConfig
+from tokenbridge.sampling.load import NamedModel
 from tokenbridge.utils.devices import DTYPES
-
-
-class Plannable(Protocol):
-    """What a plan asks of a system that is not loaded yet."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        ...
-
-    @property
-    def num_iterations(self) -> int:
-        """Passes of the sampler for one image."""
-        ...
-
-    def flop_per_image(self) -> dict[str, float]:
-        """Return the operations of one image by part."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Colour channels of the images: 1 or 3."""
-        ...
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -105,7 +78,7 @@ class Plan:
 
 
 def plan_run(
-    system: Plannable,
+    model: NamedModel,
     config: RunConfig,
     folder: Path,
     *,
@@ -117,7 +90,7 @@ def plan_run(
     """Estimate a run; nothing is loaded or written.
 
     Args:
-        system: what will make the images.
+        model: what will make the images.
         config: of the run.
         folder: where the images will go.
         device: where it will run; a matrix product is timed there.
@@ -129,17 +102,17 @@ def plan_run(
     while not there.exists():
         there = there.parent
     # An .npz has three channels, and while it is put together its parts are there too.
-    copies = 2 * 3 // system.channels if config.format == "npz" else 1
+    copies = 2 * 3 // model.channels if config.format == "npz" else 1
     return Plan(
-        name=system.name,
+        name=model.name,
         num_images=config.num_images,
-        num_iterations=system.num_iterations,
-        flop_per_image=system.flop_per_image(),
+        num_iterations=model.num_iterations,
+        flop_per_image=model.flop_per_image(),
         device=_name_of(device),
         dtype=dtype,
         num_processes=num_processes,
         matmul_flop_per_second=measure_matmul(device, DTYPES[dtype]),
-        disk_bytes=copies * config.num_images * system.channels * system.image_size**2,
+        disk_bytes=copies * config.num_images * model.channels * model.image_size**2,
         free_bytes=shutil.disk_usage(there).free,
         missing=tuple(missing),
     )

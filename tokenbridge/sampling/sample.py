@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokenbridge.models.draw import image_batches
 from tokenbridge.sampling.config import Format, Randomness, RunConfig
 from tokenbridge.sampling.load import ModelSampler, NamedModel, find_model
 from tokenbridge.sampling.run import RunReport, sampling_run, save_overview
+from tokenbridge.utils.console import track
 from tokenbridge.utils.devices import process_state
+from tokenbridge.utils.errors import UserError
 
 NUM_IMAGES = 100
 
@@ -124,3 +126,16 @@ def sample_pixels(
     """
     batches = image_batches(len(labels), batch_size, show_progress=show_progress)
     return torch.cat([sampler.images(labels[indices], indices, seed) for indices in batches])
+
+
+def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> Iterator[list[int]]:
+    """Yield the indices of each batch of images, with a progress bar on stderr.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if num_images < 1:
+        raise UserError("The number of images must be at least 1.")
+    starts = range(0, num_images, batch_size)
+    for start in track(starts, "sample", show=show_progress):
+        yield list(range(start, min(start + batch_size, num_images)))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tokenbridge.data.images import images_to_pixels
-from tokenbridge.models.draw import image_batches
 from tokenbridge.models.givt import density
 from tokenbridge.models.givt import model as givt
 from tokenbridge.models.givt import sampling as givt_sampling
@@ -29,7 +28,7 @@ from tokenbridge.reproduction.discrepancies.study import (
     rows_of,
 )
 from tokenbridge.results.schema import Row
-from tokenbridge.sampling.sample import sample_pixels
+from tokenbridge.sampling.sample import image_batches, sample_pixels
 
 NUM_GIVT_IMAGES = 100  # their tokens are enough, and 1,000 proposals for each take memory
 

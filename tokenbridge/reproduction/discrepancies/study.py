@@ -23,12 +23,12 @@ from tokenbridge.evaluation.metrics import (
     statistics_of,
 )
 from tokenbridge.evaluation.reconstruct import reconstruction_metrics
-from tokenbridge.models.draw import image_batches
 from tokenbridge.models.noise import PerImage
 from tokenbridge.models.tokenbridge import sampling
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench
 from tokenbridge.results.schema import Row
+from tokenbridge.sampling.sample import image_batches
 from tokenbridge.utils.errors import UnusableImageError
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
