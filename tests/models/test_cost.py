@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -140,7 +139,6 @@ WITH_DECODER: dict[str, tuple[int, ...]] = {
     "tiny/mar": (226_838_528, 446_480_384, 1_531_887_616, 95_256_576),
     "tiny/llamagen": (59_277_312, 95_252_480),
     "tiny/givt": (62_758_912, 95_256_576),
-    "tokenbridge-l": (40_895_244_140_544, 65_972_979_367_936, 637_299_326_976, 250_135_838_720),
     "mar-b": (17_452_193_808_384, 27_792_532_045_824, 3_508_921_171_968, 250_135_838_720),
     "llamagen-b-256": (102_283_345_920, 252_716_253_184),
     "llamagen-b-384": (236_932_300_800, 570_121_519_104),
@@ -148,13 +146,6 @@ WITH_DECODER: dict[str, tuple[int, ...]] = {
 }
 MASKED = ["encoder", "decoder", "head"]
 PARTS = {"tokenbridge": MASKED, "mar": MASKED, "llamagen": ["transformer"], "givt": ["transformer"]}
-COUNTS: dict[str, Callable[[Any, Any], dict[str, float]]] = {
-    "tokenbridge": tokenbridge_cost.count_flop,
-    "mar": mar_cost.count_flop,
-    "llamagen": llamagen_cost.count_flop,
-    "givt": givt_cost.count_flop,
-}
-UNPUBLISHED = {"tokenbridge": TokenBridgeSampling(), "llamagen": LlamaGenSampling()}  # settings where there are none
 
 
 def test_every_preset_has_expected_counts() -> None:
@@ -163,10 +154,10 @@ def test_every_preset_has_expected_counts() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset(name: str) -> None:
-    kind, preset = all_presets()[name]
-    settings = preset.sampling_config() if preset.sampling else UNPUBLISHED[kind.name]
-    counted = COUNTS[kind.name](on_meta(kind.model, preset.model), settings)
-    assert counted == dict(zip(PARTS[kind.name], PRESETS[name], strict=True))
+    system, preset = all_presets()[name]
+    settings = preset.sampling_config() if preset.sampling else system.settings()
+    counted = system.count_flop(on_meta(system.model, preset.model), settings)
+    assert counted == dict(zip(PARTS[system.name], PRESETS[name], strict=True))
 
 
 @pytest.mark.parametrize("name", WITH_DECODER)
