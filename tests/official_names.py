@@ -16,8 +16,7 @@ from tokenbridge.models.mar.checkpoint import mar_layout
 from tokenbridge.models.mar.model import MAR
 from tokenbridge.models.tokenbridge.checkpoint import tokenbridge_layout
 from tokenbridge.models.tokenbridge.model import TokenBridge
-from tokenbridge.tokenizers.givt_vae import GivtVAE
-from tokenbridge.tokenizers.givt_vae_checkpoint import givt_vae_layout
+from tokenbridge.tokenizers.givt_vae import GivtVAE, givt_vae_layout
 from tokenbridge.tokenizers.kl16 import kl16_layout
 from tokenbridge.tokenizers.llamagen_vq import LlamaGenVQ, vq_layout
 from tokenbridge.weights import official, rule

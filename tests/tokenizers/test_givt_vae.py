@@ -18,13 +18,12 @@ from published import published_shapes
 from torch import Tensor, nn
 
 from tokenbridge.conformance import judge as c
-from tokenbridge.models.givt.checkpoint import load_givt
+from tokenbridge.models.givt.checkpoint import load_givt, scan, unroll
 from tokenbridge.models.givt.model import GIVT
 from tokenbridge.models.givt.presets import PRESETS, create_givt
 from tokenbridge.tokenizers.base import LatentTokenizer
-from tokenbridge.tokenizers.givt_vae import GivtVAE, ResBlock
-from tokenbridge.tokenizers.givt_vae_checkpoint import create_givt_vae, load_givt_vae
-from tokenbridge.weights.flax_files import load_tree, scan, unroll
+from tokenbridge.tokenizers.givt_vae import GivtVAE, ResBlock, create_givt_vae, load_givt_vae
+from tokenbridge.weights.flax_files import read_tree
 
 SMALL_GIVT: dict[str, Any] = {
     "num_positions": 4,
@@ -316,7 +315,7 @@ def test_strictness_of_scanned_trees() -> None:
 def small_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the published models as small as the tests'."""
     monkeypatch.setattr("tokenbridge.models.givt.checkpoint.create_givt", lambda name: empty(GIVT_MODEL))
-    monkeypatch.setattr("tokenbridge.tokenizers.givt_vae_checkpoint.create_givt_vae", lambda: empty(VAE))
+    monkeypatch.setattr("tokenbridge.tokenizers.givt_vae.create_givt_vae", lambda: empty(VAE))
 
 
 def arrays_of(tree: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
@@ -381,7 +380,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     mark, path = tmp_path / "ran", tmp_path / "evil.npz"
     np.savez(path, **arrays_of(to_official(GIVT_MODEL)), evil=np.array([Malicious(mark)], dtype=object))
     with pytest.raises(ValueError, match=r"evil\.npz .*allow_pickle"):
-        load_tree(path)
+        read_tree(path)
     assert not mark.exists()
     np.load(path, allow_pickle=True)["evil"]  # the control: it would have run
     assert mark.exists()
@@ -393,14 +392,14 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "givt.npz"
     np.savez(path, a=np.array(["text"]))
     with pytest.raises(ValueError, match=r"givt\.npz: a has the type <U4"):
-        load_tree(path)
+        read_tree(path)
     pytest.importorskip("msgpack", reason="what is no .npz file is read with msgpack")
     np.savez(path, **arrays_of(to_official(GIVT_MODEL)))
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"<html>404</html>", content[:-300]):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"givt\.npz \({len(damaged):,} bytes\) is damaged"):
-            load_tree(path)
+            read_tree(path)
 
 
 # ------------------------------------------------------------------------------------------- Flax's msgpack
@@ -456,10 +455,10 @@ def test_other_msgpack(tmp_path: Path) -> None:
     path = tmp_path / "vae"
     half = torch.tensor([1.5, -2.0]).bfloat16()
     path.write_bytes(flax_bytes({"a": {"0": half.view(torch.int16).numpy().view("V2")}, "b": 3}))
-    tree = load_tree(path)
+    tree = read_tree(path)
     assert torch.equal(tree["a/0"], half)
     assert tree["b"].item() == 3
     for content in (msgpack.packb([1]), msgpack.packb({"a": msgpack.ExtType(9, b"")}), flax_bytes({"a": {}})[:-1]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is damaged, or neither"):
-            load_tree(path)
+            read_tree(path)

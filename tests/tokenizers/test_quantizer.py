@@ -156,12 +156,9 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_tokens_do_not_depend_on_layout(per_channel: bool) -> None:
+def test_tokens_do_not_depend_on_layout() -> None:
     x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    scale = torch.tensor([1.0, 2.0, 3.0])[:, None]
-    codebook = gaussian_quantizer(8).codebook
-    quantizer = ScalarQuantizer(scale * codebook) if per_channel else ScalarQuantizer(codebook)
+    quantizer = gaussian_quantizer(8)
     expected = quantizer.encode(x)
     for name, same in layouts(x).items():
         assert torch.equal(same, x), name
@@ -181,19 +178,6 @@ def test_tokens_do_not_depend_on_device() -> None:
     assert torch.equal(quantizer(x.cuda()).cpu(), values)
 
 
-@pytest.mark.parametrize("channel_dim", [1, -1, 0])
-def test_a_codebook_per_channel_is_one_quantiser_per_channel(channel_dim: int) -> None:
-    books = torch.tensor([[-1.0, 0.0, 1.0], [0.0, 10.0, 20.0]])
-    x = 20 * torch.rand(2, 2, 5, 2, generator=torch.Generator().manual_seed(0)) - 5
-    quantizer = ScalarQuantizer(books, channel_dim=channel_dim)
-    assert quantizer.num_channels == 2
-    tokens = quantizer.encode(x)
-    for channel, book in enumerate(books):
-        own, its = x.select(channel_dim, channel), tokens.select(channel_dim, channel)
-        assert torch.equal(its, ScalarQuantizer(book).encode(own))
-        assert torch.equal(quantizer.decode(tokens).select(channel_dim, channel), book[its])
-
-
 class Largest(TorchDispatchMode):
     """Note the number of elements of the largest tensor that any operation makes."""
 
@@ -208,17 +192,15 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_no_tensor_has_an_axis_of_levels(per_channel: bool) -> None:
-    codebook = gaussian_quantizer(64).codebook
-    quantizer = ScalarQuantizer(codebook.repeat(16, 1)) if per_channel else ScalarQuantizer(codebook)
+def test_no_tensor_has_an_axis_of_levels() -> None:
+    quantizer = gaussian_quantizer(64)
     x = torch.randn(4, 16, 16, 16)
     with Largest() as largest:
         quantizer(x)
     assert largest.numel < x.numel() * 64 / 4
     assert largest.numel == x.numel()
     with Largest() as largest:  # mutation: the official distances have such an axis
-        brute_force(codebook, x)
+        brute_force(quantizer.codebook, x)
     assert largest.numel >= x.numel() * 64 / 4
 
 
@@ -367,10 +349,7 @@ def test_lloyd_max_is_never_worse_than_gaussian_bins_fitted_to_the_data(v: int, 
 @pytest.mark.parametrize("num_levels", [8, 16, 32, 64])
 def test_lloyd_max_on_real_latents(real_latents: Tensor, num_levels: int) -> None:
     whole = lloyd_max_quantizer(real_latents, num_levels, num_iterations=50)
-    by_channel = lloyd_max_quantizer(real_latents, num_levels, channel_dim=1, num_iterations=50)
-    gaussian = gaussian_quantizer(num_levels)
-    assert by_channel.num_channels == real_latents.shape[1]
-    assert mse(by_channel, real_latents) < mse(whole, real_latents) < mse(gaussian, real_latents)
+    assert mse(whole, real_latents) < mse(gaussian_quantizer(num_levels), real_latents)
 
 
 def test_lloyd_max_finds_the_known_optimum(normal_million: Tensor) -> None:
@@ -421,17 +400,8 @@ def test_encode_refuses_values_that_are_not_finite(bad: float) -> None:
 
 
 def test_encode_refuses_integers() -> None:
-    with pytest.raises(ValueError, match=r"floating point, not torch\.int64"):
+    with pytest.raises(AssertionError, match=r"floating point, not torch\.int64"):
         gaussian_quantizer(8).encode(torch.tensor([1, 2]))
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 5), (2,), ()])
-def test_wrong_channels_are_refused(shape: tuple[int, ...]) -> None:
-    quantizer = ScalarQuantizer(torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]]))
-    with pytest.raises(ValueError, match="3 channels in dimension 1"):
-        quantizer.encode(torch.zeros(shape))
-    with pytest.raises(ValueError, match="3 channels in dimension 1"):
-        quantizer.decode(torch.zeros(shape, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(("token", "span"), [(-1, r"\[-1, 0\]"), (8, r"\[0, 8\]")])
@@ -442,7 +412,7 @@ def test_decode_refuses_tokens_out_of_range(token: int, span: str) -> None:
 
 @pytest.mark.parametrize("tokens", [torch.tensor([0.0]), torch.tensor([True])])
 def test_decode_refuses_what_is_no_integer(tokens: Tensor) -> None:
-    with pytest.raises(ValueError, match="must be integers"):
+    with pytest.raises(AssertionError, match="must be integers"):
         gaussian_quantizer(8).decode(tokens)
 
 
@@ -478,7 +448,7 @@ def test_bad_ranges_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize(
     "codebook",
-    [[0.0, 0.0], [1.0, 0.0], [0.0, math.nan], [0.0, math.inf], [[0.0, 1.0], [1.0, 1.0]]],
+    [[0.0, 0.0], [1.0, 0.0], [0.0, math.nan], [0.0, math.inf]],
 )
 def test_broken_codebooks_are_refused(codebook: Any) -> None:
     with pytest.raises(ValueError, match="finite and strictly increasing"):
@@ -487,14 +457,14 @@ def test_broken_codebooks_are_refused(codebook: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 1), (2, 3, 4)])
 def test_codebooks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="A codebook is"):
+    with pytest.raises(AssertionError, match=r"a codebook (is|has)"):
         ScalarQuantizer(torch.zeros(shape))
 
 
 def test_lloyd_max_refuses_bad_calibration_data() -> None:
     with pytest.raises(ValueError, match="must be finite"):
         lloyd_max_quantizer(torch.tensor([0.0, math.nan, 1.0]), 2)
-    with pytest.raises(ValueError, match="floating-point"):
+    with pytest.raises(AssertionError, match="floating point"):
         lloyd_max_quantizer(torch.arange(10), 2)
     with pytest.raises(ValueError, match="3 levels need at least as many distinct"):
         lloyd_max_quantizer(torch.tensor([0.0, 1.0, 1.0, 0.0]), 3)

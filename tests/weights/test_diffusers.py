@@ -24,7 +24,7 @@ from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
 from tokenbridge.weights.published import find_preset
-from tokenbridge.weights.torch_files import load_checkpoint
+from tokenbridge.weights.torch_files import read_checkpoint
 
 
 def settings_of(model: TokenBridge) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def peaks(checkpoint: Path, folder: Path) -> dict[str, int]:
 
     def official() -> TokenBridge:
         model = create_model("tokenbridge-l", **MEDIUM)
-        load_official(model, load_checkpoint(checkpoint))
+        load_official(model, read_checkpoint(checkpoint))
         return model
 
     def plain() -> TokenBridge:

@@ -20,7 +20,7 @@ from tokenbridge.models.registry import all_presets
 from tokenbridge.models.tokenbridge.heads import ARHead, HeadConfig
 from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.tokenizers.distortion import measure_distortion
-from tokenbridge.tokenizers.givt_vae_checkpoint import create_givt_vae
+from tokenbridge.tokenizers.givt_vae import create_givt_vae
 from tokenbridge.tokenizers.kl16 import create_kl16
 from tokenbridge.tokenizers.llamagen_vq import create_vq
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer

@@ -24,14 +24,12 @@ from tokenbridge.conformance.golden import (
     entry,
     with_rule_weights,
 )
-from tokenbridge.models.givt.checkpoint import givt_layout
+from tokenbridge.models.givt.checkpoint import givt_layout, scan, unroll
 from tokenbridge.models.givt.density import Gaussian, GuidedDensity, Mixture
 from tokenbridge.models.givt.model import GIVT
 from tokenbridge.models.givt.sampling import Draw, GivtSampling, draw_guided, draw_token, generate_draws
-from tokenbridge.tokenizers.givt_vae import GivtVAE
-from tokenbridge.tokenizers.givt_vae_checkpoint import givt_vae_layout
+from tokenbridge.tokenizers.givt_vae import GivtVAE, givt_vae_layout
 from tokenbridge.utils.errors import UserError
-from tokenbridge.weights.flax_files import scan, unroll
 from tokenbridge.weights.official import load_official
 from tokenbridge.weights.rule import draw_rule
 

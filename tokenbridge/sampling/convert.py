@@ -8,7 +8,7 @@ from tokenbridge.models.registry import find_preset, load_published, load_publis
 from tokenbridge.sampling.load import weights_file
 from tokenbridge.tokenizers.published import TOKENIZERS
 from tokenbridge.utils.files import replacing_folder
-from tokenbridge.weights.official import check_replaceable
+from tokenbridge.weights.diffusers import check_replaceable
 
 
 def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True) -> None:
@@ -22,7 +22,7 @@ def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: an unknown name; a file that is damaged or of another model; `official.check_replaceable`.
+        UserError: an unknown name; a file that is damaged or of another model; `check_replaceable`.
     """
     check_replaceable(folder, "config.json")
     path = Path(path)

@@ -26,7 +26,7 @@ from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import load_kl16
 from tokenbridge.utils.errors import UnusableImageError, UserError
 from tokenbridge.utils.files import replacing_folder
-from tokenbridge.weights.official import check_replaceable
+from tokenbridge.weights.diffusers import check_replaceable
 from tokenbridge.weights.published import find_preset
 
 NUM_SUGGESTED = 5  # class names in an error message
@@ -104,7 +104,7 @@ class TokenBridgePipeline(DiffusionPipeline):
             vae: `kl16.ckpt`.
             variant: of the preset's sampling settings, as `Preset.sampling_config`. Where none were published
                 (tokenbridge-b), those of `TokenBridgeSampling` itself.
-            ema: see `official.load_checkpoint`.
+            ema: see `torch_files.read_checkpoint`.
 
         Raises:
             FileNotFoundError: a file is not there.
@@ -235,11 +235,11 @@ def convert_pipeline(
         vae: `kl16.ckpt`.
         folder: what to write; whole or not at all, replacing what is there.
         name: of the preset.
-        ema: see `official.load_checkpoint`.
+        ema: see `torch_files.read_checkpoint`.
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: as `TokenBridgePipeline.from_preset` and `official.check_replaceable`.
+        ValueError: as `TokenBridgePipeline.from_preset` and `check_replaceable`.
     """
     check_replaceable(folder, TokenBridgePipeline.config_name)
     pipeline = TokenBridgePipeline.from_preset(name, checkpoint, vae, ema=ema)

@@ -35,7 +35,7 @@ class Distortion:
 def measure_distortion(quantizer: ScalarQuantizer, latents: Tensor) -> Distortion:
     """Measure what `quantizer` does to `latents`, beside the Lloyd-Max optimum and the rate-distortion bound.
 
-    The Lloyd-Max codebook is fitted to these very latents, one for all channels, whatever the quantiser has.
+    The Lloyd-Max codebook is fitted to these very latents.
     """
     latents = latents.detach().to("cpu", torch.float32)
     quantizer = copy.deepcopy(quantizer).to("cpu")  # the caller's stays where it is

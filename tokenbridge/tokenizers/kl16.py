@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from tokenbridge.weights.official import Layout, ParamMapping
-from tokenbridge.weights.torch_files import load_from
+from tokenbridge.weights.torch_files import load_checkpoint
 
 KL16 = "kl16"
 KL16_SCALE = 0.2325  # latents are multiplied by it before quantisation (engine_tokenbridge.py)
@@ -19,11 +19,11 @@ def load_kl16(path: Path | str) -> AutoencoderKL:
     """Load the published VAE (`kl16.ckpt`) into diffusers' AutoencoderKL, in evaluation mode.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as `load_from`.
+        MissingFileError: there is no such file.
+        UserError: as `load_checkpoint`.
     """
     vae = create_kl16()
-    load_from(path, vae, kl16_layout(vae), ema=False)
+    load_checkpoint(vae, path, kl16_layout(vae), ema=False)
     return vae
 
 

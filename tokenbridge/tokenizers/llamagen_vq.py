@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from tokenbridge.tokenizers.kl16 import LDM_WORDS
 from tokenbridge.utils.errors import UserError
-from tokenbridge.weights.official import Layout, ParamMapping, State, WrongStateError, load_official, to_official
+from tokenbridge.weights.official import Layout, ParamMapping, load_state
 from tokenbridge.weights.published import Preset
-from tokenbridge.weights.torch_files import load_weights
+from tokenbridge.weights.torch_files import read_weights
 
 
 class LlamaGenVQ(ModelMixin, ConfigMixin):
-    """VQ autoencoder: one token per position, the code nearest in direction. A `Tokenizer` (tokenizers.py).
+    """VQ autoencoder: one token per position, the code nearest in direction. It is a `Tokenizer` (base.py).
 
     Args:
         num_codes: V.
@@ -192,9 +192,6 @@ PRESETS: dict[str, Preset] = {
     )
 }
 
-CHECKPOINTS = {"llamagen-vq16": "vq_ds16_c2i.pt", "llamagen-vq8": "vq_ds8_c2i.pt"}
-"""Published file of each preset, at huggingface.co/FoundationVision/LlamaGen (MIT licence)."""
-
 
 def create_vq(name: str = "llamagen-vq16", **changes: Any) -> LlamaGenVQ:
     """Build a preset on the meta device, in evaluation mode: sizes without memory.
@@ -225,38 +222,18 @@ def vq_layout(vq: LlamaGenVQ) -> Layout:
     return Layout(mappings, "LlamaGenVQ")
 
 
-def vq_to_official(vq: LlamaGenVQ) -> State:
-    """Return the official state dict of `vq`, which the official class loads with `strict=True`.
-
-    Its record of codes used in training is zero, as in a new model: it is not kept here.
-    """
-    return to_official(vq, vq_layout(vq)) | {USAGE: torch.zeros(USAGE_SIZE)}
-
-
-def load_official_vq(vq: LlamaGenVQ, state: State) -> None:
-    """Put an official state dict into `vq`, which may be on the meta device, without copying a tensor.
-
-    Raises:
-        ValueError: as `official.from_official`; a record of used codes of another size.
-    """
-    usage = state.get(USAGE)
-    if usage is not None and usage.shape != (USAGE_SIZE,):
-        raise UserError(f"{USAGE} has the shape {list(usage.shape)} instead of [{USAGE_SIZE}].")
-    load_official(vq, {name: value for name, value in state.items() if name != USAGE}, vq_layout(vq))
-
-
 def load_vq(path: Path | str, name: str = "llamagen-vq16") -> LlamaGenVQ:
     """Load a published tokenizer (`vq_ds16_c2i.pt`), in evaluation mode.
 
+    The official class's record of the codes used in training may be in the file, and is not kept.
+
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as `load_weights` and `load_official_vq`; the message begins with the path.
+        MissingFileError: there is no such file.
+        UserError: as `read_weights` and `load_state`; a record of used codes of another size.
     """
-    vq, state = create_vq(name), load_weights(path)
-    try:
-        load_official_vq(vq, state)
-    except WrongStateError as error:
-        raise WrongStateError(f"{path}: {error}", error.shapes) from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    vq, state = create_vq(name), read_weights(path)
+    usage = state.pop(USAGE, None)
+    if usage is not None and usage.shape != (USAGE_SIZE,):
+        raise UserError(f"{path}: {USAGE} has the shape {list(usage.shape)} instead of [{USAGE_SIZE}].")
+    load_state(vq, state, vq_layout(vq), path)
     return vq

@@ -10,8 +10,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 
-from tokenbridge.tokenizers.givt_vae import GivtVAE
-from tokenbridge.tokenizers.givt_vae_checkpoint import create_givt_vae, givt_vae_layout, load_givt_vae
+from tokenbridge.tokenizers.givt_vae import GivtVAE, create_givt_vae, givt_vae_layout, load_givt_vae
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
 from tokenbridge.tokenizers.llamagen_vq import LlamaGenVQ, create_vq, load_vq, vq_layout
 from tokenbridge.weights.artifacts import KL16_VAE

@@ -5,13 +5,13 @@ of that value. Nothing is trained. Three ways to make the codebook:
 
 - `gaussian_quantizer`: equal-probability bins of a Gaussian, each replaced by its conditional mean (the paper);
 - `uniform_quantizer`: the middles of bins of equal width (the paper's robustness remark);
-- `lloyd_max_quantizer`: the codebook of least squared error on calibration latents, per channel or for all.
+- `lloyd_max_quantizer`: the codebook of least squared error on calibration latents.
 
 All three are a `ScalarQuantizer`, which encodes by searching the midpoints between sorted codebook values: the
 official code (models/tokenbridge.py, `quantize`) forms all distances and takes the smallest, which gives the same
 tokens but needs `num_levels` times the memory.
 
-Shape letters: C channels, V levels, `...` any other dimensions.
+Shape letters: V levels.
 """
 
 from __future__ import annotations
@@ -40,41 +40,34 @@ MAX_CELLS = 1 << 16  # of the table for the look-up; 64 Gaussian levels need abo
 class ScalarQuantizer(nn.Module):
     """Map latents to tokens and back by the nearest value of a sorted codebook.
 
-    Buffers (saved with `state_dict`): `codebook`, float32, [V] for one codebook or [C, V] for one per channel.
+    Buffers (saved with `state_dict`): `codebook`, float32 [V].
 
     Args:
-        codebook: strictly increasing values [V] or [C, V] in latent units.
-        channel_dim: which dimension of the latents holds the channels, if there is a codebook per channel.
+        codebook: strictly increasing values [V >= 2] in latent units.
 
     Raises:
-        ValueError: fewer than two levels, values that are not finite or do not strictly increase.
+        UserError: values that are not finite or do not strictly increase.
     """
 
     codebook: Tensor
 
-    def __init__(self, codebook: Tensor, *, channel_dim: int = 1) -> None:
+    def __init__(self, codebook: Tensor) -> None:
         super().__init__()
         codebook = codebook.detach().to(torch.float32).clone()
-        if codebook.ndim not in (1, 2) or codebook.shape[-1] < 2:
-            raise UserError(f"A codebook is [levels] or [channels, levels >= 2], not {list(codebook.shape)}.")
+        assert codebook.ndim == 1, f"a codebook is [levels], not {list(codebook.shape)}"
+        assert len(codebook) > 1, "a codebook has at least two levels"
         _check_codebook(codebook)
-        self.channel_dim = channel_dim
         self.register_buffer("codebook", codebook)
 
     @property
     def num_levels(self) -> int:
         """Number of codebook values V."""
-        return self.codebook.shape[-1]
+        return len(self.codebook)
 
     @property
     def midpoints(self) -> Tensor:
-        """Where one level ends and the next begins, [V - 1] or [C, V - 1]."""
-        return (self.codebook[..., :-1] + self.codebook[..., 1:]) / 2
-
-    @property
-    def num_channels(self) -> int | None:
-        """Number of channels with a codebook of their own; None if one codebook serves all."""
-        return self.codebook.shape[0] if self.codebook.ndim == 2 else None
+        """Where one level ends and the next begins, [V - 1]."""
+        return (self.codebook[:-1] + self.codebook[1:]) / 2
 
     def encode(self, latents: Tensor) -> Tensor:
         """Return the tokens of latents: same shape, int64, in [0, V).
@@ -86,10 +79,9 @@ class ScalarQuantizer(nn.Module):
             latents: float tensor of any layout, in latent units; compared in float32 (or float64 if it is).
 
         Raises:
-            ValueError: NaN or infinite latents, an integer dtype, or a wrong number of channels.
+            UserError: NaN or infinite latents.
         """
-        if not latents.is_floating_point():
-            raise UserError(f"Latents must be floating point, not {latents.dtype}.")
+        assert latents.is_floating_point(), f"latents must be floating point, not {latents.dtype}"
         if latents.numel() and not all(torch.isfinite(end) for end in latents.aminmax()):
             bad = int((~torch.isfinite(latents)).sum())
             raise UserError(f"{bad} of {latents.numel()} latents are NaN or infinite.")
@@ -97,20 +89,16 @@ class ScalarQuantizer(nn.Module):
 
     def nearest(self, latents: Tensor) -> Tensor:
         """`encode` without its checks, for loops that must not wait for the device."""
-        if self.codebook.ndim == 1:
-            return _search(self.midpoints, latents)
-        by_channel = self._channels_first(latents)
-        tokens = torch.stack([_search(m, x) for m, x in zip(self.midpoints, by_channel, strict=True)])
-        return tokens.movedim(0, self.channel_dim)
+        return _search(self.midpoints, latents)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Return the codebook values of tokens: same shape, the codebook's dtype, in latent units.
 
         Raises:
-            ValueError: tokens outside [0, V), not integers, or a wrong number of channels.
+            UserError: tokens outside [0, V).
         """
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise UserError(f"Tokens must be integers, not {tokens.dtype}.")
+        is_integer = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
+        assert is_integer, f"tokens must be integers, not {tokens.dtype}"
         if tokens.numel() and not ((tokens >= 0) & (tokens < self.num_levels)).all():
             low, high = int(tokens.min()), int(tokens.max())
             raise UserError(f"Tokens span [{low}, {high}], but there are {self.num_levels} levels.")
@@ -118,24 +106,11 @@ class ScalarQuantizer(nn.Module):
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """`decode` without its checks, for loops that must not wait for the device."""
-        if self.codebook.ndim == 1:
-            return self.codebook[tokens]
-        by_channel = self._channels_first(tokens)
-        latents = torch.stack([book[t] for book, t in zip(self.codebook, by_channel, strict=True)])
-        return latents.movedim(0, self.channel_dim)
+        return self.codebook[tokens]
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return the de-quantised latents: `decode(encode(latents))`."""
         return self.lookup(self.encode(latents))
-
-    def _channels_first(self, x: Tensor) -> Tensor:
-        dims = x.ndim
-        if not -dims <= self.channel_dim < dims or x.shape[self.channel_dim] != self.num_channels:
-            raise UserError(
-                f"This quantiser has {self.num_channels} channels in dimension {self.channel_dim}; "
-                f"the input has shape {list(x.shape)}."
-            )
-        return x.movedim(self.channel_dim, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> ScalarQuantizer:
         """Move with the model, but stay in float32: a codebook in half precision gives other tokens."""
@@ -152,7 +127,7 @@ class ScalarQuantizer(nn.Module):
 
 
 def _check_codebook(codebook: Tensor) -> None:
-    if not torch.isfinite(codebook).all() or not (codebook.diff(dim=-1) > 0).all():
+    if not torch.isfinite(codebook).all() or not (codebook.diff() > 0).all():
         raise UserError("Codebook values must be finite and strictly increasing.")
 
 
@@ -222,7 +197,7 @@ def gaussian_quantizer(
         num_sigmas: where the Gaussian is cut.
 
     Raises:
-        ValueError: arguments that are not positive, or so many levels that the codebook degenerates: with 3
+        UserError: arguments that are not positive, or so many levels that the codebook degenerates: with 3
             sigmas, float32 means leave their bins from 727 levels on, and from 741 on whole bins lie beyond the cut
             (the official code then puts a wrong value, 0, into its codebook).
     """
@@ -264,9 +239,7 @@ def uniform_quantizer(num_levels: int, *, value_range: float = GAUSSIAN_RANGE) -
     return ScalarQuantizer((2 * places - 1) * value_range)
 
 
-def lloyd_max_quantizer(
-    latents: Tensor, num_levels: int, *, channel_dim: int | None = None, num_iterations: int = 500
-) -> ScalarQuantizer:
+def lloyd_max_quantizer(latents: Tensor, num_levels: int, *, num_iterations: int = 500) -> ScalarQuantizer:
     """Return the quantiser of least squared error on calibration latents (Lloyd 1982, Max 1960).
 
     Alternates nearest-value assignment and cell means, from quantiles and from Gaussian bins, and keeps the best: on
@@ -276,20 +249,16 @@ def lloyd_max_quantizer(
     Args:
         latents: calibration latents, any shape.
         num_levels: V; the data must have at least as many distinct values.
-        channel_dim: dimension of the channels for a codebook per channel; None for one codebook.
         num_iterations: upper limit; stops when no cell changes.
 
     Raises:
-        ValueError: latents that are not finite, or have fewer distinct values than levels.
+        UserError: latents that are not finite, or have fewer distinct values than levels.
     """
     _check_levels(num_levels)
-    if not latents.is_floating_point() or not torch.isfinite(latents).all():
-        raise UserError("Calibration latents must be finite floating-point values.")
-    if channel_dim is None:
-        return ScalarQuantizer(_fit_lloyd_max(latents.flatten(), num_levels, num_iterations))
-    rows = latents.movedim(channel_dim, 0).flatten(1)
-    codebooks = [_fit_lloyd_max(row, num_levels, num_iterations) for row in rows]
-    return ScalarQuantizer(torch.stack(codebooks), channel_dim=channel_dim)
+    assert latents.is_floating_point(), f"latents must be floating point, not {latents.dtype}"
+    if not torch.isfinite(latents).all():
+        raise UserError("Calibration latents must be finite.")
+    return ScalarQuantizer(_fit_lloyd_max(latents.flatten(), num_levels, num_iterations))
 
 
 def _fit_lloyd_max(values: Tensor, num_levels: int, num_iterations: int) -> Tensor:
@@ -336,7 +305,7 @@ def _gaussian_starts(values: Tensor, num_levels: int) -> list[Tensor]:
     """Return the paper's codebook as it is and fitted to the data; nothing where there are too many levels."""
     try:
         unit = gaussian_codebook(num_levels, value_range=GAUSSIAN_RANGE, num_sigmas=GAUSSIAN_SIGMAS).double()
-    except ValueError:
+    except UserError:
         return []
     return [unit, values.mean() + values.std() * unit]
 

@@ -64,3 +64,10 @@ def save_model(model: Any, folder: Path | str) -> None:
     with replacing_folder(folder) as temporary:
         nn.Module.half(model).save_pretrained(temporary, safe_serialization=True)
     model.float()
+
+
+def check_replaceable(folder: Path | str, index: str) -> None:
+    """Refuse to replace a folder that holds something else: one that has files, but not the file `index`."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / index).is_file())):
+        raise UserError(f"{folder} is there and has no {index}; it is left as it is.")

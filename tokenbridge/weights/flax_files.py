@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,46 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.weights.official import Layout, State, WrongStateError, load_official
-
-SCANNED = "decoder/EncDecBlock/"
-UNROLLED = re.compile(r"decoder/EncDecBlock(\d+)/(.+)")
+from tokenbridge.weights.official import Layout, State, load_state
 
 
-def unroll(tree: Mapping[str, Tensor]) -> State:
-    """Split scanned blocks (axis 1) into one array a block; an unrolled tree stays as it is.
-
-    Raises:
-        ValueError: a scanned array without that axis, or blocks that are there both ways.
-    """
-    state: State = {}
-    for name, value in tree.items():
-        if not name.startswith(SCANNED):
-            layers = {name: value}
-        elif value.ndim < 2:
-            raise UserError(f"{name} {list(value.shape)} has no axis 1, along which blocks are stacked.")
-        else:
-            rest = name.removeprefix(SCANNED)
-            layers = {f"decoder/EncDecBlock{i}/{rest}": layer for i, layer in enumerate(value.unbind(1))}
-        if (twice := next((layer for layer in layers if layer in state), None)) is not None:
-            raise UserError(f"{twice} is there twice, scanned and unrolled.")
-        state |= layers
-    return state
-
-
-def scan(tree: Mapping[str, Tensor]) -> State:
-    """Stack the blocks of an unrolled tree along axis 1; the inverse of `unroll`."""
-    state: State = {}
-    blocks: dict[str, dict[int, Tensor]] = {}
-    for name, value in tree.items():
-        if match := UNROLLED.fullmatch(name):
-            blocks.setdefault(SCANNED + match[2], {})[int(match[1])] = value
-        else:
-            state[name] = value
-    return state | {name: torch.stack([layers[i] for i in range(len(layers))], 1) for name, layers in blocks.items()}
-
-
-def load_tree(path: Path | str) -> State:
+def read_tree(path: Path | str) -> State:
     """Read a tree of arrays, by '/'-joined path, onto the CPU; nothing pickled is run.
 
     - .npz (the transformer). A file of parameters alone is taken whole; of one with an optimizer's state only what
@@ -61,8 +24,8 @@ def load_tree(path: Path | str) -> State:
     - Flax's msgpack (the VAE), taken whole. Arrays above 1 GiB, which Flax splits, are not put together.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file that is damaged or neither of these, or arrays that are no numbers.
+        MissingFileError: there is no such file.
+        UserError: a file that is damaged or neither of these, or arrays that are no numbers.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,18 +80,9 @@ def _tensor(where: str, array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def load_into(module: nn.Module, tree: Mapping[str, Tensor], layout: Layout, path: Path | str) -> None:
-    """Put a parameter tree, scanned or unrolled, into `module`; `path` is where it was read, for the message.
+def load_tree(module: nn.Module, tree: Mapping[str, Tensor], layout: Layout, path: Path | str) -> None:
+    """Put a tree that was read from `path` into `module`, as `official.load_official`; errors begin with the path.
 
-    Raises:
-        ValueError: as `unroll` and `official.from_official`; the message begins with the path.
+    Half precision is widened to float32; integers stay, and are refused.
     """
-    try:
-        state = unroll(tree)
-        # Half precision is widened; integers stay, and are refused.
-        state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-        load_official(module, state, layout)
-    except WrongStateError as error:
-        raise WrongStateError(f"{path}: {error}", error.shapes) from error
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    load_state(module, {name: x.float() if x.is_floating_point() else x for name, x in tree.items()}, layout, path)

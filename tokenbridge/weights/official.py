@@ -125,11 +125,12 @@ def load_official(module: nn.Module, state: Mapping[str, Tensor], layout: Layout
     module.load_state_dict({**dict(module.named_buffers()), **parameters}, assign=True)
 
 
-def check_replaceable(folder: Path | str, index: str) -> None:
-    """Raise ValueError unless `folder` is absent, empty, or has the file `index`, as what would replace it has."""
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / index).is_file())):
-        raise UserError(f"{folder} is there and has no {index}; it is left as it is.")
+def load_state(module: nn.Module, state: Mapping[str, Tensor], layout: Layout, path: Path | str) -> None:
+    """Put a state that was read from `path` into `module`, as `load_official`; the path begins its errors."""
+    try:
+        load_official(module, state, layout)
+    except WrongStateError as error:
+        raise WrongStateError(f"{path}: {error}", error.shapes) from error
 
 
 def _listed(kind: str, names: Iterable[str]) -> list[str]:

@@ -62,14 +62,17 @@ def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
 
 
 def build_preset(model_class: type[Model], preset: Preset, **changes: Any) -> Model:
-    """Build a preset of any system, as `create_model`.
+    """Build a preset of any system on the meta device, in evaluation mode: sizes without memory.
 
-    Raises:
-        ValueError: a model whose parameter count is not the preset's (without `changes`).
+    Args:
+        model_class: of the preset's system.
+        preset: which sizes.
+        changes: keyword arguments of the class that replace the preset's; without any, the model must have the
+            preset's number of parameters.
     """
     with torch.device("meta"):
         model = model_class(**{**preset.model, **changes}).eval()
     count = sum(parameter.numel() for parameter in model.parameters())
-    if not changes and count != preset.num_parameters:
-        raise UserError(f"{preset.name} has {count:,} parameters, not the expected {preset.num_parameters:,}.")
+    expected = f"{preset.name} has {count:,} parameters, not the expected {preset.num_parameters:,}"
+    assert changes or count == preset.num_parameters, expected
     return model

@@ -30,6 +30,7 @@ from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.llamagen.sampling import LlamaGenSampling
 from tokenbridge.models.noise import image_noise
 from tokenbridge.results.ledger import published_metrics
+from tokenbridge.weights.artifacts import ARTIFACTS
 from tokenbridge.weights.diffusers import load_model, save_model
 from tokenbridge.weights.published import Preset
 
@@ -80,10 +81,10 @@ def test_parameters_of_a_preset(name: str) -> None:
 
 
 def test_presets_and_their_sources() -> None:
-    assert set(lg.CHECKPOINTS) < set(llamagen_presets.PRESETS)
+    assert len(ARTIFACTS.keys() & llamagen_presets.PRESETS.keys()) == 7
     for name, preset in llamagen_presets.PRESETS.items():
         scores = published_metrics(f"table3/{name}")
-        assert bool(scores) == (name in lg.CHECKPOINTS)  # a score was published of every file, and no other
+        assert bool(scores) == (name in ARTIFACTS)  # a score was published of every file, and no other
         assert all("FoundationVision/LlamaGen" in recipe.source for recipe in preset.sampling.values())
     assert llamagen_presets.PRESETS["llamagen-3b-384"].sampling_config() == LlamaGenSampling(guidance_scale=1.65)
     with pytest.raises(ValueError, match="No sampling settings were published"):

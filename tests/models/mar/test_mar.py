@@ -636,7 +636,7 @@ def test_published_settings() -> None:
 
 
 def test_a_wrong_parameter_count_is_noticed() -> None:
-    with pytest.raises(ValueError, match="not the expected 1"):
+    with pytest.raises(AssertionError, match="not the expected 1"):
         build_preset(MAR, replace(PRESETS["mar-b"], num_parameters=1))
 
 

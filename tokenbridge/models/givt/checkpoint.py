@@ -3,19 +3,26 @@
 Source: google-research/big_vision at 0127fb6, models/proj/givt and configs/proj/givt. A parameter tree is a flat dict
 here: names are the '/'-joined paths of the Flax tree. The transformer's blocks are published scanned (one array
 for all blocks, stacked along axis 1, `decoder/EncDecBlock/...`); unrolled, a block has arrays of its own
-(`decoder/EncDecBlock7/...`). `flax_files.unroll` takes the first form to the second, which the layout here is for.
+(`decoder/EncDecBlock7/...`). `unroll` and `scan` are each other's inverse; the layout here is of the unrolled tree.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tokenbridge.models.givt.model import GIVT, GIVTBlock
 from tokenbridge.models.givt.presets import create_givt
-from tokenbridge.weights.flax_files import load_into, load_tree
-from tokenbridge.weights.official import Layout, ParamMapping
+from tokenbridge.utils.errors import UserError
+from tokenbridge.weights.flax_files import load_tree, read_tree
+from tokenbridge.weights.official import Layout, ParamMapping, State
+
+SCANNED = "decoder/EncDecBlock/"
+UNROLLED = re.compile(r"decoder/EncDecBlock(\d+)/(.+)")
 
 
 def givt_layout(model: GIVT) -> Layout:
@@ -58,9 +65,46 @@ def load_givt(path: Path | str, name: str = "givt-causal-256") -> GIVT:
     """Load a published transformer (`givt_imagenet_2012_causal_params.npz`), in evaluation mode.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as `load_tree`, `unroll` and `official.from_official`; the message begins with the path.
+        MissingFileError: there is no such file.
+        UserError: as `read_tree`, `unroll` and `load_tree`; the message begins with the path.
     """
-    model = create_givt(name)
-    load_into(model, load_tree(path), givt_layout(model), path)
+    model, tree = create_givt(name), read_tree(path)
+    try:
+        tree = unroll(tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    load_tree(model, tree, givt_layout(model), path)
     return model
+
+
+def unroll(tree: Mapping[str, Tensor]) -> State:
+    """Split scanned blocks (axis 1) into one array a block; an unrolled tree stays as it is.
+
+    Raises:
+        UserError: a scanned array without that axis, or blocks that are there both ways.
+    """
+    state: State = {}
+    for name, value in tree.items():
+        if not name.startswith(SCANNED):
+            layers = {name: value}
+        elif value.ndim < 2:
+            raise UserError(f"{name} {list(value.shape)} has no axis 1, along which blocks are stacked.")
+        else:
+            rest = name.removeprefix(SCANNED)
+            layers = {f"decoder/EncDecBlock{i}/{rest}": layer for i, layer in enumerate(value.unbind(1))}
+        if (twice := next((layer for layer in layers if layer in state), None)) is not None:
+            raise UserError(f"{twice} is there twice, scanned and unrolled.")
+        state |= layers
+    return state
+
+
+def scan(tree: Mapping[str, Tensor]) -> State:
+    """Stack the blocks of an unrolled tree along axis 1; the inverse of `unroll`."""
+    state: State = {}
+    blocks: dict[str, dict[int, Tensor]] = {}
+    for name, value in tree.items():
+        if match := UNROLLED.fullmatch(name):
+            blocks.setdefault(SCANNED + match[2], {})[int(match[1])] = value
+        else:
+            state[name] = value
+    return state | {name: torch.stack([layers[i] for i in range(len(layers))], 1) for name, layers in blocks.items()}

@@ -9,8 +9,8 @@ import torch
 from tokenbridge.models.llamagen.model import LlamaGen
 from tokenbridge.models.llamagen.presets import create_model
 from tokenbridge.utils.errors import UserError
-from tokenbridge.weights.official import Layout, ParamMapping
-from tokenbridge.weights.torch_files import load_state, load_weights
+from tokenbridge.weights.official import Layout, ParamMapping, load_state
+from tokenbridge.weights.torch_files import read_weights
 
 
 def llamagen_layout(model: LlamaGen) -> Layout:
@@ -33,10 +33,10 @@ def load_llamagen(path: Path | str, name: str) -> LlamaGen:
         name: of the preset. Without a rotary table, files for 256 and for 384 pixels look the same.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as `load_weights` and `official.from_official`; the message begins with the path.
+        MissingFileError: there is no such file.
+        UserError: as `read_weights` and `load_state`; the message begins with the path.
     """
-    model, state = create_model(name), load_weights(path)
+    model, state = create_model(name), read_weights(path)
     table = state.pop("freqs_cis", None)
     load_state(model, state, llamagen_layout(model), path)
     if table is not None:

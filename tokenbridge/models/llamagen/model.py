@@ -279,10 +279,3 @@ def llamagen_loss(model: LlamaGen, tokens: Tensor, labels: Tensor, *, label_drop
     dropped = torch.rand(len(labels), device=labels.device) < label_dropout
     logits = model(tokens[:, :-1], torch.where(dropped, model.num_classes, labels))
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
-CHECKPOINTS: dict[str, str] = {
-    f"llamagen-{size.lower()}-{pixels}": f"c2i_{size}_{pixels}.pt"
-    for size, pixels in (("B", 256), ("B", 384), ("L", 256), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384))
-}
-"""Published file of each preset that has one, at huggingface.co/FoundationVision/LlamaGen (MIT licence)."""

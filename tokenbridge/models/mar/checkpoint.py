@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenbridge.models.mar.model import MAR
 from tokenbridge.models.mar.presets import create_mar
 from tokenbridge.weights.official import Layout, ParamMapping
-from tokenbridge.weights.torch_files import load_from
+from tokenbridge.weights.torch_files import load_checkpoint
 
 
 def mar_layout(model: MAR) -> Layout:
@@ -24,7 +24,7 @@ def mar_layout(model: MAR) -> Layout:
 
 
 def load_mar(path: Path | str, name: str, *, ema: bool = True) -> MAR:
-    """Load a published MAR checkpoint, in evaluation mode; as `official.load_tokenbridge`."""
+    """Load a published MAR checkpoint, in evaluation mode; as `load_tokenbridge`."""
     model = create_mar(name)
-    load_from(path, model, mar_layout(model), ema=ema)
+    load_checkpoint(model, path, mar_layout(model), ema=ema)
     return model

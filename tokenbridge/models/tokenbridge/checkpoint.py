@@ -11,7 +11,7 @@ from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
 from tokenbridge.tokenizers.quantizer import gaussian_bin_edges
 from tokenbridge.weights.official import Layout, ParamMapping, State
-from tokenbridge.weights.torch_files import load_from
+from tokenbridge.weights.torch_files import load_checkpoint
 
 BUFFER_TOLERANCE = 1e-4  # buffers carry float32 rounding of erf and exp, about 1e-5 at 64 levels; spacing is 1e-2
 
@@ -54,12 +54,12 @@ def load_tokenbridge(path: Path | str, name: str, *, ema: bool = True) -> TokenB
     Args:
         path: `checkpoint-last.pth`, or the folder that holds it.
         name: of the preset.
-        ema: see `load_checkpoint`.
+        ema: see `read_checkpoint`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as `load_checkpoint` and `from_official`; the message begins with the path.
+        MissingFileError: there is no such file.
+        UserError: as `load_checkpoint`; the message begins with the path.
     """
     model = create_model(name)
-    load_from(path, model, tokenbridge_layout(model), ema=ema)
+    load_checkpoint(model, path, tokenbridge_layout(model), ema=ema)
     return model
