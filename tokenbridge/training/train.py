@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from tokenbridge.data.images import labels_of, load_images, pixels_to_images, to_pixels
-from tokenbridge.data.latents import cache_latents
+from tokenbridge.data.latents import cache_latents, encode_images
 from tokenbridge.evaluation.classifier import Classifier, classifier_loss
 from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
@@ -163,18 +163,20 @@ def tokens_of(scale: Scale, weights: Path | str) -> Dataset:
 
     Columns: `tokens` int64 [L] in raster order, `tokens_mirrored` likewise (if the scale has mirrored images), `label`.
     """
-    from datasets import Dataset
+    from datasets import Sequence, Value
 
     vq = load(scale.recipe("vq"), weights)
     tokenizer = VQTokenizer(vq.cuda() if torch.cuda.is_available() else vq)
-    columns: dict[str, list[Tensor]] = {"tokens": [], "label": []}
-    for batch in images_of(scale, "train").iter(64):
-        images = batch["images"].to(tokenizer.device)
-        columns["tokens"].append(tokenizer.encode(images).flatten(1).cpu())
-        if scale.with_mirrored:
-            columns.setdefault("tokens_mirrored", []).append(tokenizer.encode(images.flip(-1)).flatten(1).cpu())
-        columns["label"].append(batch["labels"])
-    return Dataset.from_dict({name: torch.cat(parts).numpy() for name, parts in columns.items()}).with_format("torch")
+    table = encode_images(
+        labelled_images(scale, "train"),
+        lambda images: tokenizer.encode(images.to(tokenizer.device)).flatten(1),
+        "tokens",
+        Sequence(Value("int64")),
+        image_size=scale.image_size,
+        channels=scale.channels,
+        with_mirrored=scale.with_mirrored,
+    )
+    return table.with_format("torch")
 
 
 def _some_latents(dataset: Dataset) -> Tensor:
