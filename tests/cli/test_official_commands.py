@@ -252,7 +252,7 @@ def test_convert_leaves_what_is_in_the_way(run_command: Run, tmp_path: Path, pre
     (tmp_path / "note").write_text("a file")
     for name in ("photos", "note"):
         message = error_of(run_command("convert", path, preset, "--out", tmp_path / name, *options))
-        assert f"{tmp_path / name} is there and has no {index}; it is left as it is." in message
+        assert f"{tmp_path / name} is not replaced, because it exists and has no {index}." in message
     error_of(run_command("convert", path, preset, "--out", tmp_path / "note" / "model", *options))
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"miaow"
     assert (tmp_path / "note").read_text() == "a file"

@@ -1,4 +1,4 @@
-"""The device and the processes of a run, number types, peak memory."""
+"""Number types, and the processes and the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 
 
 def process_state() -> PartialState:
-    """Return this process's place among those of the run: alone, or as torchrun or accelerate launched it."""
-    # Processes wait for one another at the ends only, and then for as long as the slowest takes.
+    """Return accelerate's state of this process: its device, its rank and the number of processes.
+
+    The number of processes is 1 unless torchrun or accelerate launched the run.
+    """
+    # Processes wait for one another only at the start and the end of a run, for as long as the slowest one takes.
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def peak_memory() -> int:
-    """Return the bytes this process has held at most: on its GPU, or else in main memory."""
+    """Return the peak memory of this process in bytes: that on its GPU if there is a GPU, otherwise main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the hashes that identify them."""
+"""Files that are written atomically (whole or not at all), their hashes, and the folder of reference results."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; rename it to `path` only if the block succeeds.
+    """Yield a temporary file beside `path`, which replaces `path` only if the block succeeds.
 
-    The temporary file keeps the suffix, for libraries that choose a format by it. A killed process leaves at
-    most a dot-file behind, never half of `path`.
+    The temporary file has the suffix of `path`, because some libraries choose a format by it. A killed process
+    leaves at most a hidden file (`.NAME-xxxxxxxx`) behind, never half of `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; results are meant to be read
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files, but others should be able to read results
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -38,7 +38,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; it takes its place only if the block succeeds."""
+    """Yield a temporary folder beside `folder`, which replaces `folder` only if the block succeeds."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
@@ -57,7 +57,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, atomically; NaN and infinity are refused (ValueError)."""
+    """Write `value` as indented JSON, atomically; NaN and infinity raise ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False))
 
 
@@ -72,7 +72,7 @@ _other_references: list[Path] = []
 
 @contextmanager
 def references_in(folder: Path | str) -> Iterator[None]:
-    """Let `reference_folder` return this folder within the block, as `gate --references` asks for."""
+    """Let `reference_folder` return this folder within the block; `tokenbridge gate --references` uses it."""
     _other_references.append(Path(folder))
     try:
         yield
@@ -81,9 +81,9 @@ def references_in(folder: Path | str) -> Iterator[None]:
 
 
 def reference_folder() -> Path:
-    """Return `reference_results/`: beside the package in a checkout, inside it in an installed wheel.
+    """Return the folder `reference_results/`: beside the package in a checkout, inside it in an installed wheel.
 
-    Callers go through the module (`files.reference_folder()`), so that a test replaces it for all of them.
+    Callers write `files.reference_folder()`, so that a test can replace the function for all of them at once.
     """
     if _other_references:
         return _other_references[-1]

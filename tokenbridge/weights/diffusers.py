@@ -1,4 +1,4 @@
-"""Models on disk: diffusers' format, safetensors only, nothing missing and nothing left over."""
+"""Models on disk in diffusers' format: safetensors only, with every weight of the model and no other."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def load_model(model_class: Any, folder: Path | str, expected: Mapping[str, Any] | None = None) -> Any:
-    """Load a diffusers model, float32, in evaluation mode.
+    """Load a diffusers model in float32 and evaluation mode.
+
+    diffusers alone fills in a missing tensor with random numbers and ignores an unknown one; this function refuses
+    both.
 
     Args:
         model_class: a ModelMixin.
-        folder: with `config.json` and `diffusion_pytorch_model.safetensors`.
-        expected: settings that its configuration must have.
+        folder: holds `config.json` and `diffusion_pytorch_model.safetensors`.
+        expected: settings that the model's configuration must have.
 
     Raises:
-        FileNotFoundError: the weights are not there.
-        ValueError: they are cut off, lack a tensor, have one too many or of another shape (diffusers alone would go on
-            with random numbers), or belong to a model of other settings.
+        MissingFileError: the folder has no weights.
+        UserError: the file is cut off, a tensor is missing, unknown or of another shape, or the configuration is not
+            the expected one.
     """
     folder = Path(folder)
     if not (folder / WEIGHTS_FILE).is_file():
@@ -37,7 +40,7 @@ def load_model(model_class: Any, folder: Path | str, expected: Mapping[str, Any]
         model, info = model_class.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except Exception as error:  # cut off, of another shape: each raises a type of its own
+    except Exception as error:  # each kind of damage raises an exception of its own type
         raise UserError(
             f"The {model_class.__name__} in {folder} does not load; it needs a whole {WEIGHTS_FILE} and its "
             f"config.json: {type(error).__name__}: {error}"
@@ -52,14 +55,14 @@ def load_model(model_class: Any, folder: Path | str, expected: Mapping[str, Any]
 
 
 def _plain(value: Any) -> Any:
-    """Return tuples as lists, which is what JSON makes of them."""
+    """Turn tuples into lists, as JSON does."""
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def save_model(model: Any, folder: Path | str) -> None:
-    """Save a model in half precision as safetensors; the folder's files appear whole or not at all.
+    """Save a model in half precision as safetensors, atomically.
 
-    The model in memory is rounded likewise, so that it is the one on disk.
+    The weights in memory are rounded to half precision too, so that they equal those on disk.
     """
     with replacing_folder(folder) as temporary:
         nn.Module.half(model).save_pretrained(temporary, safe_serialization=True)
@@ -67,7 +70,14 @@ def save_model(model: Any, folder: Path | str) -> None:
 
 
 def check_replaceable(folder: Path | str, index: str) -> None:
-    """Refuse to replace a folder that holds something else: one that has files, but not the file `index`."""
+    """Check that a converted model may be written to `folder`: it is absent, empty, or holds another such model.
+
+    Args:
+        index: a file that every such folder holds.
+
+    Raises:
+        UserError: the folder holds something else, which must not be lost.
+    """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / index).is_file())):
-        raise UserError(f"{folder} is there and has no {index}; it is left as it is.")
+        raise UserError(f"{folder} is not replaced, because it exists and has no {index}.")

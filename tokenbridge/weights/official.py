@@ -1,8 +1,8 @@
-"""Published checkpoints: official tensors by their official names, into our modules and back.
+"""Strict loading of official state dicts into our modules, and the way back.
 
-A `Layout` says which parameter each official tensor becomes; every system and tokenizer makes its own, in its folder.
-Loading is strict: every tensor is used once, every parameter is filled, and shapes agree. Reading the files is the
-work of `torch_files` and `flax_files`.
+A `Layout` says which of our parameters each official tensor becomes. Every system and every tokenizer defines its own.
+Loading is strict: every tensor is used once, every parameter is filled, and all shapes agree. The modules
+`torch_files` and `flax_files` read the files.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from torch import Tensor, nn
 
 from tokenbridge.utils.errors import UserError
 
-NUM_LISTED = 5  # names of each kind in an error message
+NUM_LISTED = 5  # an error message lists this many names of each kind
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """The parameter of ours that an official tensor becomes, and how its shape changes on the way."""
+    """Which of our parameters an official tensor becomes, and how its shape changes."""
 
-    name: str  # of the parameter in our module
-    shape: tuple[int, ...]  # official; ours may drop trailing ones (1 × 1 convolutions that are linear layers here)
-    kernel: bool = False  # laid out as in Flax: [in, out] however split further, or [height, width, in, out]
-    part: tuple[int, int] | None = None  # (i, n): it is the i-th of n equal parts of ours, along the first dimension
+    name: str  # our parameter's name
+    # The official shape. Ours may lack trailing dimensions of size 1: 1 × 1 convolutions are linear layers here.
+    shape: tuple[int, ...]
+    # The official tensor is a kernel of Flax: [in, out], where `in` or `out` may be split into several dimensions, or
+    # [height, width, in, out].
+    kernel: bool = False
+    part: tuple[int, int] | None = None  # (i, n): the tensor is the i-th of n equal parts of our first dimension
 
     def to_official(self, ours: Tensor) -> Tensor:
-        """Return the official tensor, from the whole of ours."""
+        """Return the official tensor, given our whole parameter."""
         if self.part is not None:
             ours = ours.chunk(self.part[1])[self.part[0]]
         if self.kernel:
@@ -39,7 +42,10 @@ class ParamMapping:
         return ours.reshape(self.shape)
 
     def from_official(self, official: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return our tensor of this shape, or the part of it that this is; the inverse of `to_official`."""
+        """Return our parameter of this shape, or the part of it that the official tensor is.
+
+        This is the inverse of `to_official`.
+        """
         if self.part is not None:
             shape = (shape[0] // self.part[1], *shape[1:])
         if not self.kernel:
@@ -54,13 +60,13 @@ class Layout:
     """How the tensors of an official state dict map to the parameters of a module."""
 
     mappings: Mapping[str, ParamMapping]  # by official name
-    name: str  # of the model, for messages
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)  # official tensors that follow from the sizes
-    buffer_tolerance: float = 0.0  # absolute; what the rounding of other libraries makes of the buffers
+    name: str  # the model's name in error messages
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)  # official tensors that the sizes determine
+    buffer_tolerance: float = 0.0  # absolute difference that the rounding of other libraries may cause in the buffers
 
 
 class WrongStateError(UserError):
-    """A state dict of another model than the one it was read for; `shapes` are its own."""
+    """A state dict does not fit the model that it was read for; `shapes` are those of its tensors, by name."""
 
     def __init__(self, message: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(message)
@@ -68,16 +74,16 @@ class WrongStateError(UserError):
 
 
 def flat_layout(module: nn.Module, name: str | None = None) -> Layout:
-    """Return the layout of a module whose parameters have the official names and shapes."""
+    """Return the layout of a module whose own names and shapes are the official ones."""
     mappings = {key: ParamMapping(key, tuple(parameter.shape)) for key, parameter in module.named_parameters()}
     return Layout(mappings, name or type(module).__name__)
 
 
 def to_official(module: nn.Module, layout: Layout) -> State:
-    """Return the official state dict of `module`: all parameters, and the buffers of the layout.
+    """Return the official state dict of `module`: all its parameters, and the buffers of the layout.
 
-    The official class loads it with `strict=True`. Tensors share memory with the module's where layouts agree. This is
-    the inverse of `from_official`.
+    The official class loads it with `strict=True`. A tensor shares memory with our parameter if its layout is the
+    same. This is the inverse of `from_official`.
     """
     ours = dict(module.named_parameters())
     state = {name: mapping.to_official(ours[mapping.name].detach()) for name, mapping in layout.mappings.items()}
@@ -85,13 +91,14 @@ def to_official(module: nn.Module, layout: Layout) -> State:
 
 
 def from_official(module: nn.Module, state: Mapping[str, Tensor], layout: Layout) -> State:
-    """Return `state`, an official state dict, under our names and in our shapes, ready for `load_state_dict`.
+    """Return the tensors of an official state dict under our names and in our shapes, ready for `load_state_dict`.
 
-    Buffers may be there or not; one that is there must agree with the layout's. Tensors are views where layouts agree.
+    The state may lack the layout's buffers, but those that it holds must agree with the layout. A tensor is a view if
+    its layout is the same.
 
     Raises:
-        WrongStateError: tensors missing, left over, of another shape or type, or buffers of another model; the message
-            lists the first of each kind and counts the rest.
+        WrongStateError: tensors are missing, left over, or of another shape or type, or buffers disagree. The message
+            lists the first names of each kind and counts the rest.
     """
     mappings, buffers = layout.mappings, layout.buffers
     problems = [
@@ -115,18 +122,18 @@ def from_official(module: nn.Module, state: Mapping[str, Tensor], layout: Layout
 
 
 def load_official(module: nn.Module, state: Mapping[str, Tensor], layout: Layout) -> None:
-    """Put an official state dict into `module`, which may be on the meta device, without copying a tensor.
+    """Load an official state dict into `module`, which may be on the meta device; views are not copied.
 
     Raises:
-        WrongStateError: as `from_official`.
+        WrongStateError: the state is that of another model (see `from_official`).
     """
     parameters = from_official(module, state, layout)
-    # Our buffers (the codebook) are not in the checkpoint: they stay as the constructor made them.
+    # The checkpoint does not hold our buffers (the codebook), so they stay as the constructor made them.
     module.load_state_dict({**dict(module.named_buffers()), **parameters}, assign=True)
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], layout: Layout, path: Path | str) -> None:
-    """Put a state that was read from `path` into `module`, as `load_official`; the path begins its errors."""
+    """Load an official state dict that was read from `path` (see `load_official`); error messages begin with `path`."""
     try:
         load_official(module, state, layout)
     except WrongStateError as error:

@@ -1,4 +1,4 @@
-"""Presets: published models by name, with sizes and sampling settings."""
+"""Presets: published models by name, with their sizes and sampling settings."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from tokenbridge.utils.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 
-OFFICIAL = "official"  # the README's settings: the default where there are any
+OFFICIAL = "official"  # name of the settings in the official README, which are a preset's default
 
 
 @dataclass(frozen=True)
 class SamplingRecipe:
-    """How a preset was sampled, and who says so."""
+    """Published sampling settings of a preset, and where they were published."""
 
-    config: Any  # of the model's system: TokenBridgeSampling, MarSampling, ...
+    config: Any  # an instance of the system's dataclass of settings: TokenBridgeSampling, MarSampling, ...
     source: str
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model by name."""
+    """A model with a name: its sizes and its sampling settings."""
 
     name: str
-    model: Mapping[str, Any]  # keyword arguments of its class
-    num_parameters: int  # expected; buffers are not counted
-    official_name: str | None = None  # function of the official code that builds it
-    sampling: Mapping[str, SamplingRecipe] = field(default_factory=dict)  # by name; the first is the default
+    model: Mapping[str, Any]  # keyword arguments of the model's class
+    num_parameters: int  # the expected number, without buffers
+    official_name: str | None = None  # the name of this size in the official code; None if only this project has it
+    sampling: Mapping[str, SamplingRecipe] = field(default_factory=dict)  # by name of the variant; default first
 
     def sampling_config(self, variant: str | None = None) -> Any:
-        """Return the settings called `variant`; the default ones if None.
+        """Return the sampling settings called `variant`, or the default ones if it is None.
 
         Raises:
-            ValueError: there are none of that name, or none at all.
+            UserError: no settings were published for this preset, or none of them are called `variant`.
         """
         if not self.sampling:
             raise UserError(f"No sampling settings were published for {self.name}.")
@@ -50,10 +50,10 @@ class Preset:
 
 
 def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
-    """Return the preset of a system called `name`, by our name or the official one.
+    """Return the preset of a system called `name`, which may be our name or the official one.
 
     Raises:
-        ValueError: there is none.
+        UserError: no preset has this name.
     """
     for preset in presets.values():
         if name in (preset.name, preset.official_name):
@@ -62,13 +62,12 @@ def find_preset(name: str, presets: Mapping[str, Preset]) -> Preset:
 
 
 def build_preset(model_class: type[Model], preset: Preset, **changes: Any) -> Model:
-    """Build a preset of any system on the meta device, in evaluation mode: sizes without memory.
+    """Build the model of a preset on the meta device, in evaluation mode.
+
+    Without changes, the number of parameters must be the one that the preset expects.
 
     Args:
-        model_class: of the preset's system.
-        preset: which sizes.
-        changes: keyword arguments of the class that replace the preset's; without any, the model must have the
-            preset's number of parameters.
+        changes: keyword arguments of the model's class that replace those of the preset.
     """
     with torch.device("meta"):
         model = model_class(**{**preset.model, **changes}).eval()
