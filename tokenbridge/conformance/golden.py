@@ -83,7 +83,7 @@ def read_golden(path: Path | str) -> Golden:
     """Read and check a golden file; nothing pickled is loaded.
 
     Raises:
-        ValueError: a file that is damaged or not of this format.
+        UserError: a file that is damaged or not of this format.
         OSError: a file that is not there.
     """
     try:

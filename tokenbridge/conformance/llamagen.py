@@ -90,7 +90,7 @@ def make_gpt(config: Mapping[str, Any]) -> LlamaGen:
     """Return the model of an official configuration, on the meta device.
 
     Raises:
-        ValueError: a model of captions, or a number of positions that is no square.
+        UserError: a model of captions, or a number of positions that is no square.
     """
     if config["model_type"] != "c2i":
         raise UserError(f"The model type {config['model_type']!r} is not built here: class-conditional ('c2i') only.")

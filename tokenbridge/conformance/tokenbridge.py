@@ -152,7 +152,7 @@ def make_model(config: Mapping[str, Any]) -> TokenBridge:
     """Return the whole model of an official configuration, on the meta device.
 
     Raises:
-        ValueError: a configuration with which the official code itself cannot run the whole model.
+        UserError: a configuration with which the official code itself cannot run the whole model.
     """
     num_channels = len(OFFICIAL_CHANNEL_ORDER)
     if config["vae_embed_dim"] != num_channels or config["patch_size"] != 1:
@@ -289,7 +289,7 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return visible [B, n] and masked [B, L - n] positions of a mask [B, L], 1 for masked, both rising.
 
     Raises:
-        ValueError: rows that mask different numbers of positions, which neither code can run as one batch.
+        UserError: rows that mask different numbers of positions, which neither code can run as one batch.
     """
     hidden = mask != 0
     counts = hidden.sum(dim=1)

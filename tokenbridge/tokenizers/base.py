@@ -108,8 +108,7 @@ class LatentTokenizer:
         return tokens[0].numel() * math.log2(self._quantizer().num_levels)
 
     def _quantizer(self) -> ScalarQuantizer:
-        if self.quantizer is None:
-            raise UserError("This tokenizer has no quantiser; it reconstructs, but has no tokens.")
+        assert self.quantizer is not None, "a tokenizer without a quantiser reconstructs, but has no tokens"
         return self.quantizer
 
 
@@ -141,7 +140,7 @@ class VQTokenizer:
         """Return the images of tokens [B, h, w], clamped to [-1, 1].
 
         Raises:
-            ValueError: tokens outside the codebook.
+            UserError: tokens outside the codebook.
         """
         if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.num_codes):
             raise UserError(f"Tokens must be in [0, {self.num_codes}).")

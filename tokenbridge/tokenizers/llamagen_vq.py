@@ -108,7 +108,7 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         """Return the images of tokens [B, h, w], clamped to [-1, 1].
 
         Raises:
-            ValueError: tokens outside the codebook.
+            UserError: tokens outside the codebook.
         """
         return self._decode(tokens).clamp(-1, 1)
 
@@ -126,7 +126,7 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         """Return the uint8 pixels [B, 3, size, size] of generated tokens, as the published evaluations made them.
 
         Raises:
-            ValueError: as `decode`.
+            UserError: as `decode`.
         """
         return official_pixels(self._decode(tokens), size)
 
@@ -201,7 +201,7 @@ def create_vq(name: str = "llamagen-vq16", **changes: Any) -> LlamaGenVQ:
         changes: keyword arguments of `LlamaGenVQ` that replace the preset's.
 
     Raises:
-        ValueError: an unknown name.
+        UserError: an unknown name.
     """
     if name not in PRESETS:
         raise UserError(f"Unknown tokenizer {name!r}; there are {', '.join(PRESETS)}.")

@@ -195,7 +195,7 @@ def status(
     """Return what is known of files here, all of them by default; nothing is downloaded or hashed.
 
     Raises:
-        ValueError: an unknown key, or a folder that is not there.
+        UserError: an unknown key, or a folder that is not there.
     """
     folder, given = artifacts_folder(folder), given or {}
     lock = _read_lock(lock_file(folder))
@@ -219,7 +219,7 @@ def accept(key: str, *, folder: PathLike | None = None, given: Mapping[str, Path
 
     Raises:
         MissingArtifactsError: there is none.
-        ValueError: an unknown key, a data set, or a file that is not the published one.
+        UserError: an unknown key, a data set, or a file that is not the published one.
     """
     artifact, root = find_artifact(key), artifacts_folder(folder)
     if artifact.is_dataset:
@@ -245,7 +245,7 @@ def find_artifact(key: str) -> Artifact:
     """Return the declaration of `key`.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if key not in ARTIFACTS:
         raise UserError(f"There is no file {key!r}; there are {', '.join(ARTIFACTS)}.")
@@ -256,7 +256,7 @@ def artifacts_folder(folder: PathLike | None = None) -> Path | None:
     """Return `folder`, or the one that $TOKENBRIDGE_ARTIFACTS names; None if there is neither.
 
     Raises:
-        ValueError: it is not there: a wrong setting is not passed over.
+        UserError: it is not there: a wrong setting is not passed over.
     """
     named = folder or os.environ.get(FOLDER_VARIABLE)
     if named is None or named == "":
