@@ -1,1 +1,1 @@
-"""The systems: TokenBridge, MAR, LlamaGen and GIVT, one folder each. README.md says how to add one."""
+"""The systems: TokenBridge, MAR, LlamaGen and GIVT, with one folder for each. README.md says how to add one."""

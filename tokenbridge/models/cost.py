@@ -1,4 +1,4 @@
-"""Operations of the masked backbone, which TokenBridge and MAR share; see `utils/flop.py` for what counts."""
+"""Floating-point operations of the masked backbone, which TokenBridge and MAR share (see `utils/flop.py`)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def count_pass(backbone: MaskedBackbone) -> Callable[[int, int], dict[str, float
     """Return a function from (num_visible, num_asked) to the operations of one pass for one image, by part.
 
     The operations of the encoder are quadratic in the number of visible positions. Those of the decoder are linear
-    in it, and linear in the number of positions whose context is asked for. So a few counts give those of all passes.
+    in that number, and linear in the number of positions whose context is asked for. A few counts therefore determine
+    the operations of every pass.
 
     Args:
-        backbone: on the meta device.
+        backbone: a model on the meta device.
     """
     width, num_channels = backbone.z_proj.out_features, backbone.z_proj.in_features
 
@@ -42,12 +43,14 @@ def count_pass(backbone: MaskedBackbone) -> Callable[[int, int], dict[str, float
 def backbone_flop(
     backbone: MaskedBackbone, settings: MaskedSampling, *, asks_all_masked: bool = False
 ) -> dict[str, float]:
-    """Return the operations of encoder and decoder for one image, all iterations together.
+    """Return the operations of the encoder and of the decoder for one image, summed over all iterations.
+
+    In an iteration with guidance, encoder and decoder run twice: with the class and without it.
 
     Args:
-        backbone: on the meta device.
-        settings: in an iteration with guidance, encoder and decoder run twice: with the class, and without.
-        asks_all_masked: every iteration asks for the context of all masked positions, not only of those it decides.
+        backbone: a model on the meta device.
+        asks_all_masked: every iteration computes the context of all masked positions, and not only of those that it
+            predicts.
     """
     one_pass, total = count_pass(backbone), {"encoder": 0.0, "decoder": 0.0}
     for iteration in iterations(settings, backbone.num_positions):

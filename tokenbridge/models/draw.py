@@ -10,16 +10,20 @@ from torch import Tensor
 from tokenbridge.utils.errors import UserError
 
 ChooseTokens = Callable[[Tensor, int], Tensor]
-"""Choose tokens [N] from logits [N, V] of the i-th channel (greedy, or by random numbers of the run)."""
+"""A function that takes logits [N, V] and the index of their channel or position, and returns tokens [N]."""
 
 
 def token_chooser(
     temperature: float, uniforms: Tensor | None, keep: Callable[[Tensor], Tensor] | None = None
 ) -> ChooseTokens:
-    """Return the function that chooses tokens: the inverse of the cumulative distribution at uniforms [N, C].
+    """Return a function that draws tokens from logits.
 
-    Without uniforms: what torch.multinomial draws from the global stream, without its wait for the device.
-    `keep`, if given, sets logits [N, V] to -inf after they were divided by the temperature, for top-k and the like.
+    Args:
+        temperature: divides the logits; at 0 the most likely token is chosen.
+        uniforms: random numbers [N, C] in [0, 1), at which the cumulative distribution of each channel or position is
+            inverted. If None, the function draws what torch.multinomial would draw from the global stream, but does
+            not wait for the device.
+        keep: a filter such as top-k, which sets logits [N, V] to -inf after the division by the temperature.
     """
     if temperature == 0:
         return lambda logits, place: logits.argmax(-1)
@@ -38,17 +42,17 @@ def token_chooser(
 
     def choose(logits: Tensor, place: int) -> Tensor:
         cumulative = probabilities(logits).cumsum(-1)
-        threshold = uniforms[:, place, None] * cumulative[:, -1:]  # rounding: the sum is not exactly 1
+        threshold = uniforms[:, place, None] * cumulative[:, -1:]  # because of rounding, the sum is not exactly 1
         return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
     return choose
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
-    """Refuse labels of other classes, or not one for each image.
+    """Check that there is one label for each image of a batch, and that each is in [0, num_classes).
 
     Raises:
-        ValueError: so.
+        UserError: the number of labels is wrong, or a label is out of range.
     """
     if list(labels.shape) != [batch]:
         raise UserError(f"There must be one label for each of {batch} images, not labels {list(labels.shape)}.")

@@ -1,6 +1,6 @@
 """Building blocks that the backbone and the heads share.
 
-Module names follow the official checkpoints (timm's Block), so that names map one to one.
+Module names follow the official checkpoints (timm's Block), so that parameter names map one to one.
 Shape letters: B batch, S sequence, D width, H heads, E head width.
 """
 
@@ -14,7 +14,10 @@ from tokenbridge.utils.errors import UserError
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a joint projection; optionally layer-normalised queries and keys."""
+    """Multi-head self-attention with one projection for queries, keys and values.
+
+    With `qk_norm`, queries and keys are layer-normalised.
+    """
 
     def __init__(
         self,
@@ -43,13 +46,13 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
-        """Attend and project: q [B, H, S, E] over k, v [B, H, T, E] gives [B, S, D]."""
+        """Let queries q [B, H, S, E] attend to k, v [B, H, T, E], and project the result to [B, S, D]."""
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), dropout)
 
     def forward(self, x: Tensor, *, queries: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Self-attention over x [B, S, D]; for `queries` [B, K, D] alone, if given, over the keys of x."""
+        """Apply self-attention to x [B, S, D]; if `queries` [B, K, D] are given, only they attend to x."""
         if queries is None:
             return self.attend(*self.heads(x), is_causal=is_causal)
         width = x.shape[-1]
@@ -70,7 +73,7 @@ class MLP(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to x [..., D]."""
+        """Apply the MLP to x [..., D]."""
         dropout = self.dropout if self.training else 0.0
         x = F.dropout(F.gelu(self.fc1(x)), dropout)
         return F.dropout(self.fc2(x), dropout)
@@ -95,7 +98,7 @@ class Block(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio), dropout=dropout)
 
     def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
-        """Apply to x [B, S, D]; with `places` [B, K], return only these elements, [B, K, D], at their cost."""
+        """Apply the block to x [B, S, D]; with `places` [B, K], compute only these elements, [B, K, D]."""
         normed = self.norm1(x)
         if places is None:
             x = x + self.attn(normed)
@@ -105,13 +108,13 @@ class Block(nn.Module):
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:
-    """Take elements of x [B, S, ...] at places [B, K] along the sequence: [B, K, ...]."""
+    """Return the elements [B, K, ...] of x [B, S, ...] at the indices `places` [B, K] of the sequence."""
     index = places.view(*places.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift normalised features (adaLN, DiT)."""
+    """Scale and shift normalised features (DiT's adaLN)."""
     return x * (1 + scale) + shift
 
 
@@ -135,15 +138,16 @@ class ModulatedBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, modulation: Tensor, *, is_causal: bool) -> Tensor:
-        """Apply to x [B, S, D] with modulation [B, S, 6D] = `adaLN_modulation(condition)`."""
+        """Apply the block to x [B, S, D] with modulation [B, S, 6D] = `adaLN_modulation(condition)`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), is_causal=is_causal)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
     def forward_cached(self, x: Tensor, modulation: Tensor, keys: Tensor, values: Tensor, place: int) -> Tensor:
-        """Apply to one sequence element x [B, 1, D], writing slot `place` of its caches [B, H, S, E].
+        """Apply the block to one sequence element x [B, 1, D], and write slot `place` of its caches [B, H, S, E].
 
-        Slots up to and including `place` are attended to. Equals `forward` on the whole prefix.
+        The element attends to the slots up to and including `place`. The result is that of `forward` on the whole
+        prefix.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         q, k, v = self.attn.heads(modulate(self.norm1(x), shift1, scale1))
@@ -154,9 +158,9 @@ class ModulatedBlock(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Initialise as the official code: Xavier-uniform linear layers, then adaLN projections at zero.
+    """Initialise linear layers as the official code does: Xavier-uniform, and adaLN projections at zero.
 
-    Embedding tables keep torch's N(0, 1); learned vectors are made by `learned`.
+    Embedding tables keep torch's N(0, 1), and learned vectors come from `learned`.
     """
     for m in module.modules():
         if isinstance(m, nn.Linear):
@@ -169,5 +173,5 @@ def initialise(module: nn.Module) -> None:
 
 
 def learned(*shape: int) -> nn.Parameter:
-    """Return a learned array drawn from N(0, 0.02)."""
+    """Return a parameter that is drawn from a normal distribution with deviation 0.02."""
     return nn.Parameter(torch.randn(*shape) * 0.02)

@@ -1,10 +1,10 @@
-"""The masked autoregressive backbone: MAR's encoder-decoder (LTH14/mar, models/mar.py; shared by TokenBridge).
+"""The masked autoregressive backbone: MAR's encoder-decoder (LTH14/mar, models/mar.py), which TokenBridge shares.
 
-The encoder sees the class (in `num_buffer` leading tokens) and the visible positions only; the decoder sees those
-and a mask token at every masked position, and gives a context vector z for each position.
+The encoder sees only the class (in `num_buffer` leading tokens) and the visible positions. The decoder sees these and
+a mask token at every masked position, and it returns a context vector z for each position.
 
-All images of a batch mask the same number of positions, so `visible` [B, V] lists positions with static shape:
-gather and scatter by index, no boolean masks, no waiting for the device.
+All images of a batch have the same number of masked positions, so the index tensor `visible` [B, V] has a static
+shape. Positions are gathered and scattered by index, which needs no boolean masks and never waits for the device.
 
 Shape letters: B batch, L positions, V visible positions, C channels, D width (E of the encoder where they differ),
 R buffer tokens.
@@ -31,16 +31,16 @@ class BackboneConfig:
     encoder_depth: int = 16
     decoder_depth: int = 16
     num_heads: int = 16  # of the encoder
-    num_buffer: int = 64  # leading tokens, each the class embedding
-    decoder_width: int | None = None  # D of the decoder; the encoder's if None, as in all presets
-    decoder_num_heads: int | None = None  # the encoder's if None
+    num_buffer: int = 64  # number of leading tokens, each of which is the class embedding
+    decoder_width: int | None = None  # D of the decoder; that of the encoder if None, as in all presets
+    decoder_num_heads: int | None = None  # that of the encoder if None
     mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6  # presets use 1e-6, the official bare class torch's 1e-5
-    dropout: float = 0.1  # attention and projections, in training
+    norm_eps: float = 1e-6  # as in the official presets; the official class itself has torch's default, 1e-5
+    dropout: float = 0.1  # of attention weights, projections and MLPs, in training
 
 
 class MaskedBackbone(nn.Module):
-    """MAR's encoder-decoder. `forward` takes visible latents to one context vector per position."""
+    """MAR's encoder-decoder. `forward` maps the visible latents to one context vector per position."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MaskedBackbone(nn.Module):
         nn.init.normal_(self.class_emb.weight, std=0.02)
         self.fake_latent = learned(1, e)  # stands for "no class"
         self.z_proj = nn.Linear(c.num_channels, e)
-        self.z_proj_ln = nn.LayerNorm(e, eps=1e-6)  # 1e-6 here whatever `norm_eps` is
+        self.z_proj_ln = nn.LayerNorm(e, eps=1e-6)  # 1e-6 whatever `norm_eps` is, as in the official code
         self.encoder_pos_embed_learned = learned(1, c.num_buffer + c.num_positions, e)
         self.encoder_blocks = nn.ModuleList(Block(e, c.num_heads, **shared) for _ in range(c.encoder_depth))
         self.encoder_norm = nn.LayerNorm(e, eps=c.norm_eps)
@@ -74,15 +74,15 @@ class MaskedBackbone(nn.Module):
         return torch.where(dropped[:, None], self.fake_latent.to(embedding.dtype), embedding)
 
     def encode(self, latents: Tensor, visible: Tensor, class_embedding: Tensor) -> Tensor:
-        """Encode buffer and visible positions.
+        """Encode the buffer tokens and the visible positions.
 
         Args:
-            latents: de-quantised latents of the visible positions, [B, V, C].
-            visible: their positions, [B, V], rising within each row.
+            latents: [B, V, C], continuous latents of the visible positions.
+            visible: [B, V], their positions, rising in each row.
             class_embedding: [B, E].
 
         Returns:
-            [B, R + V, E], buffer first.
+            Features [B, R + V, E]; those of the buffer tokens come first.
         """
         x = torch.cat([class_embedding[:, None].expand(-1, self.num_buffer, -1), self.z_proj(latents)], dim=1)
         x = x + self.encoder_pos_embed_learned[0, self._with_buffer(visible)]
@@ -95,12 +95,13 @@ class MaskedBackbone(nn.Module):
         """Fill the masked positions with the mask token and decode.
 
         Args:
-            encoded: output of `encode`, [B, R + V, E].
-            visible: as for `encode`.
-            positions: [B, K], to compute the context of these positions only (the last block skips the others).
+            encoded: [B, R + V, E], the output of `encode`.
+            visible: [B, V], the positions that were encoded.
+            positions: [B, K]; only their context is computed (the last block skips the others). None means all
+                positions.
 
         Returns:
-            The context z, [B, L, D] or [B, K, D].
+            The context z, [B, K, D] or [B, L, D].
         """
         x = self.decoder_embed(encoded)
         places = self._with_buffer(visible)[..., None].expand(-1, -1, x.shape[-1])
@@ -122,7 +123,10 @@ class MaskedBackbone(nn.Module):
         dropped: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Return the context z of visible latents [B, V, C] and class labels [B]; None for no class."""
+        """Return the context z, [B, K, D] or [B, L, D], given visible latents [B, V, C] and class labels [B].
+
+        Images have no class if `labels` is None, or where `dropped` [B] is true.
+        """
         if labels is None:
             embedding = self.fake_latent.expand(latents.shape[0], -1)
         else:
@@ -132,10 +136,10 @@ class MaskedBackbone(nn.Module):
     def forward(
         self, latents: Tensor, visible: Tensor, class_embedding: Tensor, positions: Tensor | None = None
     ) -> Tensor:
-        """Return the context z [B, L, D] or [B, K, D]; arguments as `encode` and `decode`."""
+        """Return the context z, [B, K, D] or [B, L, D]; `encode` and `decode` describe the arguments."""
         return self.decode(self.encode(latents, visible, class_embedding), visible, positions)
 
     def _with_buffer(self, visible: Tensor) -> Tensor:
-        """Prefix positions [B, V] with the buffer's places: [B, R + V]."""
+        """Return the indices [B, R + V] of buffer tokens and visible positions [B, V] in the whole sequence."""
         buffer = torch.arange(self.num_buffer, device=visible.device).expand(visible.shape[0], -1)
         return torch.cat([buffer, visible + self.num_buffer], dim=1)

@@ -1,4 +1,4 @@
-"""Masked sampling, as TokenBridge and MAR share it: orders of positions, iterations, guidance."""
+"""Masked sampling, which TokenBridge and MAR share: orders of positions, iterations and guidance."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from tokenbridge.utils.errors import UserError
 
 
 def random_orders(batch_size: int, num_positions: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return independent random permutations of the positions, [B, L], from torch's global generator."""
+    """Draw independent random permutations [B, L] of the positions from torch's global generator."""
     return torch.rand(batch_size, num_positions, device=device).argsort(dim=1)
 
 
 def training_mask_count(num_positions: int, *, ratio_min: float = 0.7, ratio_std: float = 0.25) -> int:
-    """Draw how many positions of a training batch are masked, in [1, L]: one number for the whole batch.
+    """Draw the number of masked positions in [1, L], which is the same for all images of a training batch.
 
-    ceil(L * ratio), the ratio from a normal of mean 1 and deviation `ratio_std` cut to [`ratio_min`, 1]; the
-    defaults are those of MAR and TokenBridge (`mask_ratio_generator`). By inverse CDF from torch's global generator.
+    The number is ceil(L * ratio). The ratio has a normal distribution with mean 1 and deviation `ratio_std`, truncated
+    to [`ratio_min`, 1]; it is drawn from torch's global generator by inverting the CDF. The defaults are those of MAR
+    and TokenBridge (`mask_ratio_generator`).
     """
     lower = float(stats.norm.cdf((ratio_min - 1.0) / ratio_std))
     uniform = torch.rand((), dtype=torch.float64).item()
@@ -34,12 +35,12 @@ def training_mask_count(num_positions: int, *, ratio_min: float = 0.7, ratio_std
 def masked_counts(num_positions: int, num_iterations: int) -> list[int]:
     """Return how many positions are still masked after each iteration; the last entry is 0.
 
-    The cosine floor(L cos(pi/2 (i + 1) / iterations)), but at least 1 and at least one fewer than before
-    (models/tokenbridge.py, `sample_tokens`). With L iterations that is one position at a time: the "one fewer"
-    always wins over the cosine.
+    After iteration i, counted from 0, the number follows a cosine, floor(L cos(pi/2 (i + 1) / iterations)), but it is
+    at least 1, and at least one fewer than before (models/tokenbridge.py, `sample_tokens`). With L iterations, one
+    position is predicted at a time, because the cosine never falls below "one fewer".
 
     Raises:
-        ValueError: fewer than one iteration, or more iterations than positions.
+        UserError: the number of iterations is not in [1, L].
     """
     if not 1 <= num_iterations <= num_positions:
         raise UserError(f"The number of iterations must be in [1, {num_positions}], not {num_iterations}.")
@@ -55,11 +56,8 @@ def masked_counts(num_positions: int, num_iterations: int) -> list[int]:
 def guidance_at(guidance_scale: float, schedule: str, num_positions: int, num_masked: int) -> float:
     """Return the guidance scale of an iteration that leaves `num_masked` positions masked.
 
-    ``"linear"``: 1 + (scale - 1) (L - masked) / L, with at least 1 counted as masked, since the official code's
-    mask length never reaches 0; ``"constant"``: the scale itself.
-
-    Raises:
-        ValueError: an unknown schedule.
+    The schedule ``"linear"`` gives 1 + (scale - 1) (L - masked) / L, where at least one position counts as masked,
+    because the mask length of the official code never reaches 0. The schedule ``"constant"`` gives the scale itself.
     """
     if schedule == "constant":
         return guidance_scale
@@ -70,10 +68,10 @@ def guidance_at(guidance_scale: float, schedule: str, num_positions: int, num_ma
 
 @dataclass(frozen=True)
 class MaskedSampling:
-    """What decides the image of a seed in every masked generator."""
+    """The sampling settings that all masked generators have."""
 
     num_iterations: int = 256
-    guidance_scale: float = 1.0  # 1 means no guidance
+    guidance_scale: float = 1.0  # 1 turns guidance off
     guidance_schedule: Literal["linear", "constant"] = "linear"
     temperature: float = 1.0
 
@@ -87,7 +85,7 @@ class MaskedSampling:
 
 
 class MaskedGenerator(Protocol):
-    """A model of masked positions: TokenBridge, or MAR with latents for tokens."""
+    """What the sampling loop needs of a masked generator: TokenBridge, or MAR with latents in place of tokens."""
 
     def context(
         self,
@@ -105,7 +103,11 @@ class MaskedGenerator(Protocol):
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration: an order's first `num_masked` positions are masked before it, `still_masked` after it."""
+    """One iteration of masked sampling.
+
+    Of each image's order, the first `num_masked` positions are masked before the iteration, and the first
+    `still_masked` after it.
+    """
 
     num_masked: int
     still_masked: int
@@ -117,10 +119,10 @@ class Iteration:
 
 
 def iterations(config: MaskedSampling, num_positions: int) -> Iterator[Iteration]:
-    """Yield the iterations of a generation.
+    """Yield the iterations in which images are sampled.
 
     Raises:
-        ValueError: more iterations than positions.
+        UserError: there are more iterations than positions.
     """
     num_masked = num_positions
     for still_masked in masked_counts(num_positions, config.num_iterations):
@@ -137,7 +139,11 @@ def contexts(
     labels: Tensor | None,
     guidance: float,
 ) -> Tensor:
-    """Return z of `positions`: with the class, [B, K, D], or with it and then without, [2B, K, D], in one batch."""
+    """Return the context z of `positions`, computed in one batch.
+
+    Without guidance, z is [B, K, D]. With guidance it is [2B, K, D]: the first half is computed with the class, the
+    second half without it.
+    """
     if labels is None or guidance == 1.0:
         return model.context(tokens, visible, labels, positions=positions)
     return model.context(

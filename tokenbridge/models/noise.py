@@ -1,4 +1,4 @@
-"""The random numbers of images: a stream for each image, or the official code's global streams."""
+"""The random numbers that images are drawn from: one stream for each image, or the official code's global streams."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tokenbridge.utils.errors import UserError
 
 @dataclass(frozen=True)
 class PerImage:
-    """Every image has a stream of its own, made from (seed, image index): it does not depend on its batch."""
+    """Every image has a stream of its own, seeded with (seed, image index), so it does not depend on its batch."""
 
     seed: int
-    indices: Sequence[int]  # of the batch's images in the run
+    indices: Sequence[int]  # for each image of the batch, its index in the run
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -26,37 +26,37 @@ class PerImage:
 
 @dataclass(frozen=True)
 class Official:
-    """numpy's and torch's global streams, drawn from in the order of the official code."""
+    """Images are drawn from numpy's and torch's global streams, in the order of the official code."""
 
 
 Noise = PerImage | Official
-"""Where a system draws the random numbers of a batch of images from."""
+"""The source of the random numbers of a batch of images."""
 
 
 @dataclass(frozen=True)
 class ImageNoise:
     """The random numbers of a batch of images."""
 
-    orders: Tensor  # [B, L] int64; an order is consumed from its END (as in the official code)
-    uniforms: Tensor  # [B, L, C] in [0, 1): one for every token, by position and place in generation order
+    orders: Tensor  # [B, L] int64; an order is consumed from its END, as in the official code
+    uniforms: Tensor  # [B, L, C] in [0, 1), one for every token: by position, and by channel in generation order
 
 
 @dataclass(frozen=True)
 class GlobalNoise:
-    """The orders of a batch of images; its tokens are drawn from torch's global stream as they come."""
+    """The orders of a batch of images, whose tokens are drawn from torch's global stream during sampling."""
 
-    orders: Tensor  # [B, L] int64, as in ImageNoise
+    orders: Tensor  # [B, L] int64; an order is consumed from its END, as in the official code
 
 
 def image_streams(seed: int, image_indices: Sequence[int]) -> list[np.random.Generator]:
-    """Return each image's own random stream, made from (seed, image index)."""
+    """Return the random stream of each image, which is seeded with (seed, image index)."""
     if seed < 0:
         raise UserError(f"A seed is at least 0, not {seed}.")
     return [np.random.default_rng((seed, index)) for index in image_indices]
 
 
 def image_noise(seed: int, image_indices: Sequence[int], num_positions: int, num_channels: int) -> ImageNoise:
-    """Draw each image's stream from (seed, image index), on the CPU so that every device sees the same."""
+    """Draw the numbers of each image from its own stream, on the CPU, so that they are the same for every device."""
     orders, uniforms = [], []
     for stream in image_streams(seed, image_indices):
         orders.append(stream.permutation(num_positions))
@@ -65,7 +65,7 @@ def image_noise(seed: int, image_indices: Sequence[int], num_positions: int, num
 
 
 def global_noise(num_images: int, num_positions: int) -> GlobalNoise:
-    """Draw orders from numpy's global stream, and leave the tokens to torch's, as the official code does.
+    """Draw orders from numpy's global stream; the official code draws the tokens from torch's during sampling.
 
     Source: models/tokenbridge.py, `sample_orders`: one shuffle of the positions for each image in turn.
     """

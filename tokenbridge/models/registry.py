@@ -1,4 +1,4 @@
-"""The systems by name, and their presets. This table is the one place that names them all."""
+"""The systems by name, and the look-up of their presets. Only this module names all systems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenbridge.weights.official import Layout, WrongStateError
 from tokenbridge.weights.published import Preset, build_preset
 
 SYSTEMS: dict[str, System] = {system.name: system for system in (TOKENBRIDGE, MAR, LLAMAGEN, GIVT)}
-SHIPPED_PRESETS = {"tokenbridge-tiny": "tiny/tokenbridge-64"}  # whose weights come with the package
+SHIPPED_PRESETS = {"tokenbridge-tiny": "tiny/tokenbridge-64"}  # presets whose weights come with the package
 
 
 def all_presets() -> dict[str, tuple[System, Preset]]:
@@ -28,10 +28,10 @@ def all_presets() -> dict[str, tuple[System, Preset]]:
 
 
 def find_preset(name: str) -> tuple[System, Preset]:
-    """Return the preset called `name`, by our name or, where only one has it, the official one.
+    """Return the preset called `name` and its system; `name` may be our name or the official one.
 
     Raises:
-        ValueError: there is none, or there are several.
+        UserError: no preset has this name, or several presets have it as their official name.
     """
     known = all_presets()
     if name in known:
@@ -45,7 +45,7 @@ def find_preset(name: str) -> tuple[System, Preset]:
 
 
 def unpublished(preset: Preset) -> str | None:
-    """Return what of a preset was not published and keeps it from being reproduced; None if nothing."""
+    """Return why the published numbers of a preset cannot be reproduced; None if they can."""
     if preset.name in SHIPPED_PRESETS:
         return "it is this project's own, which `nox -s reproduce_tiny` measures"
     published = {"weights": preset.name in ARTIFACTS, "sampling settings": bool(preset.sampling)}
@@ -54,15 +54,15 @@ def unpublished(preset: Preset) -> str | None:
 
 
 def published_preset(name: str, size: str | None = None) -> tuple[System, Preset]:
-    """Return a preset that can be reproduced: one of a name, or of a system and a size.
+    """Return a preset whose published numbers can be reproduced, and its system.
 
     Args:
-        name: of a preset, or of a system.
-        size: of the system (`l`, `b-256`); a part of it is enough where only one such was published. None is the
-            system's default.
+        name: a preset or a system.
+        size: a size of the system, such as `l` or `b-256`. Its beginning is enough (`l` for `l-384`) if only one such
+            preset was published. None means the system's default size.
 
     Raises:
-        ValueError: there is none, or several; or its weights or settings were not published.
+        UserError: no preset or several presets match, or their weights or settings were not published.
     """
     if name not in SYSTEMS:
         if size is not None:
@@ -86,33 +86,34 @@ def published_preset(name: str, size: str | None = None) -> tuple[System, Preset
 
 
 def load_published(system: System, path: Path, name: str, *, ema: bool = True) -> Any:
-    """Load the published file of a system's preset.
+    """Load the published file `path` of the system's preset `name`.
 
     Args:
-        system: the preset's.
-        path: of the file.
-        name: of the preset.
-        ema: take the weights' moving average, as the published evaluations did; otherwise the last weights.
+        ema: load the moving average of the weights, which the published evaluations used, and not the last weights.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: it is damaged or of another model, or it holds no average.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged, or it does not hold the weights that were asked for.
+        WrongStateError: the file holds another model; the message names it if it is a published one.
     """
     if not (ema or system.has_average):
-        raise UserError(f"The files of {system.name} hold one set of weights, no moving average beside it.")
+        raise UserError(f"The files of {system.name} hold one set of weights and no moving average beside it.")
     with recognised_states():
         return system.load(path, name, ema=ema) if system.has_average else system.load(path, name)
 
 
 def load_published_tokenizer(tokenizer: PublishedTokenizer, path: Path) -> Any:
-    """Load the published file of a tokenizer; errors as `load_published`."""
+    """Load the published file of a tokenizer; it raises the errors of `load_published`."""
     with recognised_states():
         return tokenizer.load(path)
 
 
 @contextmanager
 def recognised_states() -> Iterator[None]:
-    """Add to a `WrongStateError` whose state it is, if it has the names and shapes of a published model."""
+    """Within the block, add the model's name to a `WrongStateError` if the state is that of a published model.
+
+    A state is recognised by the names and shapes of its tensors.
+    """
     try:
         yield
     except WrongStateError as error:

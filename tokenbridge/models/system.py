@@ -1,7 +1,7 @@
-"""A system: all that the rest of the package has to know of a generator. README.md here says how to add one.
+"""A system: all that the rest of the package has to know about a generator. README.md says how to add one.
 
-Each system's folder ends in a `system.py` with one `System`, and `registry.py` lists it. Commands, training, sampling
-runs, plans and tables go by these fields and name no system.
+Each system's folder has a module `system.py` with one `System`, which `registry.py` lists. Commands, training, sampling
+runs, plans and tables use only the fields of `System`; they name no system.
 
 Shape letters: B batch, L positions, C channels, h, w latent height and width.
 """
@@ -29,57 +29,61 @@ PRECISION_RECALL_NOTE = "Precision and recall as published: TokenBridge's table 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How the published numbers of a system were made, as far as it is known."""
+    """How the published numbers of a system were measured, as far as that is known."""
 
-    dtype: Dtype  # of the generator on a GPU
-    published: str  # where the numbers are
-    labels: Literal["random"] | None = None  # None: balanced
-    notes: tuple[str, ...] = ()  # what one has to know before one compares
+    dtype: Dtype  # the generator's precision on a GPU
+    published: str  # where the numbers were published
+    labels: Literal["random"] | None = None  # None means balanced labels
+    notes: tuple[str, ...] = ()  # what a reader must know before comparing our numbers with the published ones
 
 
 @dataclass(frozen=True)
 class System:
-    """What one has to say of a system, once."""
+    """A generator: its model, how it is sampled, trained, loaded and counted, and how it was evaluated."""
 
     name: str
-    model: Any  # class, a diffusers ModelMixin
-    settings: type  # dataclass of sampling settings; its fields are options of `tokenbridge sample`
-    # (model, labels [B], settings, noise) -> tokens [B, L, C] or [B, L] int64, -1 where logits are NaN; or latents
-    # [B, C, h, w]. What a seed gives must not depend on the batch.
+    model: Any  # class of the model, a diffusers ModelMixin
+    settings: type  # dataclass of sampling settings; `tokenbridge sample` has an option for each of its fields
+    # (model, labels [B], settings, noise) -> latents [B, C, h, w], or int64 tokens [B, L, C] or [B, L], which are -1
+    # where logits are NaN. The image of a seed must not depend on the batch.
     generate: Callable[[Any, Tensor, Any, Noise], Tensor]
     # (model in training mode, latents [B, C, h, w] or codes [B, L], labels [B], **options of a recipe) -> scalar
     loss: Callable[..., Tensor]
-    layout: Callable[[Any], Layout]  # official names of the parameters
-    load: Callable[..., Any]  # (published file, preset's name) -> model; with ema= if `has_average`
-    tokenizer: PublishedTokenizer  # that the published model was trained with
-    count_flop: Callable[[Any, Any], FLOP]  # (model on the meta device, settings) -> of one image by part
-    describe_tokens: Callable[[Mapping[str, Any]], tuple[int, str]]  # sizes -> tokens of an image, and what one is
+    layout: Callable[[Any], Layout]  # model -> the official names of its parameters
+    load: Callable[..., Any]  # (published file, preset's name) -> model; it takes ema= if `has_average`
+    tokenizer: PublishedTokenizer  # the tokenizer that the published model was trained with
+    count_flop: Callable[[Any, Any], FLOP]  # (model on the meta device, settings) -> operations of one image, by part
+    # Sizes of the model -> the number of an image's tokens, and a description of one token.
+    describe_tokens: Callable[[Mapping[str, Any]], tuple[int, str]]
     evaluation: Evaluation
     presets: Mapping[str, Preset] = field(default_factory=dict)
-    default_size: str = ""  # of `reproduce NAME`, without the system's name
-    # What the tokenizer decodes, of what `generate` returns: latents [B, C, h, w], or codes [B, h, w].
+    default_size: str = ""  # the size that `reproduce NAME` takes, without the system's name
+    # (model, the result of `generate`) -> what the tokenizer decodes: latents [B, C, h, w] or codes [B, h, w].
     to_latents: Callable[[Any, Tensor], Tensor] = lambda model, generated: generated
-    # Constructor arguments that are measured on training latents [N, C, h, w], as a recipe asks: (latents, **wishes).
+    # (training latents [N, C, h, w], **`measured` of a recipe) -> arguments of the model's constructor.
     measure: Callable[..., dict[str, Any]] | None = None
-    facts: Callable[[Any], dict[str, Any]] = lambda model: {}  # of a loaded model, for a run's record
-    codes: bool = False  # it models the codes of a VQ tokenizer, and not latents
-    has_average: bool = False  # its files hold the weights' moving average beside the last ones
-    has_official_noise: bool = False  # torch can draw in the order of the official code
-    casts_weights: bool = False  # half precision is that of the weights, and not autocast around them
-    compiled_part: str | None = None  # submodule that nearly all the work is in; None gains nothing by compilation
-    quick: Mapping[str, Any] = field(default_factory=dict)  # settings of stand-ins; the official ones otherwise
+    facts: Callable[[Any], dict[str, Any]] = lambda model: {}  # model -> JSON values for the record of a run
+    codes: bool = False  # the system models the codes of a VQ tokenizer, and not latents
+    has_average: bool = False  # its published files hold the moving average of the weights beside the last weights
+    has_official_noise: bool = False  # torch can draw the random numbers in the order of the official code
+    casts_weights: bool = False  # in half precision, the weights are cast and autocast is not used
+    compiled_part: str | None = None  # the submodule that is worth compiling; None if compilation gains nothing
+    quick: Mapping[str, Any] = field(default_factory=dict)  # changes to the settings that make a stand-in quick
 
     @property
     def recipe(self) -> Literal["vae", "vq"]:
-        """The recipe of its tokenizer at the scales that are trained here."""
+        """The name of its tokenizer's recipe at every scale."""
         return "vq" if self.codes else "vae"
 
 
 def change_settings(owner: str, settings: Any, changes: Mapping[str, Any]) -> Any:
-    """Return sampling settings with some of them replaced; `owner` is whose they are, for the message.
+    """Return sampling settings with some of them replaced.
+
+    Args:
+        owner: name of the model that has the settings, for error messages.
 
     Raises:
-        UserError: settings that there are not, or values out of range.
+        UserError: a setting does not exist, or its value is out of range.
     """
     known = [each.name for each in fields(settings)]
     if unknown := sorted(changes.keys() - set(known)):
@@ -88,7 +92,15 @@ def change_settings(owner: str, settings: Any, changes: Mapping[str, Any]) -> An
 
 
 def read_settings(owner: str, settings: Any, words: Mapping[str, str]) -> Any:
-    """Return sampling settings with some of them replaced by what a user typed; otherwise as `change_settings`."""
+    """Return sampling settings with some of them replaced by what a user typed.
+
+    Args:
+        owner: name of the model that has the settings, for error messages.
+        words: setting to text, which is read as YAML and converted to the setting's type.
+
+    Raises:
+        UserError: a setting does not exist, or its value is out of range or of another type.
+    """
     types = get_type_hints(type(settings))
     changes: dict[str, Any] = {}
     for name, word in words.items():
