@@ -345,6 +345,18 @@ def test_nap(side_by_side):
 """
 
 
+WRONG = """
+import pytest
+
+@pytest.mark.parametrize("name", ["a b"])
+def test_wrong(name):
+    assert name == "FAILED x"
+
+def test_without_its_fixture(no_such_fixture):
+    pass
+"""
+
+
 def test_a_slowed_benchmark_is_red_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By pytest-benchmark, on naps."""
     root, path = tmp_path / "checkout", tmp_path / "ratios.json"
@@ -358,6 +370,11 @@ def test_a_slowed_benchmark_is_red_end_to_end(tmp_path: Path, monkeypatch: pytes
     assert 3 < measured.ratios["nap"].middle < 6
     assert measured.failed == ()
     ratios.write(path, measured)
+    naps.write_text(NAPS.format(fast=0.05) + WRONG)
+    assert ratios.measure(root=root).failed == (
+        "benchmarks/test_naps.py::test_wrong[a b]",
+        "benchmarks/test_naps.py::test_without_its_fixture",
+    )
     naps.write_text(NAPS.format(fast=0.05))
     monkeypatch.setattr(ratios, "NUM_RUNS", 1)
     (check,) = gate.benchmarks(path, root)

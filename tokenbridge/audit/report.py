@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +11,12 @@ from tokenbridge.audit.page import TITLES, write_page
 from tokenbridge.results.markdown import cell, columns_of, commit_of, markdown_table
 from tokenbridge.results.verdicts import CLAIM_VERDICTS
 from tokenbridge.utils.files import write_json, write_text
+from tokenbridge.utils.junit import Case, Suite, to_xml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 FAILURE = "not reproduced"  # fails a test case; every verdict but this and "reproduced" skips it
-_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 
 
 def write_report(audit: Audit, out: Path | str, *, reference: Path | str, runs: Path | str | None = None) -> None:
@@ -95,30 +93,25 @@ def to_junit(audit: Audit) -> str:
     "reproduced" are skipped. The gate's case fails if the gate does, so a CI job with known failures should look at
     that case, or at the exit code.
     """
-    suites = ET.Element("testsuites", name="tokenbridge audit")
-    suite = ET.SubElement(suites, "testsuite", name="claims", timestamp=audit.made)
-    for finding in audit.findings:
-        case = ET.SubElement(suite, "testcase", classname=_xml(group_of(finding)), name=_xml(finding.claim.id))
-        if finding.verdict == FAILURE:
-            ET.SubElement(case, "failure", message=_xml(finding.why), type=FAILURE)
-        elif finding.verdict != "reproduced":
-            ET.SubElement(case, "skipped", message=_xml(f"{finding.verdict}: {finding.why}"))
-    _count(suite)
-    suite = ET.SubElement(suites, "testsuite", name="gate", timestamp=audit.made)
-    case = ET.SubElement(suite, "testcase", classname="gate", name="gate")
-    if audit.failures:
-        failure = ET.SubElement(case, "failure", message=f"{len(audit.failures)} failures", type="gate")
-        failure.text = _xml("\n".join(audit.failures))
-    _count(suite)
-    ET.indent(suites)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(suites, encoding="unicode")
+    when = {"timestamp": audit.made}
+    failures = "\n".join(audit.failures)
+    gate = Case("gate", "gate", "failure", f"{len(audit.failures)} failures", "gate", failures)
+    return to_xml(
+        "tokenbridge audit",
+        [
+            Suite("claims", [_case(finding) for finding in audit.findings], when),
+            Suite("gate", [gate if failures else Case("gate", "gate")], when),
+        ],
+    )
 
 
-def _count(suite: ET.Element) -> None:
-    suite.set("tests", str(len(suite)))
-    suite.set("errors", "0")
-    for attribute, tag in (("failures", "failure"), ("skipped", "skipped")):
-        suite.set(attribute, str(len(suite.findall(f"testcase/{tag}"))))
+def _case(finding: Finding) -> Case:
+    classname, name = group_of(finding), finding.claim.id
+    if finding.verdict == "reproduced":
+        return Case(classname, name)
+    if finding.verdict == FAILURE:
+        return Case(classname, name, "failure", finding.why, FAILURE)
+    return Case(classname, name, "skipped", f"{finding.verdict}: {finding.why}")
 
 
 def _cells(finding: Finding) -> list[str]:
@@ -141,10 +134,6 @@ def _line(text: str) -> str:
 
 def _cell(text: str) -> str:
     return _line(text).replace("|", "\\|")
-
-
-def _xml(text: str) -> str:
-    return _NOT_XML.sub("�", text)
 
 
 def lines_of(audit: Audit, verdicts: Iterable[str]) -> list[str]:

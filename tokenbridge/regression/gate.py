@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from tokenbridge.reproduction.workbench import open_workbench
 from tokenbridge.results import compare
 from tokenbridge.results import schema as results
 from tokenbridge.results.verdicts import CheckVerdict, is_worse
+from tokenbridge.utils import junit
 from tokenbridge.utils.console import colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import references_in, sha256_of, write_text
@@ -372,31 +372,22 @@ def print_parts(parts: Sequence[Part]) -> None:
 
 
 def write_junit(path: Path | str, parts: Iterable[Part]) -> None:
-    """Write the checks as JUnit XML, which CI services show: a suite a part, a test case a check."""
-    root = ET.Element("testsuites", name="gate")
-    for part in parts:
-        count = {verdict: str(sum(check.verdict == verdict for check in part.checks)) for verdict in _JUNIT}
-        suite = ET.SubElement(
-            root,
-            "testsuite",
-            name=part.name,
-            tests=str(len(part.checks)),
-            failures=count["fail"],
-            errors=count["not run"],
-            skipped=count["skipped"],
-            time=str(part.seconds),
-        )
-        for check in part.checks:
-            case = ET.SubElement(suite, "testcase", classname=f"gate.{part.name}", name=check.name)
-            if check.verdict in _JUNIT:
-                ET.SubElement(case, _JUNIT[check.verdict], message=check.why)
-            elif check.why:
-                ET.SubElement(case, "system-out").text = check.why
-    ET.indent(root)
-    write_text(path, ET.tostring(root, encoding="unicode", xml_declaration=True))
+    """Write the checks as JUnit XML: a suite a part, a test case a check."""
+
+    def case_of(part: Part, check: Check) -> junit.Case:
+        result = _JUNIT.get(check.verdict)
+        if result is None:
+            return junit.Case(f"gate.{part.name}", check.name, text=check.why)
+        return junit.Case(f"gate.{part.name}", check.name, result, check.why)
+
+    suites = [
+        junit.Suite(part.name, [case_of(part, check) for check in part.checks], {"time": str(part.seconds)})
+        for part in parts
+    ]
+    write_text(path, junit.to_xml("gate", suites))
 
 
-_JUNIT = {"fail": "failure", "not run": "error", "skipped": "skipped"}
+_JUNIT: dict[CheckVerdict, junit.Result] = {"fail": "failure", "not run": "error", "skipped": "skipped"}
 
 
 def _check(name: str, good: bool, why: str) -> Check:

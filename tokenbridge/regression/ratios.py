@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
+from tokenbridge.utils.junit import read_failed
 from tokenbridge.utils.strict import Strict
 
 if TYPE_CHECKING:
@@ -87,20 +88,23 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
         # pytest-benchmark measures nothing where it takes itself for a worker of pytest-xdist, whose variables a
         # gate that is itself run by a test would pass on.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        command = [sys.executable, *arguments, f"--benchmark-json={file}"]
+        tests_file = Path(folder) / "junit.xml"
+        files = [f"--benchmark-json={file}", f"--junitxml={tests_file}", "--override-ini=junit_family=xunit1"]
+        command = [sys.executable, *arguments, *files]
         done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603
         print(done.stdout, end="", file=sys.stderr, flush=True)
         if done.returncode not in (0, 1) or not file.is_file() or not file.stat().st_size:
             last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
             raise UserError(f"pytest could not run the benchmarks (exit code {done.returncode}): {last}")
         report = json.loads(file.read_text(encoding="utf-8"))
+        failed = read_failed(tests_file)
     return Ratios(
         provenance=Origin(
             **stopwatch.record() | {"command": f"python {' '.join(arguments[: 3 + len(tests)])}"},
             share_of_other_processes=stopwatch.share_of_other_processes(),
         ),
         ratios=_ratios_of(report),
-        failed=tuple(line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))),
+        failed=tuple(dict.fromkeys(failed)),
     )
 
 

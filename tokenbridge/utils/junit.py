@@ -1,0 +1,77 @@
+"""JUnit XML, which CI services show: written for what this project judges, and read from pytest."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
+
+
+Result = Literal["failure", "error", "skipped"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A test case; without a result it passed."""
+
+    classname: str
+    name: str
+    result: Result | None = None
+    message: str = ""
+    kind: str = ""  # of failure
+    text: str = ""  # of the result; of a case that passed, what it printed
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Test cases that belong together."""
+
+    name: str
+    cases: Sequence[Case]
+    attributes: dict[str, str] = field(default_factory=dict)  # time, timestamp
+
+
+def to_xml(name: str, suites: Iterable[Suite]) -> str:
+    """Return suites as JUnit XML; characters that XML cannot hold are replaced."""
+    root = ET.Element("testsuites", name=_text(name))
+    for suite in suites:
+        results = [case.result for case in suite.cases]
+        counts = {
+            "tests": str(len(results)),
+            "failures": str(results.count("failure")),
+            "errors": str(results.count("error")),
+            "skipped": str(results.count("skipped")),
+        }
+        element = ET.SubElement(root, "testsuite", {"name": _text(suite.name), **counts, **suite.attributes})
+        for case in suite.cases:
+            test = ET.SubElement(element, "testcase", classname=_text(case.classname), name=_text(case.name))
+            if case.result is not None:
+                result = ET.SubElement(test, case.result, message=_text(case.message))
+                result.text = _text(case.text) or None
+                if case.kind:
+                    result.set("type", case.kind)
+            elif case.text:
+                ET.SubElement(test, "system-out").text = _text(case.text)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode")
+
+
+def read_failed(path: Path | str) -> list[str]:
+    """Return the tests that failed, or could not be run, of pytest's `--junitxml` in its family xunit1.
+
+    They are named as pytest takes them: "benchmarks/test_speed.py::test_head[64]".
+    """
+    cases = ET.parse(path).iter("testcase")  # noqa: S314  pytest wrote it
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    return ["::".join(filter(None, (case.get("file"), case.get("name")))) for case in bad]
+
+
+def _text(text: str) -> str:
+    return _NOT_XML.sub("�", text)
