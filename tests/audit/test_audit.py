@@ -17,20 +17,21 @@ import huggingface_hub
 import numpy as np
 import pytest
 import yaml
+from builders import make_results, paper_settings
 from conftest import Run, error_of
 from hypothesis import given
 from hypothesis import strategies as st
 from official_files import write_quick_inception
 
 from tokenbridge.audit.audit import audit_claims, audit_samples
+from tokenbridge.audit.checks import Check
 from tokenbridge.audit.expected import WORSE, Expected, gate_failures, read_expected, write_expected
 from tokenbridge.audit.findings import Audit, Finding
 from tokenbridge.audit.report import counts, to_junit, to_markdown, write_report
 from tokenbridge.evaluation import evaluate as evaluation
 from tokenbridge.reproduction import table3
-from tokenbridge.results.compare import NUM_IMAGES
 from tokenbridge.results.ledger import Claim
-from tokenbridge.results.schema import Provenance, Results, Row, digest_of, read, write
+from tokenbridge.results.schema import Row, digest_of, read, write
 from tokenbridge.results.tolerances import Tolerance
 from tokenbridge.results.verdicts import CLAIM_VERDICTS, RANK, judge
 from tokenbridge.utils.files import reference_folder, sha256_of
@@ -144,7 +145,8 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(SHIPPED / "tiny" / "results.json", folder / "tiny")
     edit(folder / "tiny" / "results.json", without_diffusion)
     monkeypatch.setattr("tokenbridge.utils.files.reference_folder", lambda: folder)
-    monkeypatch.setattr("tokenbridge.audit.audit._all_checks", lambda: CHECKS)
+    checks = {name: Check("of the test", run) for name, run in CHECKS.items()}
+    monkeypatch.setattr("tokenbridge.audit.audit.CHECKS", checks)
     return folder
 
 
@@ -172,22 +174,17 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object], *, sign: bool =
 
 def paper_results(path: Path, *, row: str = "table3/tokenbridge-l", scale: str = "paper", **metrics: Any) -> Path:
     """Write what a run at the paper's scale would have."""
-    provenance = Provenance(
-        command="tokenbridge reproduce-table3 tokenbridge-l",
-        seed=0,
-        started="2030-01-01T00:00:00+00:00",
-        wall_seconds=1.0,
-        commit=None,
-        dirty=None,
-        versions={},
-        hardware={},
-        data_sha256={"fid_stats/adm_in256_stats.npz": "5" * 64},
-        weights_sha256={"generator": "1" * 64, "vae": "2" * 64, "inception": INCEPTION_SHA256},
-        settings={"num_images": NUM_IMAGES, "published Inception weights": True},
-    )
     rows = [Row(id=row, label=row, metrics={name.replace("_", "-"): value for name, value in metrics.items()})]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, Results(scale=scale, provenance=provenance, rows=rows, trends=[]))
+    written = make_results(
+        rows,
+        scale=scale,
+        started="2030-01-01T00:00:00+00:00",
+        data_sha256={"fid_stats/adm_in256_stats.npz": "5" * 64},
+        weights_sha256={"generator": "1" * 64, "vae": "2" * 64, "inception": INCEPTION_SHA256},
+        settings=paper_settings(),
+    )
+    write(path, written)
     return path
 
 
@@ -675,6 +672,20 @@ def test_junit_of_texts_that_xml_cannot_hold(done: Audit) -> None:
     case = ET.fromstring(to_junit(done.model_copy(update={"findings": (first,)}))).find("testsuite/testcase/skipped")
     assert case is not None
     assert str(case.get("message")).endswith('a�b <&" �')
+
+
+def test_the_users_own_tables_are_told_from_the_shipped_ones(done: Audit) -> None:
+    """By where the file comes from, whatever its path; discrepancies have no pictures."""
+    assert done.own_run is None
+    tiny = next(file for file in done.evidence if file.scale == "tiny")
+
+    def with_own(**changes: Any) -> Audit:
+        own = tiny.model_copy(update={"file": "reference_results/tiny/results.json", "origin": "given", **changes})
+        return done.model_copy(update={"evidence": (*done.evidence, own)})
+
+    assert with_own().own_run == Path("reference_results/tiny")
+    assert with_own(scale="paper").own_run is None
+    assert with_own(rows=(Row(id="discrepancies/a", label="a", metrics={}),)).own_run is None
 
 
 def test_markdown_says_why_the_gate_fails(done: Audit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
@@ -109,7 +110,7 @@ def test_files_say_the_same_as_the_report(photographs: str, models: dict[str, st
     stored = json.loads((tmp_path / "reconstruction.json").read_text())
     assert stored["rows"] == [row.model_dump() for row in report.rows]
     assert stored["distortions"] == {
-        "reconstruction/gaussian-8-levels": next(iter(report.distortions.values())).as_dict()
+        "reconstruction/gaussian-8-levels": dataclasses.asdict(next(iter(report.distortions.values())))
     }
     assert stored["settings"] == report.settings
     assert stored["notes"] == report.notes

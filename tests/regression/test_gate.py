@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
+from builders import RECORD
 from conftest import ROOT, error_of
 
 from tokenbridge.audit.expected import write_expected
@@ -42,7 +43,8 @@ from tokenbridge.weights.diffusers import WEIGHTS_FILE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import Run
+    from builders import RECORD
+from conftest import Run
 
 SHIPPED = reference_folder()
 GOLDENS = ("tokenbridge-quantizer-64", "tokenbridge-head-sampling-logits", "kl16-vae")
@@ -132,16 +134,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def some_ratios(failed: tuple[str, ...] = (), **values: float) -> Ratios:
-    origin = ratios.Origin(
-        command="python -m pytest benchmarks",
-        started="2026-01-01T00:00:00+00:00",
-        wall_seconds=1.0,
-        commit=None,
-        dirty=None,
-        versions={},
-        hardware={},
-        share_of_other_processes=0.0,
-    )
+    origin = ratios.Origin(**RECORD, share_of_other_processes=0.0)
     return Ratios(
         provenance=origin, ratios={k: Ratio(test=f"test_{k}", runs=(v,)) for k, v in values.items()}, failed=failed
     )

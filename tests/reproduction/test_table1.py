@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from builders import make_results, paper_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from official_files import write_quick_inception
@@ -31,7 +32,7 @@ from tokenbridge.evaluation.inception import InceptionWeights, find_inception, l
 from tokenbridge.evaluation.metrics import ImageDataset
 from tokenbridge.reproduction import table1
 from tokenbridge.reproduction.table1 import RECIPES, choose_images, judge, read_statistics, sample_latents
-from tokenbridge.results.schema import STAND_IN, Provenance, Results, read
+from tokenbridge.results.schema import STAND_IN, Results, read
 from tokenbridge.results.tolerances import METRICS
 from tokenbridge.tokenizers import kl16
 from tokenbridge.tokenizers.base import LatentTokenizer
@@ -106,20 +107,7 @@ def some_pixels(count: int, seed: int = 0) -> Tensor:
 
 def published_results(**changes: Any) -> Results:
     """Return results that equal the paper's."""
-    provenance = Provenance(
-        command="test",
-        seed=0,
-        started="2025-01-01",
-        wall_seconds=0.0,
-        commit=None,
-        dirty=None,
-        versions={},
-        hardware={},
-        data_sha256={},
-        weights_sha256={},
-        settings={"num_images": 50_000, "published Inception weights": True, **changes},
-    )
-    return Results(scale="paper", provenance=provenance, rows=[r.published for r in RECIPES], trends=[])
+    return make_results([r.published for r in RECIPES], settings=paper_settings(**changes))
 
 
 # What is declared

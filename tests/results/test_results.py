@@ -8,13 +8,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from builders import make_results
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tokenbridge.results.compare import compare, incomparable, verdicts
 from tokenbridge.results.markdown import columns_of, markdown_table, tables, to_markdown
-from tokenbridge.results.schema import SCHEMA, STAND_IN, Provenance, Results, Row, Trend, digest_of, read, write
+from tokenbridge.results.schema import SCHEMA, STAND_IN, Results, Row, Trend, digest_of, read, write
 from tokenbridge.results.tolerances import METRICS, metric
 from tokenbridge.results.verdicts import within
 
@@ -22,10 +23,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-PROVENANCE = Provenance(
-    command="tokenbridge reproduce tiny",
-    seed=0,
-    started="2026-01-01T00:00:00+00:00",
+ROWS = [
+    Row(id="table1a/vae", label="VAE, continuous", metrics={"PSNR": 25.0, "SSIM": 0.9}),
+    Row(id="table1a/ptq-64", label="64 levels", metrics={"PSNR": 24.9, "bits per image": 1536.0}),
+    Row(id="table3/real", label="real", metrics={"FID-digits": 1.5, "class accuracy": 0.99}),
+    Row(id="table3/parallel", label="parallel head", metrics={}, not_run="no weights"),
+]
+TRENDS = [Trend(id="a", claim="levels keep PSNR", measured=0.99, bound=0.95, relation=">=")]
+RESULTS = make_results(
+    ROWS,
+    TRENDS,
+    scale="tiny",
     wall_seconds=12.3,
     commit="0123abc",
     dirty=True,
@@ -35,14 +43,6 @@ PROVENANCE = Provenance(
     weights_sha256={"vae": "11"},
     settings={"num_images": 20},
 )
-ROWS = [
-    Row(id="table1a/vae", label="VAE, continuous", metrics={"PSNR": 25.0, "SSIM": 0.9}),
-    Row(id="table1a/ptq-64", label="64 levels", metrics={"PSNR": 24.9, "bits per image": 1536.0}),
-    Row(id="table3/real", label="real", metrics={"FID-digits": 1.5, "class accuracy": 0.99}),
-    Row(id="table3/parallel", label="parallel head", metrics={}, not_run="no weights"),
-]
-TRENDS = [Trend(id="a", claim="levels keep PSNR", measured=0.99, bound=0.95, relation=">=")]
-RESULTS = Results(scale="tiny", provenance=PROVENANCE, rows=ROWS, trends=TRENDS)
 
 any_row = st.builds(
     Row,
@@ -267,7 +267,7 @@ def test_nothing_is_written_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_what_compares_with_the_paper() -> None:
     def run(scale: str, **settings: Any) -> Results:
-        p = PROVENANCE.model_copy(update={"settings": settings})
+        p = RESULTS.provenance.model_copy(update={"settings": settings})
         return RESULTS.model_copy(update={"scale": scale, "provenance": p})
 
     full = {"num_images": 50_000, "published Inception weights": True}
@@ -324,7 +324,7 @@ def test_page_has_rows_verdicts_trends_tolerances() -> None:
 
 
 def test_page_without_reference_or_commit() -> None:
-    unknown = PROVENANCE.model_copy(update={"commit": None, "dirty": None})
+    unknown = RESULTS.provenance.model_copy(update={"commit": None, "dirty": None})
     page = to_markdown(RESULTS.model_copy(update={"provenance": unknown, "trends": []}), None)
     assert "commit unknown." in page
     assert "argument" not in page

@@ -20,6 +20,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from tokenbridge.audit.checks import CHECKS
 from tokenbridge.audit.evidence import choose, gather
 from tokenbridge.audit.expected import WORSE, gate_failures, read_expected
 from tokenbridge.audit.findings import Audit
@@ -70,7 +71,9 @@ def audit_claims(
         ledger = Ledger(claims=tuple(c for c in ledger.claims if c.row == row), discrepancies=())
     sources, regressions = choose(gather(results, runs=Path(runs), weights=weights, folder=folder))
     statuses = {s.artifact.key: s for s in artifacts.status({k for c in ledger.claims for k in c.needs}, folder=folder)}
-    run_check = functools.cache(functools.partial(_run_check, _all_checks() if checks is None else checks))
+    if checks is None:
+        checks = {name: check.run for name, check in CHECKS.items()}
+    run_check = functools.cache(functools.partial(_run_check, checks))
     findings = tuple(judge_claim(claim, sources, statuses, run_check) for claim in ledger.claims)
     failures = gate_failures(findings, expected, fail_on, whole=row is None)
     return Audit(
@@ -136,12 +139,6 @@ def audit_samples(
     path = Path(out) / "results.json"
     result_files.write(path, measured)
     return audit_claims([path], folder=folder, fail_on=fail_on, row=claim.row, checks=checks)
-
-
-def _all_checks() -> Checks:
-    from tokenbridge.audit.checks import CHECKS
-
-    return {name: check.run for name, check in CHECKS.items()}
 
 
 def _run_check(checks: Checks, name: str) -> float:

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from tokenbridge.audit.findings import Origin
 from tokenbridge.configs.scales import SCALES
 from tokenbridge.data.images import load_images
 from tokenbridge.models.registry import all_presets, find_preset
@@ -33,7 +33,7 @@ class Source:
 
     name: str  # as the audit shows it
     path: Path
-    origin: Literal["shipped", "found", "given"]
+    origin: Origin
     results: Results
     trends: tuple[Trend, ...] = ()
     notes: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ def gather(
         ValueError: a file that is refused, with the reason.
     """
     shipped = files.reference_folder()
-    paths: list[tuple[Path, Literal["shipped", "found", "given"]]] = []
+    paths: list[tuple[Path, Origin]] = []
     paths += [(path, "shipped") for path in sorted(shipped.glob("*/results.json"))]
     if results:
         paths += [(Path(path), "given") for path in results]

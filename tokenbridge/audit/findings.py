@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -11,11 +12,15 @@ from tokenbridge.results.schema import Row, Trend
 from tokenbridge.results.verdicts import Verdict
 from tokenbridge.utils.strict import Strict
 
+Origin = Literal["shipped", "found", "given"]
+"""Of a result file: it is part of this project, lies where commands leave results, or was named by the user."""
+
 
 class Evidence(Strict):
     """A result file that an audit rests on, and where its numbers come from."""
 
     file: str
+    origin: Origin = "shipped"
     sha256: str  # of the file
     scale: str
     rows: tuple[Row, ...]
@@ -57,3 +62,12 @@ class Audit(Strict):
     effects: tuple[Effect, ...]
     evidence: tuple[Evidence, ...]
     failures: tuple[str, ...] = ()  # what fails the gate, in words; none: it is green
+
+    @property
+    def own_run(self) -> Path | None:
+        """The folder of the user's own tiny tables, whose pictures lie beside them; None if there is none."""
+        for file in self.evidence:
+            tables = {row.table for row in file.rows} - {"discrepancies"}
+            if file.origin != "shipped" and file.scale == "tiny" and tables:
+                return Path(file.file).parent
+        return None

@@ -19,18 +19,17 @@ if TYPE_CHECKING:
 FAILURE = "not reproduced"  # fails a test case; every verdict but this and "reproduced" skips it
 
 
-def write_report(audit: Audit, out: Path | str, *, reference: Path | str, runs: Path | str | None = None) -> None:
+def write_report(audit: Audit, out: Path | str, *, reference: Path | str) -> None:
     """Write audit.md, audit.json, junit.xml and index.html into the folder `out`; each appears whole or not at all.
 
     Args:
         audit: what to show.
         out: folder.
         reference: the folder `reference_results`, whose pictures the page shows.
-        runs: folder of the user's own tiny run, whose pictures stand beside those.
     """
     out = Path(out)
     markdown, junit = to_markdown(audit), to_junit(audit)
-    write_page(audit, out / "index.html", reference=Path(reference), runs=None if runs is None else Path(runs))
+    write_page(audit, out / "index.html", reference=Path(reference), runs=audit.own_run)
     write_json(out / "audit.json", audit.model_dump(mode="json"))
     write_text(out / "audit.md", markdown)
     write_text(out / "junit.xml", junit)

@@ -142,6 +142,7 @@ def evidence_of(source: Source) -> Evidence:
     """Return a file as the audit shows it."""
     return Evidence(
         file=source.name,
+        origin=source.origin,
         sha256=sha256_of(source.path),
         scale=source.results.scale,
         rows=tuple(source.results.rows),

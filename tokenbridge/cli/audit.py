@@ -120,9 +120,7 @@ def audit(
         )
     else:
         done = run(results or [], weights=weights, folder=folder, fail_on=failing)
-    tiny = [Path(e.file).parent for e in done.evidence if any(t.id == "right-class" for t in e.trends)]
-    own = next((path for path in tiny if path != Path("reference_results/tiny")), None)
-    write_report(done, out, reference=files.reference_folder(), runs=own)
+    write_report(done, out, reference=files.reference_folder())
     if accept is not None:
         write_expected(files.reference_folder() / "paper" / "expected.json", done, accept)
     if as_json:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import typer
+from pydantic_core import to_jsonable_python
 from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app
@@ -109,7 +110,7 @@ def sample(
         return
     sampler, report = done.sampler, done.report
     if as_json:
-        print(json.dumps({"folder": str(out), "model": sampler.name, **report.as_json()}, indent=2))
+        print(json.dumps({"folder": str(out), "model": sampler.name, **to_jsonable_python(report)}, indent=2))
     else:
         print(f"{report.num_images} images ({sampler.name}) are in {report.samples}, an overview in {done.overview}.")
 
@@ -155,7 +156,7 @@ def models(as_json: Json = False) -> None:
 
     listed = list_presets()
     if as_json:
-        print(json.dumps([listing.as_json() for listing in listed], indent=2))
+        print(json.dumps(to_jsonable_python(listed), indent=2))
         return
     body = []
     for listing in listed:

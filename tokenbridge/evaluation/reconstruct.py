@@ -8,6 +8,7 @@ Shape letters: N images, B batch, C channels, H height, W width, h, w latent hei
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -390,7 +391,7 @@ def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
         "schema_version": SCHEMA,
         "settings": settings,
         "rows": [row.model_dump() for row in report.rows],
-        "distortions": {id_: distortion.as_dict() for id_, distortion in report.distortions.items()},
+        "distortions": {id_: dataclasses.asdict(distortion) for id_, distortion in report.distortions.items()},
         "notes": report.notes,
         "provenance": {
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

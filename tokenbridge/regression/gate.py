@@ -237,7 +237,7 @@ def audit(folder: Path | str, out: Path | str, own: Path | None = None) -> list[
     folder = Path(folder)
     expected = read_expected(folder / "paper" / "expected.json")
     done = audit_of(folder, own)
-    write_report(done, out, reference=folder, runs=own)
+    write_report(done, out, reference=folder)
     return verdict_checks(done, expected)
 
 

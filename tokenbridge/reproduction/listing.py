@@ -29,10 +29,6 @@ class Listing:
     published: Mapping[str, float]  # scores: FID, IS, ...
     settings: Mapping[str, Mapping[str, Any]]  # of the sampler, by variant, each with its source
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return asdict(self)
-
 
 def list_presets() -> list[Listing]:
     """Return every preset of every system."""

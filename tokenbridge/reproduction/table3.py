@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import skimage.data
 from PIL import Image
+from pydantic_core import to_jsonable_python
 
 from tokenbridge.evaluation import evaluate as evaluation
 from tokenbridge.evaluation import features as evaluation_features
@@ -351,7 +352,7 @@ def _measure(
                 "labels": config.labels or "balanced",
                 "published": model.system.evaluation.published,
                 "notes": list(model.system.evaluation.notes),
-                "run": report.as_json(),
+                "run": to_jsonable_python(report),
                 "not run": scored.not_run,
             },
         ),

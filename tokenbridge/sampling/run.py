@@ -124,10 +124,6 @@ class RunReport:
     images_per_second: float | None  # None if there was nothing to make
     peak_memory_gib: float  # of this process: of its accelerator if it has one
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {**asdict(self), "samples": str(self.samples)}
-
 
 def run_recipe(sampler: Sampler, config: RunConfig, num_processes: int = 1) -> dict[str, Any]:
     """Return, as JSON values, all that decides which images a run makes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,10 +26,6 @@ class Distortion:
     bits_per_dimension: float  # log2 V, what storing a token takes
     lloyd_max_relative_mse: float  # the best V levels on these latents
     rate_distortion_relative_mse: float  # 2^(-2 log2 V): no code at this rate does better on Gaussian latents
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the fields as a plain dict."""
-        return asdict(self)
 
 
 def measure_distortion(quantizer: ScalarQuantizer, latents: Tensor) -> Distortion:
