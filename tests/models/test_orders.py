@@ -41,7 +41,7 @@ def test_inverse_undoes_a_permutation(order: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("order", [(0, 0), (1, 2), (0, 2), (-1, 0)])
 def test_inverse_refuses_what_is_no_permutation(order: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="no permutation"):
+    with pytest.raises(ValueError, match="not a permutation"):
         inverse(order)
 
 

@@ -258,7 +258,7 @@ def test_saving_and_loading_keeps_another_quantiser(tmp_path: Path, low_cpu_mem_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channel_order": (0, 0, 1, 2)}, "no permutation"),
+        ({"channel_order": (0, 0, 1, 2)}, "not a permutation"),
         ({"channel_order": (0, 1, 2)}, "has 3 entries for 4 channels"),
         ({"num_channels": 16}, "has 4 entries for 16 channels"),
         ({"head_type": "other"}, r"Unknown head 'other'; there are \['ar', 'parallel'\]"),

@@ -1,1 +1,1 @@
-"""TokenBridge: a masked transformer whose head predicts a position's channel tokens one after another."""
+"""TokenBridge: a masked transformer with a head that predicts the tokens of a position channel by channel."""

@@ -13,14 +13,16 @@ from tokenbridge.tokenizers.quantizer import gaussian_bin_edges
 from tokenbridge.weights.official import Layout, ParamMapping, State
 from tokenbridge.weights.torch_files import load_checkpoint
 
-BUFFER_TOLERANCE = 1e-4  # buffers carry float32 rounding of erf and exp, about 1e-5 at 64 levels; spacing is 1e-2
+# At 64 levels, float32 rounding of erf and exp changes the buffers by about 1e-5, while levels are 1e-2 apart.
+BUFFER_TOLERANCE = 1e-4
 
 
 def official_buffers(model: TokenBridge) -> State:
-    """Return the official model's three buffers, computed from our configuration.
+    """Return the three buffers of the official model, computed from our configuration.
 
-    `channel_mask` [C, C] is causal: -inf above the diagonal. `reconstruction_values` [V] and `boundaries` [V + 1]
-    are the quantiser's levels and bin edges in units of its Gaussian; the official code never uses the edges.
+    `channel_mask` [C, C] is causal, with -inf above the diagonal. `reconstruction_values` [V] and `boundaries` [V + 1]
+    are the levels and the bin edges of the quantizer, in units of its Gaussian's deviation. The official code never
+    uses the bin edges.
     """
     config: Any = model.config
     size = model.num_channels
@@ -33,10 +35,10 @@ def official_buffers(model: TokenBridge) -> State:
 
 
 def tokenbridge_layout(model: TokenBridge) -> Layout:
-    """Return the layout of the official model: flat names, which are ours without `backbone.` or `head.`, and buffers.
+    """Return the layout of the official model: its names are ours without `backbone.` or `head.`, and it has buffers.
 
-    The channel order is a constant of the official code and not a part of its state: only models of that order mean
-    the same there.
+    The channel order is a constant of the official code and not part of its state, so the official code gives the
+    same results only for models with that order.
     """
     mappings: dict[str, ParamMapping] = {}
     for name, parameter in model.named_parameters():
@@ -49,16 +51,16 @@ def tokenbridge_layout(model: TokenBridge) -> Layout:
 
 
 def load_tokenbridge(path: Path | str, name: str, *, ema: bool = True) -> TokenBridge:
-    """Load a published TokenBridge checkpoint, in evaluation mode.
+    """Load a published checkpoint of the preset `name`; the model is in evaluation mode.
 
     Args:
         path: `checkpoint-last.pth`, or the folder that holds it.
-        name: of the preset.
-        ema: see `read_checkpoint`.
+        ema: load the moving average of the weights, which the published evaluations used, and not the last weights.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: as `load_checkpoint`; the message begins with the path.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged or lacks the weights; the message begins with the path.
+        WrongStateError: the file holds another model.
     """
     model = create_model(name)
     load_checkpoint(model, path, tokenbridge_layout(model), ema=ema)

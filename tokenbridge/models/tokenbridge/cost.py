@@ -1,4 +1,4 @@
-"""Operations of one image of TokenBridge."""
+"""Floating-point operations that TokenBridge needs for one image."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from tokenbridge.utils.flop import count, placeholder
 
 
 def count_flop(model: TokenBridge, settings: TokenBridgeSampling) -> dict[str, float]:
-    """Return the operations of one image, by part: encoder, decoder, head.
+    """Return the operations of one image by part (encoder, decoder, head), for a model on the meta device.
 
-    Guidance mixes the decoder's features, so the head runs once for a position, with guidance and without. The order
-    by confidence predicts every masked position in every iteration.
-
-    Args:
-        model: on the meta device.
-        settings: of the sampler.
+    Guidance mixes the decoder's features, so the head runs once for each position even with guidance. With the order
+    by confidence, every iteration predicts all masked positions.
     """
     by_confidence = settings.position_order == "confidence"
     steps = iterations(settings, model.num_positions)
@@ -28,6 +24,6 @@ def count_flop(model: TokenBridge, settings: TokenBridgeSampling) -> dict[str, f
 
 
 def count_head(head: ARHead | ParallelHead) -> int:
-    """Return the operations of the head, on the meta device, for all channels of one position."""
+    """Return the operations of a head on the meta device for all channels of one position."""
     context = placeholder(1, head.condition_proj.in_features)
     return count(lambda: head.sample(context, lambda logits, _: logits.argmax(-1)))

@@ -1,11 +1,11 @@
-"""Heads: from the context vector of a position to the tokens of its channels.
+"""Heads, which predict the tokens of a position's channels from the position's context vector.
 
-- `ARHead`: one channel after another, each conditioned on the ones before (paper section 3.2;
+- `ARHead` predicts one channel after another, each conditioned on the ones before (paper section 3.2;
   models/tokenbridge.py, `forward_channel_ar` and `_sample_channel_ar`).
-- `ParallelHead`: all channels at once, each on its own given the context (the paper's ablation, table 2a).
+- `ParallelHead` predicts all channels at once, each independently given the context (the paper's ablation, table 2a).
 
-Both have the same transformer; they differ in what it sees. Tokens and logits are in generation order here: the
-generator permutes the channels.
+Both have the same transformer and differ in what it attends to. Tokens and logits are in generation order here;
+`TokenBridge` permutes the channels.
 
 Shape letters: N positions (of any image), C channels, V levels, D backbone width, W head width.
 """
@@ -31,7 +31,7 @@ class HeadConfig:
 
     num_channels: int = 16  # C
     num_levels: int = 64  # V
-    context_width: int = 1024  # D, of the backbone
+    context_width: int = 1024  # D
     width: int = 1024  # W
     depth: int = 4
     num_heads: int = 8
@@ -41,7 +41,7 @@ class HeadConfig:
 
 
 class _ChannelTransformer(nn.Module):
-    """What both heads share: condition, modulated blocks, one output layer per channel."""
+    """The transformer that both heads share: condition, modulated blocks, and one output layer per channel."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class _ChannelTransformer(nn.Module):
         self.channel_heads = nn.ModuleList(nn.Linear(w, c.num_levels) for _ in range(c.num_channels))
 
     def condition(self, context: Tensor) -> Tensor:
-        """Return the modulating condition of every channel [N, C, W] for context [N, D]."""
+        """Return the condition [N, C, W] that modulates every channel, given the context [N, D]."""
         return self.condition_proj(context)[:, None] + self.timesteps_embeddings
 
     def run(self, x: Tensor, condition: Tensor, *, is_causal: bool) -> Tensor:
-        """Take the sequence x [N, S, W] and its condition to logits [N, S, V]."""
+        """Return the logits [N, S, V] of the sequence x [N, S, W] under its condition [N, S, W]."""
         x = x + self.channel_embed[:, : x.shape[1]]
         for block in cast("list[ModulatedBlock]", list(self.channel_blocks)):
             x = block(x, block.adaLN_modulation(condition), is_causal=is_causal)
@@ -74,7 +74,7 @@ class _ChannelTransformer(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm without weights, modulated."""
+    """A LayerNorm without weights, which the condition modulates."""
 
     def __init__(self, width: int, *, norm_eps: float) -> None:
         super().__init__()
@@ -82,14 +82,14 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Apply to x [N, S, W]."""
+        """Normalise and modulate x [N, S, W] under the condition [N, S, W]."""
         # Quirk kept: the official FinalLayer unpacks (scale, shift), where DiT has (shift, scale).
         scale, shift = self.adaLN_modulation(condition).chunk(2, dim=-1)
         return modulate(self.norm_final(x), shift, scale)
 
 
 class ARHead(_ChannelTransformer):
-    """Dimension-wise autoregressive head."""
+    """The dimension-wise autoregressive head."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
@@ -98,13 +98,13 @@ class ARHead(_ChannelTransformer):
         )
 
     def logits(self, context: Tensor, tokens: Tensor, *, first: FirstElement = "training-consistent") -> Tensor:
-        """Return logits [N, C, V] of every channel given the true tokens before it.
+        """Return the logits [N, C, V] of every channel, given the true tokens before it.
 
         Args:
             context: [N, D].
-            tokens: [N, C], generation order; the last channel's token is not used.
-            first: what the sequence starts with. Quirk kept: official training starts with the projected context
-                (``"training-consistent"``), official sampling adds timestep embedding 0 to it (``"official"``).
+            tokens: [N, C] in generation order; the token of the last channel is not used.
+            first: the first element of the sequence. Quirk kept: official training starts with the projected context
+                (``"training-consistent"``), while official sampling adds timestep embedding 0 to it (``"official"``).
         """
         condition = self.condition(context)
         elements = [self._first(context, condition, first)]
@@ -114,17 +114,19 @@ class ARHead(_ChannelTransformer):
     def sample(
         self, context: Tensor, choose: ChooseTokens, *, first: FirstElement = "official"
     ) -> tuple[Tensor, Tensor]:
-        """Choose the channels one after another with a key/value cache of static shape.
+        """Choose the tokens of one channel after another, with a key/value cache of static shape.
 
-        The modulation of all channels is one product per block; each channel then costs one sequence element.
+        One matrix product per block computes the modulation of all channels. After that, each channel costs one
+        element of the sequence.
 
         Args:
             context: [N, D].
-            choose: chooses tokens [N] from logits [N, V] and the channel's place.
-            first: as for `logits`; the published weights were evaluated with ``"official"``.
+            choose: chooses tokens [N] from logits [N, V] and the channel's index in generation order.
+            first: the first element of the sequence, see `logits`; the published weights were evaluated with
+                ``"official"``.
 
         Returns:
-            tokens [N, C] int64 in generation order, and the log-probability of each under the logits, [N, C].
+            Tokens [N, C] int64 in generation order, and their log-probabilities [N, C] under the logits.
         """
         n, c = context.shape[0], self.num_channels
         condition = self.condition(context)
@@ -157,17 +159,20 @@ class ARHead(_ChannelTransformer):
 
 
 class ParallelHead(_ChannelTransformer):
-    """All channels at once, independent given the context: the sequence holds no tokens, attention sees all."""
+    """A head that predicts all channels at once, independently given the context.
+
+    Its sequence contains no tokens, and every element attends to all others.
+    """
 
     def logits(self, context: Tensor, tokens: Tensor | None = None, *, first: FirstElement = "official") -> Tensor:
-        """Return logits [N, C, V] for context [N, D]; tokens and first element play no part."""
+        """Return logits [N, C, V] for context [N, D]; `tokens` and `first` are ignored."""
         condition = self.condition(context)
         return self.run(condition, condition, is_causal=False)
 
     def sample(
         self, context: Tensor, choose: ChooseTokens, *, first: FirstElement = "official"
     ) -> tuple[Tensor, Tensor]:
-        """Choose all channels independently: tokens [N, C] and their log-probabilities [N, C]."""
+        """Choose the tokens [N, C] of all channels independently; return them and their log-probabilities [N, C]."""
         logits = self.logits(context)
         tokens = torch.stack([choose(logits[:, i], i) for i in range(self.num_channels)], dim=1)
         return tokens, _log_prob(logits, tokens)

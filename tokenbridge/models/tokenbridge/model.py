@@ -1,9 +1,10 @@
-"""The TokenBridge generator: masked backbone, head, quantiser and channel order in one model.
+"""The TokenBridge generator: masked backbone, head, quantizer and channel order in one model.
 
-Official code: models/tokenbridge.py, class `TokenBridge`. The differences are in structure, not in numbers: a
-batch's masked positions are index lists of static shape, and the head is a module of its own.
+Official code: models/tokenbridge.py, class `TokenBridge`. Ours differs in structure and gives the same numbers: the
+masked positions of a batch are index tensors of static shape, and the head is a module of its own.
 
-Shape letters: B batch, L positions, C channels, H height, W width, V levels, K positions with a loss.
+Shape letters: B batch, L positions, n visible positions, C channels, H height, W width, V levels, K positions with a
+loss, D context width.
 """
 
 from __future__ import annotations
@@ -28,33 +29,22 @@ HEADS: dict[str, type[ARHead | ParallelHead]] = {"ar": ARHead, "parallel": Paral
 
 
 class TokenBridge(ModelMixin, ConfigMixin):
-    """Class-conditional generator of quantised latents.
+    """Class-conditional generator of quantized latents.
 
     Args:
         latent_size: height and width of the latents; L = latent_size ** 2.
-        num_channels: C of the latents.
-        num_classes: number of class labels.
-        num_levels: V, levels of the Gaussian quantiser.
-        value_range: latents are clamped to ± this (see `gaussian_quantizer`).
-        num_sigmas: where the quantiser's Gaussian is cut.
-        channel_order: generation order of the channels: the i-th generated is `channel_order[i]`.
-        head_type: ``"ar"`` or ``"parallel"``.
-        width: of encoder, and of the decoder unless that has its own.
-        encoder_depth: number of encoder blocks.
-        decoder_depth: number of decoder blocks.
-        num_heads: attention heads of the encoder, and of the decoder unless that has its own.
-        num_buffer: class tokens before the positions.
-        head_width: width of the head.
-        head_depth: number of its blocks.
-        head_num_heads: its attention heads.
-        norm_eps: of the LayerNorms (1e-6 in the official presets).
-        dropout: in training.
-        decoder_width: of the decoder, if other than `width`.
-        decoder_num_heads: attention heads of the decoder, if other than `num_heads`.
-        mlp_ratio: hidden width of every MLP over its width, in backbone and head.
-
-    Raises:
-        ValueError: a channel order that is no permutation of the channels, an unknown head, levels too many.
+        num_channels: C.
+        num_levels: V, the number of levels of the Gaussian quantizer.
+        value_range: latents are clamped to ± this value (see `gaussian_quantizer`).
+        num_sigmas: the quantizer's Gaussian is cut at ± this many deviations.
+        channel_order: a permutation of the channels; `channel_order[i]` is generated as the i-th channel.
+        width: width of the encoder.
+        num_heads: number of attention heads of the encoder.
+        num_buffer: number of class tokens before the positions.
+        norm_eps: epsilon of the LayerNorms; 1e-6 in the official presets.
+        decoder_width: width of the decoder; `width` if None.
+        decoder_num_heads: number of attention heads of the decoder; `num_heads` if None.
+        mlp_ratio: hidden width of every MLP in backbone and head, relative to its input width.
     """
 
     quantizer: ScalarQuantizer
@@ -129,20 +119,20 @@ class TokenBridge(ModelMixin, ConfigMixin):
 
     @property
     def num_positions(self) -> int:
-        """L: positions of an image."""
+        """L, the number of positions of an image."""
         return self.backbone.num_positions
 
     @property
     def num_channels(self) -> int:
-        """C: channels, and so tokens, of a position."""
+        """C, the number of channels of a position, each of which has one token."""
         return len(self.channel_order)
 
     def to_sequence(self, latents: Tensor) -> Tensor:
-        """Flatten latents [B, C, H, W] to [B, L, C], positions in raster order."""
+        """Flatten latents [B, C, H, W] to [B, L, C], with the positions in raster order."""
         return latents.flatten(2).transpose(1, 2)
 
     def to_latents(self, tokens: Tensor) -> Tensor:
-        """Return the de-quantised latents [B, C, H, W] of tokens [B, L, C]."""
+        """Return the latents [B, C, H, W] that tokens [B, L, C] stand for."""
         values = self.quantizer.lookup(tokens).transpose(1, 2)
         return values.unflatten(2, (self.latent_size, self.latent_size))
 
@@ -155,17 +145,17 @@ class TokenBridge(ModelMixin, ConfigMixin):
         dropped: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Return the context z of positions, before the head.
+        """Return the context z of positions, which is the input of the head.
 
         Args:
             tokens: [B, L, C]; only those of visible positions matter.
-            visible: visible positions [B, n], rising in each row.
-            labels: class labels [B]; None for no class.
-            dropped: [B] bool, where to use no class instead of the label.
-            positions: [B, K]; all positions if None.
+            visible: [B, n], the visible positions, rising in each row.
+            labels: [B]; None means that no image has a class.
+            dropped: [B] bool, true for images whose label is ignored.
+            positions: [B, K], the positions whose context is computed; all positions if None.
 
         Returns:
-            [B, K, D] or [B, L, D].
+            The context z, [B, K, D] or [B, L, D].
         """
         latents = self.quantizer.lookup(take(tokens, visible))
         return self.backbone.context(latents, visible, labels, dropped=dropped, positions=positions)
@@ -183,15 +173,15 @@ class TokenBridge(ModelMixin, ConfigMixin):
         """Return the logits of the tokens at `positions`, teacher-forced along the channels.
 
         Args:
-            tokens: true tokens [B, L, C] in the latents' channel order.
-            labels: [B] or None.
-            visible: [B, n] positions the model sees.
-            positions: [B, K] positions to predict.
-            dropped: [B] bool, label dropout.
-            first: first element of the AR head's sequence (see `ARHead.logits`).
+            tokens: [B, L, C], the true tokens in the latents' channel order.
+            labels: [B]; None means that no image has a class.
+            visible: [B, n], the positions that the model sees, rising in each row.
+            positions: [B, K], the positions to predict.
+            dropped: [B] bool, true for images whose label is ignored.
+            first: the first element of the AR head's sequence (see `ARHead.logits`).
 
         Returns:
-            Logits [B, K, C, V], channels in generation order.
+            Logits [B, K, C, V], with the channels in generation order.
         """
         z = self.context(tokens, visible, labels, dropped=dropped, positions=positions)
         targets = take(tokens, positions)[..., self.channel_order]
@@ -209,22 +199,19 @@ def generator_loss(
     mask_ratio_min: float = 0.7,
     mask_ratio_std: float = 0.25,
 ) -> Tensor:
-    """Cross-entropy of the masked positions' tokens, in nats per token.
+    """Return the mean cross-entropy of the masked positions' tokens, a scalar in nats per token.
 
-    Which positions are masked, which labels are dropped: from torch's global generator.
+    The masked positions and the dropped labels are drawn from torch's global generator.
 
     Args:
-        model: in training mode, for dropout.
+        model: the model in training mode, in which it uses dropout.
         latents: [B, C, H, W], scaled to about unit variance.
         labels: [B].
-        label_dropout: share of labels replaced by "no class", for guidance.
-        num_loss_positions: take the loss on this many of the masked positions of each image (chosen at random,
-            so the gradient stays unbiased); on all of them if None, as the official training does.
+        label_dropout: share of labels that are replaced by "no class", so that guidance works.
+        num_loss_positions: number of masked positions of each image that the loss is computed on. They are chosen at
+            random, so the gradient stays unbiased. None means all masked positions, as in the official training.
         mask_ratio_min: see `training_mask_count`.
-        mask_ratio_std: likewise.
-
-    Returns:
-        Scalar.
+        mask_ratio_std: see `training_mask_count`.
     """
     batch, length = latents.shape[0], model.num_positions
     tokens = model.quantizer.nearest(model.to_sequence(latents))

@@ -1,6 +1,6 @@
-"""Orders and schedules: which position, which channel, how many at a time. Host arithmetic, no device work.
+"""Orders in which the channels of a position are generated.
 
-Shape letters: B batch, L positions, C channels, H height, W width, N masked positions.
+Shape letters: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -11,26 +11,23 @@ from torch import Tensor
 from tokenbridge.utils.errors import UserError
 
 OFFICIAL_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
-"""The order of KL-16's channels in the published models (models/tokenbridge.py, a constant of the code)."""
+"""The order of KL-16's channels in the published models, a constant in the official models/tokenbridge.py."""
 
 
 def natural_order(num_channels: int) -> tuple[int, ...]:
-    """Return 0, 1, ..., C - 1: the paper's "normal" order (table 2b)."""
+    """Return the order 0, 1, ..., C - 1, which the paper calls "normal" (table 2b)."""
     return tuple(range(num_channels))
 
 
 def frequency_order(latents: Tensor, *, cutoff: float = 0.5) -> tuple[int, ...]:
-    """Return the channels by falling share of low-frequency energy (paper section 3.2).
+    """Return the channels in order of falling share of low-frequency energy (paper section 3.2).
 
-    The script behind the published constant was not released; this follows the text: 2-D FFT of every channel,
-    energy within `cutoff` of the half sampling rate over the whole energy, averaged over images.
+    The script behind the published constant was not released, so this function follows the text. It takes the 2-D
+    FFT of every channel, divides the energy at low frequencies by the whole energy, and averages over the images.
 
     Args:
-        latents: [B, C, H, W], float.
-        cutoff: radius of "low", as a share of the Nyquist frequency, in (0, 1].
-
-    Raises:
-        ValueError: latents of another shape, or a cutoff outside (0, 1].
+        latents: [B, C, H, W].
+        cutoff: radius up to which a frequency counts as low, as a share of the Nyquist frequency, in (0, 1].
     """
     if latents.ndim != 4:
         raise UserError(f"Latents must be [B, C, H, W], not {list(latents.shape)}.")
@@ -45,10 +42,14 @@ def frequency_order(latents: Tensor, *, cutoff: float = 0.5) -> tuple[int, ...]:
 
 
 def channel_order(name: str, num_channels: int, latents: Tensor | None = None) -> tuple[int, ...]:
-    """Return the channel order called `name`: ``"natural"``, ``"official"`` or ``"frequency"``.
+    """Return the channel order called `name`.
+
+    Args:
+        name: ``"natural"``, ``"official"`` (for 16 channels) or ``"frequency"`` (measured on `latents`).
+        latents: [B, C, H, W].
 
     Raises:
-        ValueError: an unknown name, the official order for other than 16 channels, or no latents to measure.
+        UserError: the name is unknown, there are not 16 channels, or there are no latents.
     """
     if name == "natural":
         return natural_order(num_channels)
@@ -64,13 +65,9 @@ def channel_order(name: str, num_channels: int, latents: Tensor | None = None) -
 
 
 def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the inverse permutation: `inverse(order)[order[i]] == i`.
-
-    Raises:
-        ValueError: `order` is no permutation of 0 .. C - 1.
-    """
+    """Return the inverse permutation, for which `inverse(order)[order[i]] == i`."""
     if sorted(order) != list(range(len(order))):
-        raise UserError(f"{order} is no permutation of 0 .. {len(order) - 1}.")
+        raise UserError(f"{order} is not a permutation of 0 .. {len(order) - 1}.")
     places = [0] * len(order)
     for place, channel in enumerate(order):
         places[channel] = place

@@ -1,4 +1,4 @@
-"""Presets: the models by name, each with its size, its sampling settings and what was published of it.
+"""The presets of TokenBridge: its published models and the tiny model of this project, with their settings.
 
 Sizes and official settings: YuqingWang1029/TokenBridge at 3ede281, models/tokenbridge.py (`tokenbridge_base`,
 `tokenbridge_large`, `tokenbridge_huge`) and README.md; the paper is arXiv 2503.16430 v1. Parameter counts were
@@ -17,7 +17,7 @@ PAPER = "paper"
 
 
 def _published(width: int, depth: int, num_heads: int, head_width: int, head_depth: int) -> dict[str, Any]:
-    """Return the sizes of a published model; everything else is alike in all of them."""
+    """Return the sizes of a published model; all published models share those that are not arguments."""
     return {
         "latent_size": 16,
         "num_channels": 16,
@@ -37,7 +37,7 @@ def _published(width: int, depth: int, num_heads: int, head_width: int, head_dep
 
 
 def _sampling(guidance_scale: float, temperature: float, source: str) -> SamplingRecipe:
-    """Return settings of the published evaluations: 256 iterations, linear guidance."""
+    """Return the settings of a published evaluation, which has 256 iterations and linear guidance."""
     return SamplingRecipe(
         TokenBridgeSampling(
             num_iterations=256,
@@ -79,7 +79,7 @@ PRESETS: dict[str, Preset] = {
             name="tokenbridge-b",
             model=_published(width=768, depth=12, num_heads=12, head_width=768, head_depth=4),
             num_parameters=218_024_704,
-            official_name="tokenbridge_base",  # in the code, but neither weights nor settings were published
+            official_name="tokenbridge_base",  # the official code has it, but no weights or settings were published
         ),
         Preset(
             name="tokenbridge-l",
@@ -97,7 +97,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             name="tokenbridge-tiny",
-            model=_TINY,  # how it is trained: recipes.py
+            model=_TINY,  # configs/tiny.py says how it is trained
             num_parameters=1_078_640,
             sampling={"tiny": SamplingRecipe(_TINY_SAMPLING, "this project")},
         ),
@@ -106,17 +106,17 @@ PRESETS: dict[str, Preset] = {
 
 
 def create_model(name: str, **changes: Any) -> TokenBridge:
-    """Build a preset on the meta device: sizes without memory, in evaluation mode.
+    """Build the model of a preset on the meta device, where it takes no memory, in evaluation mode.
 
-    Give it weights with `load_state_dict(state, assign=True)`, which takes the tensors of `state` as they are and
-    so needs no second copy of the model (`official.load_official` does so), or memory with `to_empty`. The
-    quantiser's codebook is there from the start.
+    Load weights with `load_state_dict(state, assign=True)`, which uses the tensors of `state` without copying them
+    (`official.load_official` does this), or allocate memory with `to_empty`. The quantizer's codebook is not on the
+    meta device and has its values from the start.
 
     Args:
-        name: of the preset; the official names work too.
-        changes: keyword arguments of `TokenBridge` that replace the preset's.
+        name: our name of the preset, or the official one.
+        changes: keyword arguments of `TokenBridge` that replace those of the preset.
 
     Raises:
-        ValueError: an unknown name, or a model whose parameter count is not the preset's (without `changes`).
+        UserError: no preset has this name.
     """
     return build_preset(TokenBridge, find_preset(name, PRESETS), **changes)

@@ -1,15 +1,13 @@
-"""Generation: from class labels to tokens, one group of positions after another.
+"""Sampling TokenBridge: from class labels to tokens, one group of positions after another.
 
-The loop has static shapes and never waits for the device: how many positions each iteration predicts is host
-arithmetic (`masked_counts`), which ones is a slice of each image's order. Conditional and unconditional halves
-run as one batch; the last decoder block runs for predicted positions only; guidance mixes decoder features, so
-the head runs once. Source: models/tokenbridge.py, `sample_tokens`.
+The loop has static shapes and never waits for the device: the host computes how many positions each iteration
+predicts (`masked_counts`), and the positions are a slice of each image's order. The conditional and unconditional
+halves run as one batch. The last decoder block runs only for the predicted positions. Guidance mixes decoder features,
+so the head runs once. Source: models/tokenbridge.py, `sample_tokens`. `masked_sampling.py` holds what MAR shares.
 
-What other masked generators share with it (`mar.py`): the iterations, the doubled batch, the streams, the batches.
-
-Randomness: every image has a stream of its own, made from (seed, image index): its order and one uniform number
-for every token. An image does not depend on the batch it was made in. Or, to follow the official code's draws,
-numpy's and torch's global streams (`global_noise`).
+With per-image randomness, every image has a stream of its own, seeded with (seed, image index), which gives its order
+and one uniform number for every token, so an image does not depend on its batch. With official randomness
+(`global_noise`), the draws follow the official code and come from numpy's and torch's global streams.
 
 Shape letters: B batch, L positions, C channels, V levels, K positions of an iteration, D width.
 """
@@ -34,7 +32,10 @@ from tokenbridge.utils.errors import UserError
 
 @dataclass(frozen=True)
 class TokenBridgeSampling(MaskedSampling):
-    """Everything that decides which image a seed gives; the temperature divides the logits, 0 takes the likeliest."""
+    """The sampling settings, which together with the seed and the label determine an image.
+
+    The temperature divides the logits; at 0 the most likely token is chosen.
+    """
 
     position_order: Literal["random", "raster", "confidence"] = "random"
     first_element: FirstElement = "official"
@@ -59,17 +60,17 @@ def generate_tokens(
     """Generate the tokens of a batch of images.
 
     Args:
-        model: in evaluation mode.
-        labels: [B] class labels; None generates without a class.
-        config: how to sample.
-        noise: orders and uniform numbers of these images; or their orders alone.
-        on_iteration: called after each iteration, for a progress bar; the device may still be at work then.
+        model: the model in evaluation mode.
+        labels: [B]; None generates without a class.
+        noise: orders and uniform numbers of these images, or only their orders (`GlobalNoise`).
+        on_iteration: a function that is called after each iteration, for a progress bar. The device may still be
+            computing the iteration then.
 
     Returns:
-        tokens [B, L, C] int64, in the latents' channel order; -1 where the logits were NaN.
+        Tokens [B, L, C] int64 in the latents' channel order; they are -1 where the logits were NaN.
 
     Raises:
-        ValueError: labels out of range, or more iterations than positions.
+        UserError: a label is out of range, or there are more iterations than positions.
     """
     device = model.device
     orders = noise.orders.to(device)
@@ -80,27 +81,27 @@ def generate_tokens(
         labels = labels.to(device)
     if config.position_order == "raster":
         orders = torch.arange(length - 1, -1, -1, device=device).expand(batch, -1)
-    # An index tensor once: indexing with the tuple would copy it to the device, and wait, in every iteration.
+    # Indexing with the tuple would copy it to the device, and wait for the device, in every iteration.
     to_latent_order = torch.tensor(model.inverse_channel_order, device=device)
     tokens = torch.zeros(batch, length, model.num_channels, dtype=torch.int64, device=device)
     for iteration in iterations(config, length):
         num_masked, still_masked = iteration.num_masked, iteration.still_masked
         visible = iteration.visible(orders)
-        # Orders by confidence are decided as we go: try all masked positions, then keep the surest.
+        # An order by confidence is decided during sampling: predict all masked positions, then keep the surest.
         first = 0 if config.position_order == "confidence" else still_masked
         positions = orders[:, first:num_masked]
         if uniforms is None:
-            positions = positions.sort(dim=1).values  # the official code draws for rising positions
+            positions = positions.sort(dim=1).values  # the official code draws in the order of rising positions
         z = _guided_context(model, tokens, visible, positions, labels, iteration.guidance)
         choose = token_chooser(
             config.temperature, None if uniforms is None else take(uniforms, positions).flatten(0, 1)
         )
         chosen, log_probs = model.head.sample(z.flatten(0, 1), choose, first=config.first_element)
-        # Whatever is chosen by NaN logits is a valid token: mark it, so that one look at the end finds it.
+        # NaN logits would give a valid token, so it is replaced by -1, which one check at the end of a batch finds.
         chosen = chosen.masked_fill(log_probs.isnan(), -1).unflatten(0, positions.shape)
         if config.position_order == "confidence":
             confidence = log_probs.sum(-1).unflatten(0, positions.shape)
-            by_confidence = confidence.argsort(dim=1)  # the surest last, where orders are consumed
+            by_confidence = confidence.argsort(dim=1)  # the surest come last, because orders are consumed from the end
             orders = torch.cat([take(positions, by_confidence), orders[:, num_masked:]], dim=1)
             positions = orders[:, still_masked:num_masked]
             chosen = take(chosen, by_confidence[:, still_masked:num_masked])
@@ -119,7 +120,7 @@ def _guided_context(
     labels: Tensor | None,
     guidance: float,
 ) -> Tensor:
-    """Return z [B, K, D], conditional and unconditional mixed: z_u + guidance (z_c - z_u)."""
+    """Return the guided context z_u + guidance (z_c - z_u), [B, K, D], of the contexts with and without the class."""
     z = contexts(model, tokens, visible, positions, labels, guidance)
     if len(z) == len(tokens):
         return z
@@ -128,7 +129,7 @@ def _guided_context(
 
 
 def generate(model: TokenBridge, labels: Tensor, settings: TokenBridgeSampling, noise: Noise) -> Tensor:
-    """Generate tokens [B, L, C] of a batch of images from `noise`; otherwise as `generate_tokens`."""
+    """Draw the random numbers of a batch of images as `noise` says, and return its tokens (see `generate_tokens`)."""
     if isinstance(noise, Official):
         return generate_tokens(model, labels, settings, global_noise(len(labels), model.num_positions))
     drawn = image_noise(noise.seed, noise.indices, model.num_positions, model.num_channels)

@@ -1,4 +1,4 @@
-"""TokenBridge as a system."""
+"""The entry of TokenBridge in the registry of systems."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SYSTEM = System(
     compiled_part="backbone",
     quick={"num_iterations": 2},
     evaluation=Evaluation(
-        dtype="fp16",  # autocast around generator and VAE (engine_tokenbridge.py)
+        dtype="fp16",  # by autocast around generator and VAE (engine_tokenbridge.py)
         published="arXiv 2503.16430 v1, table 3",
     ),
 )
