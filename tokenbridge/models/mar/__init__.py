@@ -1,1 +1,1 @@
-"""MAR: a masked transformer whose head draws a position's latent by diffusion."""
+"""MAR: a masked transformer with a head that draws the latent of a position by diffusion."""

@@ -11,7 +11,7 @@ from tokenbridge.weights.torch_files import load_checkpoint
 
 
 def mar_layout(model: MAR) -> Layout:
-    """Return how the official tensors map to the parameters."""
+    """Return the layout of the official model, whose head and output position embedding have names of their own."""
 
     def official(name: str) -> str:
         part, rest = name.split(".", 1)
@@ -24,7 +24,17 @@ def mar_layout(model: MAR) -> Layout:
 
 
 def load_mar(path: Path | str, name: str, *, ema: bool = True) -> MAR:
-    """Load a published MAR checkpoint, in evaluation mode; as `load_tokenbridge`."""
+    """Load a published checkpoint of the preset `name`; the model is in evaluation mode.
+
+    Args:
+        path: `checkpoint-last.pth`, or the folder that holds it.
+        ema: load the moving average of the weights, which the published evaluations used, and not the last weights.
+
+    Raises:
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged or lacks the weights; the message begins with the path.
+        WrongStateError: the file holds another model.
+    """
     model = create_mar(name)
     load_checkpoint(model, path, mar_layout(model), ema=ema)
     return model

@@ -1,4 +1,4 @@
-"""Operations of one image of MAR."""
+"""Floating-point operations that MAR needs for one image."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from tokenbridge.utils.flop import count, placeholder
 
 
 def count_flop(model: MAR, settings: MarSampling) -> dict[str, float]:
-    """Return the operations of one image, by part: encoder, decoder, head.
+    """Return the operations of one image by part (encoder, decoder, head), for a model on the meta device.
 
-    As `DiffusionHead.sample` runs it: the timesteps are embedded once an iteration for all positions (the official
-    code embeds them for every position), the context once a position, and every diffusion step runs the residual
-    blocks. Under guidance, context and blocks run for both halves.
-
-    Args:
-        model: on the meta device.
-        settings: of the sampler.
+    The head is counted as `DiffusionHead.sample` runs it. It embeds the timesteps once in each iteration for all
+    positions (the official code embeds them for every position), embeds the context once for each position, and runs
+    the residual blocks in every diffusion step. With guidance, it embeds the context and runs the blocks for both
+    halves.
     """
     head, num_steps = model.head, len(spaced_timesteps(settings.num_diffusion_steps))
     context = placeholder(1, head.cond_embed.in_features)

@@ -1,10 +1,12 @@
-"""Gaussian diffusion of single vectors, as MAR's head uses it (LTH14/mar, diffusion/; from improved-diffusion).
+"""Gaussian diffusion of single vectors, which MAR's head uses (LTH14/mar, diffusion/; from improved-diffusion).
 
-Cosine schedule of 1,000 steps, learned-range variance, steps left out in sampling, loss mse + variational bound.
+The process has a cosine schedule of 1,000 steps and a learned-range variance. Sampling may skip steps. The loss is the
+squared error plus a variational bound.
 
-diffusers' DDPMScheduler describes the same process, and a test holds the two together, but it cannot carry it: its
-tables are made in float32, while 1 / sqrt(alpha_bar) is 2e4 at the last step; it has no temperature, no variational
-bound and no finite log-variance at t = 0. Tables here are made in float64 and rounded once, as the official ones.
+diffusers' DDPMScheduler describes the same process, and a test compares the two, but it cannot replace this module. Its
+tables are computed in float32, while 1 / sqrt(alpha_bar) is 2e4 at the last step. It also lacks a temperature, a
+variational bound, and a finite log-variance at t = 0. The tables here are computed in float64 and rounded once, like
+the official ones.
 
 Equations: Ho et al. 2020 (arXiv 2006.11239) and Nichol & Dhariwal 2021 (arXiv 2102.09672).
 Shape letters: N rows (positions of any image), C channels, S steps.
@@ -31,7 +33,7 @@ PIXEL = 1 / 255  # half the width of an 8-bit level in [-1, 1]
 
 
 def cosine_betas(num_timesteps: int = NUM_TIMESTEPS) -> NDArray[np.float64]:
-    """Return beta of every timestep, [num_timesteps]: the cosine schedule (Nichol & Dhariwal, equation 17)."""
+    """Return beta [num_timesteps] of the cosine schedule (Nichol & Dhariwal, equation 17)."""
 
     def alpha_bar(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -41,23 +43,24 @@ def cosine_betas(num_timesteps: int = NUM_TIMESTEPS) -> NDArray[np.float64]:
 
 
 def spaced_timesteps(spacing: int | str, num_timesteps: int = NUM_TIMESTEPS) -> list[int]:
-    """Return the timesteps that are kept, rising (diffusion/respace.py, `space_timesteps`).
+    """Return the timesteps that sampling keeps, in rising order (diffusion/respace.py, `space_timesteps`).
 
     Args:
-        spacing: how many, evenly from the first timestep to the last, by improved-diffusion's rounding. Or the
-            official option's text: ``"100"``; ``"10,15,20"`` for as many in each of three equal sections;
-            ``"ddim25"`` for a whole stride from 0 that gives exactly 25; ``""`` for all.
-        num_timesteps: to choose from.
+        spacing: the number of timesteps, which are spread evenly from the first to the last with improved-diffusion's
+            rounding. It may also be the text of the official option. ``"100"`` means the same as 100. ``"10,15,20"``
+            keeps these numbers of timesteps in three equal sections. ``"ddim25"`` goes from 0 with the integer stride
+            that gives exactly 25. ``""`` keeps all timesteps.
+        num_timesteps: the number of timesteps to choose from.
 
     Raises:
-        ValueError: more steps than there are, no steps, or no stride that gives their number.
+        UserError: the number of timesteps is out of range, or no integer stride gives it.
     """
     text = str(spacing)
     if text.startswith("ddim"):
         for stride in range(1, num_timesteps):
             if len(strided := range(0, num_timesteps, stride)) == int(text[4:]):
                 return list(strided)
-        raise UserError(f"No whole stride through {num_timesteps} timesteps gives {text[4:]} steps.")
+        raise UserError(f"No integer stride through {num_timesteps} timesteps gives {text[4:]} steps.")
     counts = [int(count) for count in text.split(",")] if text else [num_timesteps]
     timesteps, start = [], 0
     for i, count in enumerate(counts):
@@ -65,7 +68,7 @@ def spaced_timesteps(spacing: int | str, num_timesteps: int = NUM_TIMESTEPS) -> 
         if not 1 <= count <= size:
             raise UserError(f"The number of diffusion steps must be in [1, {size}], not {count}.")
         stride_of_section = (size - 1) / (count - 1) if count > 1 else 1.0
-        # Summed, not multiplied: where a place falls on a half, the sum's rounding error decides.
+        # The official code adds strides up. Where a timestep falls on a half, the rounding error of the sum decides.
         places = accumulate(repeat(stride_of_section, count - 1), initial=0.0)
         timesteps += [start + round(place) for place in places]
         start += size
@@ -74,25 +77,23 @@ def spaced_timesteps(spacing: int | str, num_timesteps: int = NUM_TIMESTEPS) -> 
 
 @dataclass(frozen=True)
 class Reverse:
-    """The distribution p(x_(t-1) | x_t), a diagonal Gaussian; each [N, C], float32."""
+    """The distribution p(x_(t-1) | x_t), a diagonal Gaussian; all tensors are float32 [N, C]."""
 
     mean: Tensor
     log_variance: Tensor
-    start: Tensor  # the prediction of x_0 behind it
+    start: Tensor  # the predicted x_0, from which the mean was computed
 
 
 class Diffusion:
-    """The process, or the shorter process through some of its timesteps.
+    """The diffusion process, or the shorter process through some of its timesteps.
 
-    Steps t are counted in 0 .. S - 1 among the kept timesteps; the network is to be given `timesteps[t]`. An
-    argument `t` is one step for all rows (int) or a step for each row (int64 [N]).
+    Steps t count the kept timesteps, from 0 to S - 1; the input of the network is `timesteps[t]`. An argument `t` is
+    one step for all rows (int), or one step for each row (int64 [N]).
 
     Args:
-        spacing: which timesteps are kept (see `spaced_timesteps`).
-        device: where the tables are.
-
-    Raises:
-        ValueError: as `spaced_timesteps`, or a single step, for which there is no log-variance.
+        spacing: the timesteps that are kept (see `spaced_timesteps`). There must be at least two, because a single
+            step has no finite log-variance.
+        device: the device that holds the tables.
     """
 
     def __init__(self, spacing: int | str = NUM_TIMESTEPS, device: torch.device | str = "cpu") -> None:
@@ -115,17 +116,17 @@ class Diffusion:
         self.start_of_noise = table(np.sqrt(1 / alpha_bars - 1))
         self.mean_of_start = table(betas * np.sqrt(before) / (1 - alpha_bars))
         self.mean_of_x = table((1 - before) * np.sqrt(1 - betas) / (1 - alpha_bars))
-        # The posterior variance is 0 at t = 0; the next one stands for it.
+        # The posterior variance is 0 at t = 0, so the variance at t = 1 is used there.
         self.min_log_variance = table(np.log(np.append(posterior[1], posterior[1:])))
         self.max_log_variance = table(np.log(betas))
 
     @property
     def num_steps(self) -> int:
-        """S: steps of a sample."""
+        """S, the number of steps in which a sample is drawn."""
         return len(self.timesteps)
 
     def add_noise(self, start: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """Return x_t [N, C] of x_0 `start` and standard normal `noise`, both [N, C] (Ho et al., equation 4)."""
+        """Return x_t [N, C], given x_0 = `start` and standard normal `noise`, both [N, C] (Ho et al., equation 4)."""
         return _at(self.signal, t) * start + _at(self.noise, t) * noise
 
     def posterior_mean(self, start: Tensor, x: Tensor, t: Tensor | int) -> Tensor:
@@ -133,13 +134,11 @@ class Diffusion:
         return _at(self.mean_of_start, t) * start + _at(self.mean_of_x, t) * x
 
     def reverse(self, x: Tensor, t: Tensor | int, output: Tensor) -> Reverse:
-        """Return p(x_(t-1) | x_t) of the network's output.
+        """Return p(x_(t-1) | x_t), given x_t = `x` [N, C] and the network's output.
 
         Args:
-            x: x_t [N, C].
-            t: the step.
-            output: [N, 2C]: predicted noise, then where the log-variance lies between that of the posterior (-1)
-                and log beta (1).
+            output: [N, 2C]: first the predicted noise, then numbers that interpolate the log-variance between that of
+                the posterior (at -1) and log beta (at 1).
         """
         noise, place = output.float().chunk(2, dim=-1)
         share = (place + 1) / 2
@@ -148,9 +147,9 @@ class Diffusion:
         return Reverse(self.posterior_mean(start, x, t), log_variance, start)
 
     def step(self, x: Tensor, t: int, output: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """Return x_(t-1) [N, C] of x_t, the network's output [N, 2C] and standard normal noise [N, C].
+        """Draw x_(t-1) [N, C], given x_t [N, C], the network's output [N, 2C] and standard normal noise [N, C].
 
-        The temperature multiplies the noise, which the last step (t = 0) does not use.
+        The temperature multiplies the noise. The last step (t = 0) uses no noise.
         """
         reverse = self.reverse(x, t, output)
         if t == 0:
@@ -158,18 +157,19 @@ class Diffusion:
         return reverse.mean + torch.exp(0.5 * reverse.log_variance) * noise * temperature
 
     def losses(self, start: Tensor, x: Tensor, noise: Tensor, t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two terms of the loss, each [N]: mean over the channels. The loss is their plain sum.
+        """Return the two terms of the loss, each [N] and averaged over the channels. The loss is their sum.
 
         Args:
             start: x_0 [N, C].
-            x: x_t [N, C], made of x_0 and `noise`.
-            noise: what the network is to predict, [N, C].
+            x: x_t [N, C], computed from x_0 and `noise`.
+            noise: [N, C], which the network should predict.
             t: [N].
-            output: the network's, [N, 2C].
+            output: [N, 2C], the network's output.
 
         Returns:
-            The squared error of the noise, and the variational bound in bits, which trains the variance alone.
-            Quirk kept: the bound is not divided by 1000, as improved-diffusion does (create_diffusion: LossType.MSE).
+            The squared error of the noise, and the variational bound in bits, which trains only the variance. Quirk
+            kept: the bound is not divided by 1000, although improved-diffusion does so (create_diffusion chooses
+            LossType.MSE).
         """
         noise_hat, place = output.float().chunk(2, dim=-1)
         squared = (noise - noise_hat).square().mean(-1)
@@ -188,22 +188,22 @@ class Diffusion:
 
 
 @functools.cache
-@torch.inference_mode(mode=False)  # a process that is made in sampling may be trained with later
+@torch.inference_mode(mode=False)  # training may later use a process that was built during sampling
 def diffusion_process(spacing: int | str = NUM_TIMESTEPS, device: torch.device | str = "cpu") -> Diffusion:
-    """Return the process, made once for each spacing and device."""
+    """Return the process of this spacing; it is built once for each device and then kept."""
     return Diffusion(spacing, device)
 
 
 def _at(table: Tensor, t: Tensor | int) -> Tensor:
-    """Return a table's value at step t, for rows of channels."""
+    """Return the table's values at step t, as a scalar or as a column [N, 1]."""
     return table[t] if isinstance(t, int) else table[t][:, None]
 
 
 def _log_probability(x: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:
-    """Return the log-probability of x's 8-bit level under a Gaussian, with open ends beyond ±0.999.
+    """Return the log-probability of the 8-bit level of x under a Gaussian; the levels beyond ±0.999 are open.
 
-    Quirk kept (diffusion/diffusion_utils.py): levels of pixels, although x is a latent; and tanh's approximation of
-    the normal distribution function.
+    Quirks kept (diffusion/diffusion_utils.py): x is binned like a pixel although it is a latent, and the normal
+    distribution function is approximated with tanh.
     """
 
     def below(value: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """MAR: masked autoregressive generation of continuous latents with a diffusion head (arXiv 2406.11838).
 
-The backbone is TokenBridge's, or rather TokenBridge's is MAR's; the head is a small network that denoises one
-position's vector, given the context z of that position. Official code: LTH14/mar at fe470ac, models/mar.py and
-models/diffloss.py. The differences are in structure, not in numbers: positions are index lists of static shape, the
-loss is taken on masked positions only, and what the diffusion steps of a position share is computed once.
+TokenBridge took its backbone from MAR, so the two share it. The head is a small network that denoises the vector of one
+position, given the context z of that position. Official code: LTH14/mar at fe470ac, models/mar.py and
+models/diffloss.py. Ours differs in structure and gives the same numbers: positions are index tensors of static shape,
+the loss is computed on masked positions only, and what the diffusion steps of a position share is computed once.
 
-Randomness: every image has a stream of its own, made from (seed, image index): its order, then, iteration by
-iteration, the noise of the positions predicted in it. An image does not depend on the batch it was made in. (The
-official code draws from one global stream: in each iteration the initial noise [N, C] of all predicted positions, row
-by row of the batch and rising within a row; then the noise of every step, with guidance for both halves, the second
-of which nothing depends on; that of the last step too, which is multiplied by 0.)
+With per-image randomness, every image has a stream of its own, seeded with (seed, image index). The stream gives the
+image's order and then, iteration by iteration, the noise of the predicted positions, so an image does not depend on its
+batch. The official code draws from one global stream. In each iteration it first draws the initial noise [N, C] of all
+predicted positions, row by row of the batch and rising within a row. Then it draws the noise of every step, even that
+of the last step, which is multiplied by 0. With guidance it draws noise for both halves, of which the second has no
+effect.
 
 Shape letters: B batch, L positions, V visible positions, K positions of an iteration or a loss, N positions of any
 image, C channels of a position (latent channels * patch_size ** 2), D backbone width, W head width, S diffusion steps.
@@ -32,7 +33,7 @@ from tokenbridge.models.masked import BackboneConfig, MaskedBackbone
 from tokenbridge.models.masked_sampling import random_orders, training_mask_count
 from tokenbridge.utils.errors import UserError
 
-NUM_FREQUENCIES = 128  # of the timestep embedding, each as cosine and sine
+NUM_FREQUENCIES = 128  # of the timestep embedding, which has a cosine and a sine of each
 MAX_PERIOD = 10_000
 
 
@@ -40,27 +41,27 @@ MAX_PERIOD = 10_000
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers on cosines and sines of the timestep."""
+    """Two linear layers applied to cosines and sines of the timestep."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Embed timesteps [...] in 0 .. 999: [..., W]."""
+        """Return the embeddings [..., W] of timesteps [...] in 0 .. 999."""
         return self.mlp(sinusoid(timesteps).to(next(self.parameters()).dtype))
 
 
 def sinusoid(timesteps: Tensor) -> Tensor:
-    """Return cosines, then sines, of timesteps [...] at falling frequencies: [..., 256], float32."""
-    # float32 from the start, as the official code: at t = 999 the rounding of a frequency shows in the fourth digit.
+    """Return cosines and then sines of timesteps [...] at falling frequencies, float32 [..., 256]."""
+    # The official code computes in float32 throughout: at t = 999, rounding a frequency changes the fourth digit.
     exponents = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=timesteps.device)
     angles = timesteps[..., None].float() * torch.exp(-math.log(MAX_PERIOD) * exponents / NUM_FREQUENCIES)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ResidualBlock(nn.Module):
-    """Two linear layers, modulated by the condition (adaLN-zero)."""
+    """Two linear layers that the condition modulates (adaLN-zero)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class ResidualBlock(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """LayerNorm without weights, modulated, and a linear layer (DiT's final layer)."""
+    """A LayerNorm without weights, which the condition modulates, and a linear layer (DiT's final layer)."""
 
     def __init__(self, width: int, num_outputs: int) -> None:
         super().__init__()
@@ -90,13 +91,13 @@ class OutputLayer(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """Predict the noise in one position's vector, and the variance of a step (models/diffloss.py).
+    """A network that predicts the noise in a position's vector and the variance of a step (models/diffloss.py).
 
     Module names follow the official checkpoints.
 
     Args:
-        num_channels: C of a position.
-        context_width: D of the backbone's context.
+        num_channels: C.
+        context_width: D.
         width: W.
         depth: number of residual blocks.
     """
@@ -111,17 +112,17 @@ class DiffusionHead(nn.Module):
         self.final_layer = OutputLayer(width, 2 * num_channels)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Return predicted noise and variance values [N, 2C] (see `Diffusion.reverse`).
+        """Return the predicted noise and the variance values, [N, 2C] (see `Diffusion.reverse`).
 
         Args:
             x: noisy vectors [N, C].
-            timesteps: of the whole process, 0 .. 999, [N].
+            timesteps: [N], timesteps of the whole process in 0 .. 999.
             context: [N, D].
         """
         return self.denoise(x, self.time_embed(timesteps) + self.cond_embed(context))
 
     def denoise(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return [N, 2C] for x [N, C] under the embedded timestep and context, [N, W]."""
+        """Return the output [N, 2C] for x [N, C] and the sum [N, W] of embedded timestep and context."""
         x = self.input_proj(x.to(condition.dtype))
         for block in self.res_blocks:
             x = block(x, condition)
@@ -130,16 +131,17 @@ class DiffusionHead(nn.Module):
     def sample(
         self, process: Diffusion, context: Tensor, noise: Tensor, *, guidance: float = 1.0, temperature: float = 1.0
     ) -> Iterator[Tensor]:
-        """Yield the vectors [N, C], float32, after each diffusion step; the last ones are the sample.
+        """Yield the vectors, float32 [N, C], after each diffusion step; the last ones are the sample.
 
-        What depends on the context alone is computed once, and the timesteps are embedded once for all rows.
+        The context is embedded once for all steps, and the timesteps are embedded once for all rows.
 
         Args:
-            process: its S steps are gone through, last to first.
-            context: [N, D]; or [2N, D], with the class and then without, for guidance of the predicted noise.
-            noise: standard normal [1 + S, N, C]: x at the last step, then the noise of every step.
-            guidance: guidance scale; without effect on a context [N, D].
-            temperature: multiplies the steps' noise. Quirk kept: it leaves the initial noise as it is.
+            process: the diffusion process, whose S steps are run from the last to the first.
+            context: [N, D]; with guidance [2N, D], where the first half is computed with the class and the second
+                half without it.
+            noise: standard normal [1 + S, N, C]: the initial x, and then the noise of every step.
+            guidance: guidance scale, which has no effect on a context [N, D].
+            temperature: multiplies the noise of the steps. Quirk kept: it does not multiply the initial noise.
         """
         times = self.time_embed(process.timesteps)
         embedded = self.cond_embed(context)
@@ -152,9 +154,9 @@ class DiffusionHead(nn.Module):
 
 
 def guide(output: Tensor, guidance: float) -> Tensor:
-    """Mix the outputs [2N, 2C] with the class and without to [N, 2C].
+    """Mix outputs [2N, 2C], the first half of which has the class and the second half not, to guided ones [N, 2C].
 
-    Guidance is of the predicted noise; the variance values are those with the class (`forward_with_cfg`).
+    Guidance mixes only the predicted noise. The variance values are those with the class (`forward_with_cfg`).
     """
     conditional, unconditional = output.chunk(2)
     noise, variance = conditional.chunk(2, dim=-1)
@@ -169,25 +171,16 @@ class MAR(ModelMixin, ConfigMixin):
     """Class-conditional generator of continuous latents.
 
     Args:
-        latent_size: height and width of the latents; L = (latent_size / patch_size) ** 2.
-        num_channels: channels of the latents.
-        num_classes: number of class labels.
-        patch_size: a position is a square of so many latents a side.
-        width: of encoder, and of the decoder unless that has its own.
-        encoder_depth: number of encoder blocks.
-        decoder_depth: number of decoder blocks.
-        num_heads: attention heads of the encoder, and of the decoder unless that has its own.
-        num_buffer: class tokens before the positions.
-        head_width: width of the diffusion head.
-        head_depth: number of its blocks.
-        norm_eps: of the backbone's LayerNorms (1e-6 in the official presets).
-        dropout: in training.
-        decoder_width: of the decoder, if other than `width`.
-        decoder_num_heads: attention heads of the decoder, if other than `num_heads`.
-        mlp_ratio: hidden width of the backbone's MLPs over its width.
-
-    Raises:
-        ValueError: latents that patches do not divide.
+        latent_size: height and width of the latents, a multiple of `patch_size`; L = (latent_size / patch_size) ** 2.
+        num_channels: number of channels of the latents.
+        patch_size: height and width of the square of latents that forms one position.
+        width: width of the encoder.
+        num_heads: number of attention heads of the encoder.
+        num_buffer: number of class tokens before the positions.
+        norm_eps: epsilon of the backbone's LayerNorms; 1e-6 in the official presets.
+        decoder_width: width of the decoder; `width` if None.
+        decoder_num_heads: number of attention heads of the decoder; `num_heads` if None.
+        mlp_ratio: hidden width of the backbone's MLPs, relative to their input width.
     """
 
     @register_to_config
@@ -243,15 +236,15 @@ class MAR(ModelMixin, ConfigMixin):
 
     @property
     def num_positions(self) -> int:
-        """L: positions of an image."""
+        """L, the number of positions of an image."""
         return self.backbone.num_positions
 
     def to_sequence(self, latents: Tensor) -> Tensor:
-        """Cut latents [B, c, H, W] into positions [B, L, C] in raster order; C runs over c, then rows, then columns."""
+        """Cut latents [B, c, H, W] into patches [B, L, C] in raster order; C runs over c, then rows, then columns."""
         return F.pixel_unshuffle(latents, self.patch_size).flatten(2).transpose(1, 2)
 
     def to_latents(self, sequence: Tensor) -> Tensor:
-        """Put positions [B, L, C] together: latents [B, c, H, W]."""
+        """Assemble latents [B, c, H, W] from patches [B, L, C]; this is the inverse of `to_sequence`."""
         side = self.latent_size // self.patch_size
         return F.pixel_shuffle(sequence.transpose(1, 2).unflatten(2, (side, side)), self.patch_size)
 
@@ -265,9 +258,14 @@ class MAR(ModelMixin, ConfigMixin):
         dropped: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Return the context z of positions, [B, K, D] or [B, L, D]; arguments as `TokenBridge.context`.
+        """Return the context z of positions, [B, K, D] or [B, L, D], which is the input of the head.
 
-        `sequence` [B, L, C] holds the latents; only those of visible positions matter.
+        Args:
+            sequence: [B, L, C], the latents; only those of visible positions matter.
+            visible: [B, V], the visible positions, rising in each row.
+            labels: [B]; None means that no image has a class.
+            dropped: [B] bool, true for images whose label is ignored.
+            positions: [B, K], the positions whose context is computed; all positions if None.
         """
         return self.backbone.context(take(sequence, visible), visible, labels, dropped=dropped, positions=positions)
 
@@ -282,19 +280,19 @@ class MAR(ModelMixin, ConfigMixin):
         *,
         dropped: Tensor | None = None,
     ) -> Tensor:
-        """Return the diffusion loss of the latents at `positions`.
+        """Return the diffusion loss of the latents at `positions`, each of which is noised R times.
 
         Args:
-            sequence: true latents [B, L, C].
-            labels: [B] or None.
-            visible: [B, V] positions the model sees.
-            positions: [B, K] positions to predict.
-            t: diffusion steps [R, B, K] in 0 .. 999: each position is noised R times.
+            sequence: [B, L, C], the true latents.
+            labels: [B]; None means that no image has a class.
+            visible: [B, V], the positions that the model sees, rising in each row.
+            positions: [B, K], the positions to predict.
+            t: [R, B, K], diffusion steps in 0 .. 999.
             noise: standard normal [R, B, K, C].
-            dropped: [B] bool, label dropout.
+            dropped: [B] bool, true for images whose label is ignored.
 
         Returns:
-            Squared error of the noise plus variational bound (see `Diffusion.losses`), [R, B, K].
+            The squared error of the noise plus the variational bound (see `Diffusion.losses`), [R, B, K].
         """
         process = diffusion_process(NUM_TIMESTEPS, sequence.device)
         z = self.context(sequence, visible, labels, dropped=dropped, positions=positions)
@@ -317,23 +315,21 @@ def mar_loss(
     mask_ratio_min: float = 0.7,
     mask_ratio_std: float = 0.25,
 ) -> Tensor:
-    """Diffusion loss of the masked positions, mean over positions and noises.
+    """Return the diffusion loss of the masked positions, a scalar: the mean over positions and noises.
 
-    Which positions are masked, which labels are dropped, steps and noise: from torch's global generator. The official
-    code computes the loss of visible positions too, and leaves it out of the mean.
+    The masked positions, the dropped labels, the steps and the noise are drawn from torch's global generator. The
+    official code also computes the loss of visible positions and leaves it out of the mean.
 
     Args:
-        model: in training mode, for dropout.
+        model: the model in training mode, in which it uses dropout.
         latents: [B, c, H, W], scaled to about unit variance.
         labels: [B].
-        label_dropout: share of labels replaced by "no class", for guidance.
-        num_loss_positions: as in `generator_loss`.
-        num_noises: diffusion steps and noises tried on each context (the official `diffusion_batch_mul`).
+        label_dropout: share of labels that are replaced by "no class", so that guidance works.
+        num_loss_positions: number of masked positions of each image that the loss is computed on. They are chosen at
+            random, so the gradient stays unbiased. None means all masked positions.
+        num_noises: number of diffusion steps and noises for each context (the official `diffusion_batch_mul`).
         mask_ratio_min: see `training_mask_count`.
-        mask_ratio_std: likewise.
-
-    Returns:
-        Scalar.
+        mask_ratio_std: see `training_mask_count`.
     """
     batch, length, device = latents.shape[0], model.num_positions, latents.device
     order = random_orders(batch, length, device)

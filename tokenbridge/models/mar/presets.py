@@ -1,4 +1,4 @@
-"""The published sizes of MAR and their settings."""
+"""The presets of MAR: its published models, with their sizes and settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenbridge.weights.published import OFFICIAL, Preset, SamplingRecipe, buil
 
 
 def _published(width: int, depth: int, num_heads: int, head_width: int, head_depth: int) -> dict[str, Any]:
-    """Return the sizes of a published model; everything else is alike in all of them."""
+    """Return the sizes of a published model; all published models share those that are not arguments."""
     return {
         "latent_size": 16,
         "num_channels": 16,
@@ -29,7 +29,7 @@ def _published(width: int, depth: int, num_heads: int, head_width: int, head_dep
 
 
 def _sampling(guidance_scale: float) -> dict[str, SamplingRecipe]:
-    """Return settings of the published evaluations: 256 iterations of 100 diffusion steps, linear guidance."""
+    """Return the settings of the published evaluations, with 256 iterations of 100 diffusion steps each."""
     guided = MarSampling(256, guidance_scale, "linear", temperature=1.0, num_diffusion_steps=100)
     plain = MarSampling(256, 1.0, "linear", temperature=0.95, num_diffusion_steps=100)
     return {OFFICIAL: SamplingRecipe(guided, _README), "unguided": SamplingRecipe(plain, _README)}
@@ -66,5 +66,13 @@ PRESETS: dict[str, Preset] = {
 
 
 def create_mar(name: str, **changes: Any) -> MAR:
-    """Build a preset on the meta device, in evaluation mode; as `presets.create_model`."""
+    """Build the model of a preset on the meta device, where it takes no memory, in evaluation mode.
+
+    Args:
+        name: our name of the preset, or the official one.
+        changes: keyword arguments of `MAR` that replace those of the preset.
+
+    Raises:
+        UserError: no preset has this name.
+    """
     return build_preset(MAR, find_preset(name, PRESETS), **changes)

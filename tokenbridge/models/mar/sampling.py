@@ -1,4 +1,8 @@
-"""Sampling MAR: masked iterations, with diffusion at every predicted position."""
+"""Sampling MAR: masked iterations, in which diffusion draws the latent of every predicted position.
+
+Shape letters: B batch, L positions, K positions of an iteration, C channels of a position, S diffusion steps,
+D backbone width.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,12 @@ from tokenbridge.models.noise import global_noise as global_orders
 
 @dataclass(frozen=True)
 class MarSampling(MaskedSampling):
-    """Everything that decides which image a seed gives; the temperature multiplies the noise of diffusion steps."""
+    """The sampling settings, which together with the seed and the label determine an image.
 
-    num_diffusion_steps: int | str = 100  # or another spacing of the 1,000, see `spaced_timesteps`
+    The temperature multiplies the noise of the diffusion steps.
+    """
+
+    num_diffusion_steps: int | str = 100  # a number, or another spacing of the 1,000 steps (see `spaced_timesteps`)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,15 +39,15 @@ class MarSampling(MaskedSampling):
 class LatentNoise:
     """The random numbers of a batch of images."""
 
-    orders: Tensor  # [B, L] int64; an order is consumed from its END (as in the official code)
-    # Of the next K positions of every image: (K, S) to standard normal [1 + S, B, K, C], initial noise and steps.
+    orders: Tensor  # [B, L] int64; an order is consumed from its END, as in the official code
+    # (K, S) -> standard normal [1 + S, B, K, C]: initial noise and noise of the steps for the next K positions.
     draw: Callable[[int, int], Tensor]
 
 
 def latent_noise(seed: int, image_indices: Sequence[int], num_positions: int, num_channels: int) -> LatentNoise:
-    """Open each image's stream, on the CPU so that every device sees the same.
+    """Open the stream of each image, on the CPU, so that the numbers are the same for every device.
 
-    Noise is drawn when an iteration needs it: all of MAR-L's would be 26 MB an image.
+    Noise is drawn when an iteration needs it, because all noise of one MAR-L image takes 26 MB.
     """
     streams = image_streams(seed, image_indices)
     orders = np.stack([stream.permutation(num_positions) for stream in streams])
@@ -56,11 +63,11 @@ def latent_noise(seed: int, image_indices: Sequence[int], num_positions: int, nu
 def global_noise(
     num_images: int, num_positions: int, num_channels: int, *, guided: bool, device: torch.device
 ) -> LatentNoise:
-    """Draw from the global streams in the order of the official code, on the devices where it draws.
+    """Draw from the global streams in the order of the official code and on the same devices.
 
-    Orders come from numpy's (`sampling.global_noise`); the initial noise from torch's on the CPU (diffloss.py,
-    `sample`, moves it to the GPU); the noise of every step from torch's on the device (gaussian_diffusion.py,
-    `p_sample`): with guidance for both halves, of which the first one counts.
+    Orders come from numpy's stream (`noise.global_noise`). The initial noise comes from torch's stream on the CPU
+    (diffloss.py, `sample`, moves it to the GPU). The noise of every step comes from torch's stream on the device
+    (gaussian_diffusion.py, `p_sample`); with guidance it is drawn for both halves, and the first half is used.
     """
 
     def draw(num_drawn: int, num_steps: int) -> Tensor:
@@ -74,18 +81,18 @@ def global_noise(
 
 @dataclass(frozen=True)
 class GenerationStep:
-    """What an iteration did."""
+    """The state after an iteration, and what the iteration computed."""
 
     iteration: Iteration
-    positions: Tensor  # predicted in it, [B, K], rising
-    context: Tensor  # of them, [B, K, D]; with guidance [2B, K, D], with the class and then without
-    predicted: Tensor  # [B, K, C]
-    sequence: Tensor  # [B, L, C], with 0 at masked positions
+    positions: Tensor  # [B, K], the predicted positions, rising in each row
+    context: Tensor  # [B, K, D], their context; with guidance [2B, K, D], first with the class and then without it
+    predicted: Tensor  # [B, K, C], their latents
+    sequence: Tensor  # [B, L, C], the latents of all positions so far, 0 at masked positions
 
 
 @torch.inference_mode()
 def generation(model: MAR, labels: Tensor | None, config: MarSampling, noise: LatentNoise) -> Iterator[GenerationStep]:
-    """Generate the latents of a batch of images, one iteration after another; arguments as `generate_latents`."""
+    """Generate the latents of a batch of images and yield every iteration; see `generate_latents` for the arguments."""
     device = model.device
     process = diffusion_process(config.num_diffusion_steps, device)
     orders = noise.orders.to(device)
@@ -95,7 +102,7 @@ def generation(model: MAR, labels: Tensor | None, config: MarSampling, noise: La
         labels = labels.to(device)
     sequence = torch.zeros(batch, length, model.num_channels, device=device)
     for iteration in iterations(config, length):
-        # Rising, so that rows run as the official code's, whose noise goldens hold.
+        # The official code draws noise in the order of rising positions, and golden cases hold its noise.
         positions = orders[:, iteration.still_masked : iteration.num_masked].sort(dim=1).values
         z = contexts(model, sequence, iteration.visible(orders), positions, labels, iteration.guidance)
         step_noise = noise.draw(positions.shape[1], process.num_steps).to(device).flatten(1, 2)
@@ -110,19 +117,15 @@ def generation(model: MAR, labels: Tensor | None, config: MarSampling, noise: La
 
 
 def generate_latents(model: MAR, labels: Tensor | None, config: MarSampling, noise: LatentNoise) -> Tensor:
-    """Generate the latents of a batch of images.
+    """Generate the latents of a batch of images, float32 [B, c, H, W].
 
     Args:
-        model: in evaluation mode.
-        labels: [B] class labels; None generates without a class.
-        config: how to sample.
+        model: the model in evaluation mode.
+        labels: [B]; None generates without a class.
         noise: orders and random streams of these images.
 
-    Returns:
-        latents [B, c, H, W], float32.
-
     Raises:
-        ValueError: labels out of range, or more iterations than positions.
+        UserError: a label is out of range, or there are more iterations than positions.
     """
     sequence = torch.empty(0)
     for step in generation(model, labels, config, noise):
@@ -131,7 +134,7 @@ def generate_latents(model: MAR, labels: Tensor | None, config: MarSampling, noi
 
 
 def generate(model: MAR, labels: Tensor, settings: MarSampling, noise: Noise) -> Tensor:
-    """Generate latents [B, c, H, W] of a batch of images from `noise`; otherwise as `generate_latents`."""
+    """Draw the random numbers of a batch of images as `noise` says, and return its latents [B, c, H, W]."""
     length, channels = model.num_positions, model.num_channels
     if isinstance(noise, Official):
         guided = settings.guidance_scale != 1

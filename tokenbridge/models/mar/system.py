@@ -1,4 +1,4 @@
-"""MAR as a system."""
+"""The entry of MAR in the registry of systems."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SYSTEM = System(
     count_flop=count_flop,
     has_official_noise=True,
     compiled_part="backbone",
-    # "ddim": from the middle of the process on. At its noisy end random weights would give latents of 1e4, too large
-    # for half precision.
+    # "ddim2" starts in the middle of the process. At its noisy end, random weights would give latents of 1e4, which
+    # are too large for half precision.
     quick={"num_iterations": 2, "num_diffusion_steps": "ddim2"},
     evaluation=Evaluation(
-        dtype="fp16",  # autocast around generator and VAE (engine_mar.py)
+        dtype="fp16",  # by autocast around generator and VAE (engine_mar.py)
         published="README.md of LTH14/mar at fe470ac",
         notes=(PRECISION_RECALL_NOTE,),
     ),
