@@ -1,4 +1,4 @@
-"""Discrepancies: both sides see the same seeds, each effect is what theory says, and the command measures them all."""
+"""Discrepancies: both arms see the same seeds, each effect is what theory says, and the command measures them all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tokenbridge.reproduction.discrepancies import baselines, precision, quantiz
 from tokenbridge.reproduction.discrepancies import head as head_studies
 from tokenbridge.reproduction.discrepancies import run as d
 from tokenbridge.reproduction.discrepancies import sampling as discrepancies_sampling
-from tokenbridge.reproduction.discrepancies.study import Side, Study, rows_of
+from tokenbridge.reproduction.discrepancies.study import Arm, Study, rows_of
 from tokenbridge.reproduction.small_scale import measure_samples
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_workbench
 from tokenbridge.results.schema import Row, read
@@ -89,8 +89,8 @@ def test_samples_and_scores_are_those_of_reproduce(study: Study) -> None:
         assert value == pytest.approx(expected[name], abs=2e-6), name
 
 
-def test_both_sides_see_the_same_seeds(study: Study) -> None:
-    """The recipe's settings are one of the sides: it must come out as the shared samples do, seed by seed."""
+def test_both_arms_see_the_same_seeds(study: Study) -> None:
+    """The recipe's settings are one of the arms: it must come out as the shared samples do, seed by seed."""
     assert study.config.first_element == "training-consistent"
     official, training = head_studies.first_element(study)
     assert training.metrics["FID-digits"] == pytest.approx(
@@ -105,21 +105,21 @@ def test_both_sides_see_the_same_seeds(study: Study) -> None:
 
 
 def test_rows_hold_means_deviations_and_paired_changes() -> None:
-    first = Side("a", "A", [{"FID-x": 1.0, "IS-x": 5.0}, {"FID-x": 3.0, "IS-x": 5.0}])
-    second = Side("b", "B", [{"FID-x": 2.0, "IS-x": 4.0}, {"FID-x": 4.0, "IS-x": 6.0}], {"images": 7.0})
+    first = Arm("a", "A", [{"FID-x": 1.0, "IS-x": 5.0}, {"FID-x": 3.0, "IS-x": 5.0}])
+    second = Arm("b", "B", [{"FID-x": 2.0, "IS-x": 4.0}, {"FID-x": 4.0, "IS-x": 6.0}], {"images": 7.0})
     a, b = rows_of("which", first, second)
     assert (a.id, b.id, a.label) == ("discrepancies/which-a", "discrepancies/which-b", "A")
     assert a.metrics == {"FID-x": 2.0, "± FID-x": round(2**0.5, 8), "IS-x": 5.0, "± IS-x": 0.0}
     assert b.metrics["change of FID-x"] == 1.0
     assert b.metrics["± change of FID-x"] == 0.0  # the two rise together
     assert b.metrics["images"] == 7.0
-    one = rows_of("which", Side("a", "A", [{"FID-x": 1.0}]), Side("b", "B", [{"FID-x": 4.0}]))
+    one = rows_of("which", Arm("a", "A", [{"FID-x": 1.0}]), Arm("b", "B", [{"FID-x": 4.0}]))
     assert one[1].metrics == {"FID-x": 4.0, "change of FID-x": 3.0}
 
 
 def test_noise_of_seeds_is_the_measure() -> None:
-    def row(side: str, metrics: dict[str, float]) -> Row:
-        return Row(id=f"discrepancies/{side}", label=side, metrics=metrics)
+    def row(arm: str, metrics: dict[str, float]) -> Row:
+        return Row(id=f"discrepancies/{arm}", label=arm, metrics=metrics)
 
     rows = [
         row("temperature-0.96", {"FID-x": 1.6, "± FID-x": 0.1}),

@@ -13,6 +13,7 @@ from tokenbridge.configs.schema import Recipe
 from tokenbridge.configs.tiny import TINY
 from tokenbridge.reproduction.small_scale import golden_tokens
 from tokenbridge.reproduction.workbench import open_workbench
+from tokenbridge.results.markdown import to_markdown
 from tokenbridge.results.schema import read
 from tokenbridge.utils.files import reference_folder, sha256_of
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -77,6 +78,7 @@ def test_weights_are_small_and_safe() -> None:
 def test_the_shipped_page_is_that_of_the_shipped_results() -> None:
     results = read(SHIPPED / "results.json")
     page = (SHIPPED / "tables.md").read_text()
+    assert page == to_markdown(results, results) + "\n"
     assert results.provenance.dirty is False
     assert str(results.provenance.commit) in page
     assert "| not reproduced |" not in page

@@ -12,6 +12,7 @@ from tokenbridge.reproduction.trends import trend_rows
 from tokenbridge.results.compare import incomparable
 from tokenbridge.results.ledger import Claim, Discrepancy
 from tokenbridge.results.schema import Row, Trend
+from tokenbridge.results.score import to_scores
 from tokenbridge.results.verdicts import judge
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
@@ -20,9 +21,8 @@ from tokenbridge.weights.artifacts import Status
 
 def interval_of(row: Row, metric: str) -> tuple[float, float] | None:
     """Return the bootstrap interval that a row has for a metric, as `evaluation.evaluate` stores it."""
-    base = metric.removesuffix("-50K")
-    low, high = (row.metrics.get(f"{base}-{end}") for end in ("low", "high"))
-    return None if low is None or high is None else (low, high)
+    score = next((score for score in to_scores(row.metrics) if score.name == metric), None)
+    return None if score is None or score.low is None or score.high is None else (score.low, score.high)
 
 
 def judge_claim(

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from tokenbridge.cli.options import Data, Json, ScaleName, app, find_scale
 from tokenbridge.utils import files
-from tokenbridge.utils.console import COLORS, colored, print_line, print_table
+from tokenbridge.utils.console import colored, print_line, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,6 +61,7 @@ def reproduce(
 
 def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Path) -> None:
     from tokenbridge.results.markdown import TITLES, TREND_COLUMNS, cell, columns_of, tables, trend_cells
+    from tokenbridge.results.verdicts import VERDICTS
 
     for table, rows in tables(measured).items():
         columns = columns_of(rows)
@@ -74,7 +75,7 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
     for id_, (verdict, why) in judged.items():
         if verdict not in ("reproduced", "not compared"):
             print_line(f"{id_}: {verdict}: {why}")
-    counts = {v: sum(1 for verdict, _ in judged.values() if verdict == v) for v in COLORS}
+    counts = {v: sum(1 for verdict, _ in judged.values() if verdict == v) for v in VERDICTS}
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     print_line(f"{summary}. Tables and pictures are in {out}/.")
 

@@ -17,15 +17,15 @@ from tokenbridge.models.llamagen import sampling as llamagen_sampling
 from tokenbridge.models.noise import PerImage
 from tokenbridge.reproduction.discrepancies.study import (
     BATCH_SIZE,
+    Arm,
     Scores,
-    Side,
     Study,
-    _has_weights,
-    _no_weights,
-    _not_run,
-    _row,
-    _share,
+    has_weights,
+    no_weights,
+    not_run_row,
+    row_of,
     rows_of,
+    share,
 )
 from tokenbridge.results.schema import Row
 from tokenbridge.sampling.sample import image_batches, sample_pixels
@@ -57,37 +57,37 @@ def givt_guidance(study: Study) -> list[Row]:
     """Compare GIVT's rejection sampling of the guided density with that under a true envelope, token by token.
 
     The official constant is searched on 1,001 points and divided by the proposal's highest density, so it may be
-    too small. The tokens stand in images sampled the official way; both sides see the same densities and proposals.
+    too small. The tokens stand in images sampled the official way; both arms see the same densities and proposals.
     """
-    sides: dict[str, tuple[str, type[density.GuidedDensity]]] = {
+    arms: dict[str, tuple[str, type[density.GuidedDensity]]] = {
         "official": ("constant of the official code", density.GuidedDensity),
         "envelope": ("true envelope", EnvelopedDensity),
     }
-    if not _has_weights(study, "givt"):
-        reason = _no_weights("givt")
-        return [_not_run(f"givt-guidance-rejection-{name}", label, reason) for name, (label, _) in sides.items()]
+    if not has_weights(study, "givt"):
+        reason = no_weights("givt")
+        return [not_run_row(f"givt-guidance-rejection-{name}", label, reason) for name, (label, _) in arms.items()]
     model, config = _givt(study)
     mixtures = givt_mixtures(model, config, study.labels[:NUM_GIVT_IMAGES], study.seed)
     draws, densities = zip(
-        *(draw_by(kind, mixtures, config, study.seed + 1, model) for _, kind in sides.values()), strict=True
+        *(draw_by(kind, mixtures, config, study.seed + 1, model) for _, kind in arms.values()), strict=True
     )
     true = EnvelopedDensity(densities[0].conditional, densities[0].unconditional, densities[0].weight)
     envelope = true.bound()
-    # Judged where both sides drew from the density, and where that is a Gaussian: the same tokens.
+    # Judged where both arms drew from the density, and where that is a Gaussian: the same tokens.
     standardised = [true.standardised(draw.values) for draw in draws]
     both = torch.stack([_first(d) >= 0 for d in draws]).all(0) & standardised[0].isfinite()
     rows = []
-    for (name, (label, _)), draw, drawn in zip(sides.items(), draws, standardised, strict=True):
+    for (name, (label, _)), draw, drawn in zip(arms.items(), draws, standardised, strict=True):
         first, bound = _first(draw), draw.bound
         assert bound is not None
         metrics = {
-            "fallbacks": _share(first < 0),
+            "fallbacks": share(first < 0),
             "acceptance": (first >= 0).sum().item() / max(1, (first[first >= 0] + 1).sum().item()),
             # A little slack: the two constants are computed in different ways, in float32.
-            "not covered": _share((bound < envelope * (1 - 1e-4)) & bound.isfinite()),
+            "not covered": share((bound < envelope * (1 - 1e-4)) & bound.isfinite()),
             "deviation of draws": drawn[both].double().std().item(),
         }
-        rows.append(_row(f"givt-guidance-rejection-{name}", label, metrics))
+        rows.append(row_of(f"givt-guidance-rejection-{name}", label, metrics))
     return rows
 
 
@@ -136,9 +136,11 @@ def givt_no_class(study: Study) -> list[Row]:
     (big_vision, trainers/proj/givt/generative.py).
     """
     trained, untrained = "trained with label dropout", "as initialised (published trainer)"
-    if not _has_weights(study, "givt"):
-        reason = _no_weights("givt")
-        return [_not_run(f"givt-no-class-{n}", t, reason) for n, t in (("trained", trained), ("untrained", untrained))]
+    if not has_weights(study, "givt"):
+        reason = no_weights("givt")
+        return [
+            not_run_row(f"givt-no-class-{n}", t, reason) for n, t in (("trained", trained), ("untrained", untrained))
+        ]
     model, _ = _givt(study)
 
     sampler = study.bench.sampler("givt")
@@ -150,8 +152,8 @@ def givt_no_class(study: Study) -> list[Row]:
 
     return rows_of(
         "givt-no-class",
-        Side("trained", trained, scores(model)),
-        Side("untrained", untrained, scores(without_class_training(model, study.seed))),
+        Arm("trained", trained, scores(model)),
+        Arm("untrained", untrained, scores(without_class_training(model, study.seed))),
     )
 
 
@@ -176,9 +178,11 @@ def llamagen_zero_row(study: Study) -> list[Row]:
     weights are trained with zeros; this shows how far they rest on it.
     """
     official, turned = "zeros (official code)", "cosine 1, sine 0"
-    if not (_has_weights(study, "llamagen") and _has_weights(study, "vq")):
-        reason = _no_weights("llamagen or vq")
-        return [_not_run(f"llamagen-zero-row-{n}", t, reason) for n, t in (("official", official), ("rotated", turned))]
+    if not (has_weights(study, "llamagen") and has_weights(study, "vq")):
+        reason = no_weights("llamagen or vq")
+        return [
+            not_run_row(f"llamagen-zero-row-{n}", t, reason) for n, t in (("official", official), ("rotated", turned))
+        ]
     model: llamagen.LlamaGen = study.bench.model("llamagen")
     config = study.bench.scale.recipe("llamagen").sampling
     assert isinstance(config, llamagen_sampling.LlamaGenSampling)
@@ -194,13 +198,13 @@ def llamagen_zero_row(study: Study) -> list[Row]:
         return study.score(torch.cat([images_to_pixels(study.bench.vq.decode(g)).cpu() for g in grids]), study.labels)
 
     tokens = [[generate(m, seed) for seed in study.seeds] for m in (model, rotated(model))]
-    differ = [_share(torch.stack(side) != torch.stack(tokens[0])) for side in tokens]
+    differ = [share(torch.stack(arm) != torch.stack(tokens[0])) for arm in tokens]
     named = zip(("official", "rotated"), (official, turned), tokens, differ, strict=True)
     return rows_of(
         "llamagen-zero-row",
         *(
-            Side(name, label, [scores(t) for t in side], {"generated tokens that differ": d})
-            for name, label, side, d in named
+            Arm(name, label, [scores(t) for t in arm], {"generated tokens that differ": d})
+            for name, label, arm, d in named
         ),
     )
 

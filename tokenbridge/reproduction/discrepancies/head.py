@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenbridge.models.layers import ModulatedBlock
 from tokenbridge.models.tokenbridge.heads import ARHead
-from tokenbridge.reproduction.discrepancies.study import BATCH_SIZE, Side, Study, _row, _share, _speed_up, rows_of
+from tokenbridge.reproduction.discrepancies.study import BATCH_SIZE, Arm, Study, row_of, rows_of, share, speed_up
 from tokenbridge.results.schema import Row
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def first_element(study: Study) -> list[Row]:
     consistent = study.score_samples(replace(study.config, first_element="training-consistent"))
     return rows_of(
         "first-element",
-        Side("official", "condition + timestep embedding 0 (official sampling)", official),
-        Side("training", "condition alone (as in training)", consistent),
+        Arm("official", "condition + timestep embedding 0 (official sampling)", official),
+        Arm("training", "condition alone (as in training)", consistent),
     )
 
 
@@ -40,8 +40,8 @@ def final_layer(study: Study) -> list[Row]:
     """
     return rows_of(
         "final-layer",
-        Side("official", "scale, shift (official code)", study.base_scores),
-        Side("swapped", "shift, scale (DiT's order)", study.score_samples(study.config, model=swapped(study.model))),
+        Arm("official", "scale, shift (official code)", study.base_scores),
+        Arm("swapped", "shift, scale (DiT's order)", study.score_samples(study.config, model=swapped(study.model))),
     )
 
 
@@ -72,14 +72,14 @@ def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 9) 
         return head.sample(context, likeliest)[0]
 
     with torch.inference_mode():
-        differ = _share(recomputed(context) != cached(context))
-        speed_up = _speed_up(lambda: recomputed(context), lambda: cached(context), runs)
-        speed_up_of_one = _speed_up(lambda: recomputed(context[:1]), lambda: cached(context[:1]), runs)
+        differ = share(recomputed(context) != cached(context))
+        speed_up_of_many = speed_up(lambda: recomputed(context), lambda: cached(context), runs)
+        speed_up_of_one = speed_up(lambda: recomputed(context[:1]), lambda: cached(context[:1]), runs)
     return [
-        _row(f"head-cache-{name}", label, {"tokens that differ": d, "speed-up": many, "speed-up (one position)": one})
+        row_of(f"head-cache-{name}", label, {"tokens that differ": d, "speed-up": many, "speed-up (one position)": one})
         for name, label, d, many, one in (
             ("recomputed", "whole prefix for each channel (official code)", 0.0, 1.0, 1.0),
-            ("cached", "key/value cache", differ, speed_up, speed_up_of_one),
+            ("cached", "key/value cache", differ, speed_up_of_many, speed_up_of_one),
         )
     ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenbridge.data.images import images_to_pixels, pixels_to_images
-from tokenbridge.reproduction.discrepancies.study import Side, Study, _row, _share, rows_of
+from tokenbridge.reproduction.discrepancies.study import Arm, Study, row_of, rows_of, share
 from tokenbridge.results.schema import Row
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer
 
@@ -22,13 +22,13 @@ def tokens_precision(study: Study) -> list[Row]:
     """
     labels = study.labels[: study.num_images // 2]
 
-    sides = {
+    arms = {
         "fp32": ("float32", None),
         "fp16": ("float16 autocast (official code)", HALVES["fp16"]),
         "bf16": ("bfloat16 autocast (paper)", HALVES["bf16"]),
     }
     tokens, scores = {}, {}
-    for name, (_, dtype) in sides.items():
+    for name, (_, dtype) in arms.items():
         with _autocast(study, dtype):
             tokens[name] = study.generate(study.config, labels, study.seed)
             pixels = images_to_pixels(study.images(tokens[name]))
@@ -36,12 +36,12 @@ def tokens_precision(study: Study) -> list[Row]:
     differ = {name: t != tokens["fp32"] for name, t in tokens.items()}
     also = {
         name: {
-            "generated tokens that differ": _share(different),
-            "images that differ": _share(different.flatten(1).any(1)),
+            "generated tokens that differ": share(different),
+            "images that differ": share(different.flatten(1).any(1)),
         }
         for name, different in differ.items()
     }
-    return rows_of("tokens", *(Side(name, label, scores[name], also[name]) for name, (label, _) in sides.items()))
+    return rows_of("tokens", *(Arm(name, label, scores[name], also[name]) for name, (label, _) in arms.items()))
 
 
 def _autocast(study: Study, dtype: torch.dtype | None) -> torch.autocast:
@@ -76,6 +76,6 @@ def latents_precision(study: Study) -> list[Row]:
             "latents, mapped": quantizer.encode(mapped(latents.to(dtype))),
             "codebook": ScalarQuantizer(coarse).to(latents.device).encode(latents),
         }
-        metrics = {f"tokens that differ ({what})": _share(t != tokens) for what, t in flips.items()}
-        rows.append(_row(f"latents-{name}", f"{dtype}".removeprefix("torch."), metrics))
+        metrics = {f"tokens that differ ({what})": share(t != tokens) for what, t in flips.items()}
+        rows.append(row_of(f"latents-{name}", f"{dtype}".removeprefix("torch."), metrics))
     return rows

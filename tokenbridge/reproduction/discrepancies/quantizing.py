@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenbridge.models.tokenbridge.checkpoint import official_buffers
-from tokenbridge.reproduction.discrepancies.study import Scores, Side, Study, _not_run, _row, _share, rows_of
+from tokenbridge.reproduction.discrepancies.study import Arm, Scores, Study, not_run_row, row_of, rows_of, share
 from tokenbridge.results.schema import Row
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer, gaussian_quantizer
 from tokenbridge.utils.errors import UserError
@@ -33,20 +33,20 @@ def encode(study: Study) -> list[Row]:
     normal = torch.randn(NUM_VALUES, generator=torch.Generator().manual_seed(study.seed)).to(latents.device)
     given = None if study.latents is None else read_latents(study.latents).to(latents.device)
     quantizer, edges = study.model.quantizer, bin_edges(study.model)
-    sides: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    arms: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
         "nearest": ("nearest value (official code)", quantizer.encode),
         "boundary": ("bin between boundaries (paper)", lambda x: torch.bucketize(x, edges)),
     }
     rows, rows_of_given = [], []
-    for name, (label, to_tokens) in sides.items():
+    for name, (label, to_tokens) in arms.items():
         metrics = _against_nearest(quantizer, to_tokens, latents)
         metrics |= {f"{k} (N(0, 1))": v for k, v in _against_nearest(quantizer, to_tokens, normal).items()}
-        rows.append(_row(f"encode-{name}", label, metrics | study.reconstruct(quantizer.lookup(to_tokens(latents)))))
+        rows.append(row_of(f"encode-{name}", label, metrics | study.reconstruct(quantizer.lookup(to_tokens(latents)))))
         name, label = f"encode-{name}-given", f"{label}, given latents"
         if given is None:
-            rows_of_given.append(_not_run(name, label, "no latents were given (--latents FILE)"))
+            rows_of_given.append(not_run_row(name, label, "no latents were given (--latents FILE)"))
         else:
-            rows_of_given.append(_row(name, label, _against_nearest(quantizer, to_tokens, given)))
+            rows_of_given.append(row_of(name, label, _against_nearest(quantizer, to_tokens, given)))
     return rows + rows_of_given
 
 
@@ -79,7 +79,7 @@ def _against_nearest(quantizer: ScalarQuantizer, to_tokens: Callable[[Tensor], T
     tokens = to_tokens(latents)
     error = (quantizer.lookup(tokens).double() - latents.double()).square().mean()
     return {
-        "tokens that differ": _share(tokens != quantizer.encode(latents)),
+        "tokens that differ": share(tokens != quantizer.encode(latents)),
         "relative MSE": (error / latents.double().var(correction=0)).item(),
     }
 
@@ -88,16 +88,16 @@ def gaussian_fit(study: Study) -> list[Row]:
     """Compare bins fitted to a deviation of 5/3, as the mapping of ±5 to ±3 makes them, with the latents' own 1."""
     config: Any = study.model.config
     latents = study.scaled(study.posterior.mode())
-    sides = {
+    arms = {
         "official": (config.value_range, f"fitted to a deviation of {config.value_range / config.num_sigmas:.3f}"),
         "unit": (config.num_sigmas, "fitted to a deviation of 1, the latents' own"),
     }
     rows = []
-    for name, (value_range, label) in sides.items():
+    for name, (value_range, label) in arms.items():
         quantizer = gaussian_quantizer(config.num_levels, value_range=value_range, num_sigmas=config.num_sigmas)
         quantizer.to(latents.device)
         error = {"relative MSE": _against_nearest(quantizer, quantizer.encode, latents)["relative MSE"]}
-        rows.append(_row(f"gaussian-fit-{name}", label, error | study.reconstruct(quantizer(latents))))
+        rows.append(row_of(f"gaussian-fit-{name}", label, error | study.reconstruct(quantizer(latents))))
     return rows
 
 
@@ -111,9 +111,9 @@ def posterior(study: Study) -> list[Row]:
 
     mean = study.scaled(study.posterior.mode())
     samples = [study.reconstruct(quantizer(draw(seed))) for seed in study.seeds]
-    differ = _share(quantizer.encode(draw(study.seed)) != quantizer.encode(mean))
+    differ = share(quantizer.encode(draw(study.seed)) != quantizer.encode(mean))
     return rows_of(
         "posterior",
-        Side("sample", "a sample (official code)", samples, {"tokens that differ": differ}),
-        Side("mean", "the mean", [study.reconstruct(quantizer(mean))], {"tokens that differ": 0.0}),
+        Arm("sample", "a sample (official code)", samples, {"tokens that differ": differ}),
+        Arm("mean", "the mean", [study.reconstruct(quantizer(mean))], {"tokens that differ": 0.0}),
     )

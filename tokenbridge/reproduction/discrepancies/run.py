@@ -1,7 +1,7 @@
 """What each discrepancy does: the paper against its code, and the code against itself, measured at one scale.
 
-Each comparison is a function that returns a row for each side, both measured in the same run with the same seeds:
-image i of a seed has the same random numbers on all sides. Rows are called `discrepancies/<comparison>-<side>`.
+Each comparison is a function that returns a row for each arm, all measured in the same run with the same seeds:
+image i of a seed has the same random numbers in all arms. Rows are called `discrepancies/<comparison>-<arm>`.
 Where a score is of samples, it is the mean over several seeds; `±` is the standard deviation over the seeds, and
 `change of` the difference from the comparison's first row, seed by seed.
 
@@ -57,7 +57,7 @@ COMPARISONS: dict[str, tuple[str, Callable[[Study], list[Row]]]] = {
 
 
 def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
-    """Tell which changes of the Fréchet distance are within the seeds' noise: two deviations, pooled over the sides."""
+    """Tell which changes of the Fréchet distance are within the seeds' noise: two deviations, pooled over the arms."""
     asked = {
         "first-element-training": "the head's first element as in training",
         "final-layer-swapped": "the final layer's scale and shift in DiT's order",
@@ -68,16 +68,16 @@ def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
         "llamagen-zero-row-rotated": "LlamaGen's class token with a rotary row",
     }
     name = f"FID-{extractor}"
-    by_side = {row.id.removeprefix("discrepancies/"): row.metrics for row in rows if row.not_run is None}
+    by_arm = {row.id.removeprefix("discrepancies/"): row.metrics for row in rows if row.not_run is None}
     found = []
-    for side, text in asked.items():
-        if side not in by_side:
+    for arm, text in asked.items():
+        if arm not in by_arm:
             continue
-        comparison = side.rpartition("-")[0]
-        first = next(metrics for other, metrics in by_side.items() if other.startswith(f"{comparison}-"))
-        noise = math.sqrt((first[f"± {name}"] ** 2 + by_side[side][f"± {name}"] ** 2) / 2)
+        comparison = arm.rpartition("-")[0]
+        first = next(metrics for other, metrics in by_arm.items() if other.startswith(f"{comparison}-"))
+        noise = math.sqrt((first[f"± {name}"] ** 2 + by_arm[arm][f"± {name}"] ** 2) / 2)
         if noise > 0:
-            ratio = round(abs(by_side[side][f"change of {name}"]) / noise, 4)
+            ratio = round(abs(by_arm[arm][f"change of {name}"]) / noise, 4)
             claim = f"{text}: {name} changes by no more than the seeds' noise (in its deviations)"
             found.append(Trend(id=f"noise-{comparison}", claim=claim, measured=ratio, relation="<=", bound=2.0))
     return found
@@ -152,8 +152,8 @@ def by_comparison(results: Results) -> dict[str, list[Row]]:
     """Return the rows of each comparison by its title."""
     found: dict[str, list[Row]] = {title: [] for title, _ in COMPARISONS.values()}
     for row in results.rows:
-        side = row.id.removeprefix("discrepancies/")
-        name = max((c for c in COMPARISONS if side.startswith(f"{c}-")), key=len)
+        arm = row.id.removeprefix("discrepancies/")
+        name = max((c for c in COMPARISONS if arm.startswith(f"{c}-")), key=len)
         found[COMPARISONS[name][0]].append(row)
     return found
 

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from tokenbridge.data.images import images_to_pixels
 from tokenbridge.evaluation.metrics import extract_features, fidelity_distance, statistics_of
-from tokenbridge.reproduction.discrepancies.study import Side, Study, _share, rows_of
+from tokenbridge.reproduction.discrepancies.study import Arm, Study, rows_of, share
 from tokenbridge.results.schema import Row
 
 
 def temperature(study: Study) -> list[Row]:
     """Compare TokenBridge-L's temperature in the README's command, 0.96, with that in table 4, 0.97."""
-    sides = {0.96: "0.96 (README)", 0.97: "0.97 (table 4)"}
+    arms = {0.96: "0.96 (README)", 0.97: "0.97 (table 4)"}
     return rows_of(
         "temperature",
-        *(Side(f"{t}", label, study.score_samples(replace(study.config, temperature=t))) for t, label in sides.items()),
+        *(Arm(f"{t}", label, study.score_samples(replace(study.config, temperature=t))) for t, label in arms.items()),
     )
 
 
@@ -35,8 +35,8 @@ def class_labels(study: Study) -> list[Row]:
         scores.append(study.score(images_to_pixels(study.images(study.generate(study.config, labels, seed))), labels))
     return rows_of(
         "labels",
-        Side("balanced", "balanced (TokenBridge, MAR)", study.base_scores),
-        Side("random", "drawn at random (LlamaGen)", scores),
+        Arm("balanced", "balanced (TokenBridge, MAR)", study.base_scores),
+        Arm("random", "drawn at random (LlamaGen)", scores),
     )
 
 
@@ -58,13 +58,13 @@ def pixels(study: Study) -> list[Row]:
         "truncated": ("255 y, cut", truncated_pixels),
     }
     rounded = [images_to_pixels(images) for images in study.base_images]
-    sides = []
+    arms = []
     for name, (label, rule) in rules.items():
         made = [rule(images) for images in study.base_images]
-        differ = _share(torch.stack(made) != torch.stack(rounded))
+        differ = share(torch.stack(made) != torch.stack(rounded))
         scores = [study.score(p, study.labels) for p in made]
-        sides.append(Side(name, label, scores, {"pixels that differ": differ}))
-    return rows_of("pixels", *sides)
+        arms.append(Arm(name, label, scores, {"pixels that differ": differ}))
+    return rows_of("pixels", *arms)
 
 
 def num_images(study: Study) -> list[Row]:
@@ -72,12 +72,12 @@ def num_images(study: Study) -> list[Row]:
     images = torch.cat([images_to_pixels(images) for images in study.base_images])
     features, _ = extract_features(images, study.bench.classifier)
 
-    def side(size: int) -> Side:
+    def arm(size: int) -> Arm:
         sets = [part for part in features.split(size) if len(part) == size]
         name = f"FID-{study.bench.extractor}"
         scores = [{name: fidelity_distance(statistics_of(part), study.reference)} for part in sets]
-        return Side(
+        return Arm(
             str(size), f"{size:,} images, {len(sets)} set{'s' * (len(sets) > 1)}", scores, {"images": float(size)}
         )
 
-    return rows_of("num-images", side(study.num_images // 2), side(2 * study.num_images))
+    return rows_of("num-images", arm(study.num_images // 2), arm(2 * study.num_images))

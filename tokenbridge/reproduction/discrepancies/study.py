@@ -1,4 +1,4 @@
-"""What every comparison of paper and code shares: sides, seeds, rows."""
+"""What every comparison of paper and code shares: arms, seeds, rows."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of a comparison."""
+class Arm:
+    """One arm of a comparison."""
 
     name: str
     label: str
@@ -156,23 +156,24 @@ class Side:
     also: Scores = dataclasses.field(default_factory=dict)  # measured once
 
 
-def rows_of(comparison: str, *sides: Side) -> list[Row]:
-    """Return a row for each side: means over seeds, their deviation, and the change from the first side."""
+def rows_of(comparison: str, *arms: Arm) -> list[Row]:
+    """Return a row for each arm: means over seeds, their deviation, and the change from the first arm."""
     rows = []
-    for side in sides:
+    for arm in arms:
         metrics: Scores = {}
-        for name in side.scores[0]:
-            values = [scores[name] for scores in side.scores]
+        for name in arm.scores[0]:
+            values = [scores[name] for scores in arm.scores]
             metrics |= {name: statistics.fmean(values), **_deviation(name, values)}
-            if side is not sides[0] and len(sides[0].scores) == len(values) and name.startswith("FID"):
-                changes = [value - scores[name] for value, scores in zip(values, sides[0].scores, strict=True)]
+            if arm is not arms[0] and len(arms[0].scores) == len(values) and name.startswith("FID"):
+                changes = [value - scores[name] for value, scores in zip(values, arms[0].scores, strict=True)]
                 name = f"change of {name}"
                 metrics |= {name: statistics.fmean(changes), **_deviation(name, changes)}
-        rows.append(_row(f"{comparison}-{side.name}", side.label, {**metrics, **side.also}))
+        rows.append(row_of(f"{comparison}-{arm.name}", arm.label, {**metrics, **arm.also}))
     return rows
 
 
-def _row(name: str, label: str, metrics: Scores) -> Row:
+def row_of(name: str, label: str, metrics: Scores) -> Row:
+    """Return a row; metrics are rounded to eight decimals."""
     return Row(id=f"discrepancies/{name}", label=label, metrics={k: round(v, 8) for k, v in metrics.items()})
 
 
@@ -180,7 +181,7 @@ def _deviation(name: str, values: Sequence[float]) -> Scores:
     return {f"± {name}": statistics.stdev(values)} if len(values) > 1 else {}
 
 
-def _speed_up(slow: Callable[[], object], fast: Callable[[], object], runs: int) -> float:
+def speed_up(slow: Callable[[], object], fast: Callable[[], object], runs: int) -> float:
     """Return the ratio of median times, runs taken in turn so that both meet the same machine."""
 
     def seconds(function: Callable[[], object]) -> float:
@@ -194,17 +195,21 @@ def _speed_up(slow: Callable[[], object], fast: Callable[[], object], runs: int)
     return statistics.median(s for s, _ in times) / statistics.median(f for _, f in times)
 
 
-def _share(differ: Tensor) -> float:
+def share(differ: Tensor) -> float:
+    """Return the share that is true of a tensor of any shape."""
     return differ.double().mean().item()
 
 
-def _not_run(name: str, label: str, reason: str) -> Row:
+def not_run_row(name: str, label: str, reason: str) -> Row:
+    """Return a row that was not run."""
     return Row(id=f"discrepancies/{name}", label=label, metrics={}, not_run=reason)
 
 
-def _has_weights(study: Study, name: str) -> bool:
+def has_weights(study: Study, name: str) -> bool:
+    """Whether a model of the scale is there."""
     return (study.bench.weights / name / WEIGHTS_FILE).is_file()
 
 
-def _no_weights(name: str) -> str:
+def no_weights(name: str) -> str:
+    """Return why the comparisons of a model are not run without it."""
     return f"there are no weights of {name}; `tokenbridge train` makes them"
