@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from official_files import write_quick_inception
 
 from tokenbridge.audit.audit import audit_claims, audit_samples
-from tokenbridge.audit.checks import Check
 from tokenbridge.audit.expected import WORSE, Expected, gate_failures, read_expected, write_expected
 from tokenbridge.audit.findings import Audit, Finding
 from tokenbridge.audit.report import counts, to_junit, to_markdown, write_report
@@ -145,8 +144,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(SHIPPED / "tiny" / "results.json", folder / "tiny")
     edit(folder / "tiny" / "results.json", without_diffusion)
     monkeypatch.setattr("tokenbridge.utils.files.reference_folder", lambda: folder)
-    checks = {name: Check("of the test", run) for name, run in CHECKS.items()}
-    monkeypatch.setattr("tokenbridge.audit.audit.CHECKS", checks)
+    monkeypatch.setattr("tokenbridge.audit.audit.all_checks", lambda ledger: CHECKS)
     return folder
 
 

@@ -20,7 +20,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from tokenbridge.audit.checks import CHECKS
+from tokenbridge.audit.checks import all_checks
 from tokenbridge.audit.evidence import choose, gather
 from tokenbridge.audit.expected import WORSE, gate_failures, read_expected
 from tokenbridge.audit.findings import Audit
@@ -56,7 +56,7 @@ def audit_claims(
         fail_on: what fails the gate: "worse" (a verdict is worse than the stored one, or a row is not that of the
             shipped results it stands in for), or verdicts.
         row: judge the claims about this row only, without discrepancies.
-        checks: what decides counted claims, by name; `checks.CHECKS` by default.
+        checks: what decides counted claims, by name; `all_checks` of the ledger by default.
 
     Raises:
         ValueError: a file that is refused, an unknown verdict to fail on, or claims that cannot be read.
@@ -67,13 +67,11 @@ def audit_claims(
         raise UserError(f"The gate fails on {WORSE!r} or on verdicts ({words}), not on {min(unknown)!r}.")
     ledger = read_ledger(paper)
     expected = read_expected(paper / "expected.json") if WORSE in fail_on else {}
+    run_check = functools.cache(functools.partial(_run_check, all_checks(ledger) if checks is None else checks))
     if row is not None:
-        ledger = Ledger(claims=tuple(c for c in ledger.claims if c.row == row), discrepancies=())
+        ledger = Ledger(claims=tuple(c for c in ledger.claims if c.row == row))
     sources, regressions = choose(gather(results, runs=Path(runs), weights=weights, folder=folder))
     statuses = {s.artifact.key: s for s in artifacts.status({k for c in ledger.claims for k in c.needs}, folder=folder)}
-    if checks is None:
-        checks = {name: check.run for name, check in CHECKS.items()}
-    run_check = functools.cache(functools.partial(_run_check, checks))
     findings = tuple(judge_claim(claim, sources, statuses, run_check) for claim in ledger.claims)
     failures = gate_failures(findings, expected, fail_on, whole=row is None)
     return Audit(
