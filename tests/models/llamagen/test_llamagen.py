@@ -104,9 +104,9 @@ def test_hidden_width_is_rounded_up(width: int, multiple: int, factor: float | N
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_heads": 5}, "each must divide"),
-        ({"num_kv_heads": 3}, "each must divide"),
-        ({"width": 24}, "head width 6 is no multiple of 4"),
+        ({"num_heads": 5}, "must each be a multiple"),
+        ({"num_kv_heads": 3}, "must each be a multiple"),
+        ({"width": 24}, "head width 6 is not a multiple of 4"),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict[str, int], reason: str) -> None:

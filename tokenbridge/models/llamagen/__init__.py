@@ -1,1 +1,1 @@
-"""LlamaGen: a causal transformer over the codes of a VQ tokenizer."""
+"""LlamaGen: a causal transformer that generates the codes of a VQ tokenizer."""

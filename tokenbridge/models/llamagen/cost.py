@@ -1,4 +1,4 @@
-"""Operations of one image of LlamaGen."""
+"""Floating-point operations that LlamaGen needs for one image."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from tokenbridge.utils.flop import count, placeholder, quadratic
 
 
 def count_flop(model: LlamaGen, settings: LlamaGenSampling) -> dict[str, float]:
-    """Return the operations of one image, which are all of its transformer.
+    """Return the operations of one image, for a model on the meta device; the transformer is the only part.
 
-    Every token attends to those before it, so the operations of the first n tokens are quadratic in n. Guidance
-    (above 1) runs the transformer twice for the tokens that it is mixed into.
-
-    Args:
-        model: on the meta device.
-        settings: of the sampler.
+    Every token attends to those before it, so the operations of the first n tokens are quadratic in n. For tokens with
+    guidance (a scale above 1), the transformer runs twice.
     """
     label = placeholder(1, dtype=torch.int64)
 

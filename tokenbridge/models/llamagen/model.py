@@ -1,10 +1,10 @@
 """LlamaGen: a Llama-style GPT over the tokens of a VQ tokenizer, one position after another in raster order.
 
 Official code: FoundationVision/LlamaGen at ce98ec4, autoregressive/models/gpt.py (the model), generate.py (sampling)
-and autoregressive/sample/sample_c2i_ddp.py (the published settings). Its tokenizer is in `llamagen_vq.py`.
+and autoregressive/sample/sample_c2i_ddp.py (the published settings). `tokenizers/llamagen_vq.py` is its tokenizer.
 
-The sequence is the class embedding, then the tokens of all positions but the last: element i predicts token i.
-Generation writes keys and values into a cache of static shape, by index, and never waits for the device.
+The sequence consists of the class embedding and the tokens of all positions except the last; element i predicts token
+i. Sampling writes keys and values by index into a cache of static shape, and never waits for the device.
 
 Shape letters: B batch, L positions, T tokens given, S sequence elements (1 + T), D width, H heads, G key/value
 heads, E head width, V codes of the tokenizer.
@@ -26,7 +26,7 @@ from tokenbridge.utils.errors import UserError
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary queries and keys; several query heads may share a key/value head."""
+    """Causal self-attention with rotary position embedding; several query heads may share a key/value head."""
 
     def __init__(self, width: int, num_heads: int, num_kv_heads: int, *, dropout: float) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor, cache: Tensor | None, place: int) -> Tensor:
-        """Attend over x [B, S, D]; with a cache, over one element [B, 1, D] and those before it (see `Block`)."""
+        """Apply causal attention to x [B, S, D]; with a cache, x is one element [B, 1, D] (see `Block.forward`)."""
         q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.split, dim=1)
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """An MLP with a SwiGLU activation."""
 
     def __init__(self, width: int, hidden: int, *, dropout: float) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to x [..., D]."""
+        """Apply the MLP to x [..., D]."""
         return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. Module names are the official checkpoints'."""
+    """Pre-norm transformer block. Module names follow the official checkpoints."""
 
     def __init__(
         self, width: int, num_heads: int, num_kv_heads: int, hidden: int, *, norm_eps: float, dropout: float
@@ -77,13 +77,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width, hidden, dropout=dropout)
 
     def forward(self, x: Tensor, rotary: Tensor, cache: Tensor | None = None, place: int = 0) -> Tensor:
-        """Apply to x [B, S, D].
+        """Apply the block to the sequence x [B, S, D], or with a cache to one element [B, 1, D].
 
         Args:
-            x: the whole sequence; with a cache, its element `place` alone, [B, 1, D].
-            rotary: rows of `rotary_table` for these elements, [S, E / 2, 2].
-            cache: keys and values [2, B, G, L, E]; slot `place` is written, slots up to it are attended to.
-            place: of the element in the sequence.
+            x: the whole sequence; with a cache, only its element `place`.
+            rotary: [S, E / 2, 2], the rows of `rotary_table` for the elements of x.
+            cache: keys and values [2, B, G, L, E]. Slot `place` is written, and x attends to the slots up to it.
+            place: index of the element in the sequence.
         """
         x = x + self.attention(self.attention_norm(x), rotary, cache, place)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -94,22 +94,17 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
     Args:
         latent_size: height and width of the token grid; L = latent_size ** 2.
-        num_codes: V, of the tokenizer's codebook.
-        num_classes: number of class labels; the embedding table has one more row, for no class.
-        width: D.
-        depth: number of blocks.
-        num_heads: attention heads.
-        num_kv_heads: key/value heads, a divisor of `num_heads`; as many if None, as in all presets.
-        hidden_factor: the hidden width is 8 D / 3, times this, rounded up to `hidden_multiple`.
-        hidden_multiple: see there.
-        rotary_base: the slowest rotation is about 1 / rotary_base a step.
-        norm_eps: of the RMSNorms.
-        dropout: of embeddings and of both branches of a block, in training.
-        num_zero_rows: zero rows at the head of the rotary table (official `cls_token_num`). The class is one
-            element whatever this is: with more than 1 the grid comes late, and no published model has that.
-
-    Raises:
-        ValueError: heads that do not divide the width, or each other; a head width that is no multiple of 4.
+        num_codes: V.
+        num_classes: number of class labels; the embedding table has one more row, which stands for "no class".
+        width: D, a multiple of 4 * `num_heads`.
+        num_heads: H.
+        num_kv_heads: G, a divisor of H; None means H, as in all presets.
+        hidden_factor: factor of the hidden width; see `hidden_width`.
+        hidden_multiple: the hidden width is rounded up to a multiple of this.
+        rotary_base: the slowest pair rotates by about 1 / rotary_base for each position.
+        dropout: dropout of the embeddings and of both branches of a block, in training.
+        num_zero_rows: number of zero rows at the start of the rotary table (official `cls_token_num`). The class is
+            one element in any case, so a number above 1 shifts the grid; no published model has that.
     """
 
     @register_to_config
@@ -132,9 +127,12 @@ class LlamaGen(ModelMixin, ConfigMixin):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         if width % num_heads or num_heads % num_kv_heads:
-            raise UserError(f"Width {width}, {num_heads} heads, {num_kv_heads} key/value heads: each must divide.")
+            raise UserError(
+                f"The width {width}, the number of heads {num_heads} and the number of key/value heads {num_kv_heads} "
+                "must each be a multiple of the next."
+            )
         if width // num_heads % 4:
-            raise UserError(f"The head width {width // num_heads} is no multiple of 4: pairs, for rows and columns.")
+            raise UserError(f"The head width {width // num_heads} is not a multiple of 4: rotary pairs need that.")
         self.num_classes = num_classes
         self.latent_size = latent_size
         self.cache_shape = (depth, 2, num_kv_heads, width // num_heads)
@@ -155,11 +153,11 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
     @property
     def num_positions(self) -> int:
-        """L: positions, and so tokens, of an image."""
+        """L, the number of positions of an image, each of which has one token."""
         return self.latent_size**2
 
     def rotary_rows(self) -> Tensor:
-        """Return the rotary table [1 + L, E / 2, 2], float32 whatever the model's type is."""
+        """Return the rotary table [1 + L, E / 2, 2] in float32, even if the model has another type."""
         head_width, base, num_zero_rows = self.rotary
         return rotary_table(self.latent_size, head_width, base, num_zero_rows, device=self.device)
 
@@ -167,11 +165,11 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """Return the logits of the tokens 0 to T, teacher-forced.
 
         Args:
-            tokens: the first T tokens of each image, [B, T], T from 0 to L - 1.
-            labels: [B]; `num_classes` stands for no class.
+            tokens: [B, T], the first T tokens of each image, with T in 0 .. L - 1.
+            labels: [B]; `num_classes` stands for "no class".
 
         Returns:
-            float32 logits [B, 1 + T, V]; those at i are of token i, given the tokens before it.
+            Logits, float32 [B, 1 + T, V]; those at index i predict token i, given the tokens before it.
         """
         x = torch.cat([self.class_embedding(labels)[:, None], self.tok_embeddings(tokens)], dim=1)
         x = F.dropout(x, self.dropout, self.training)
@@ -189,20 +187,17 @@ class LlamaGen(ModelMixin, ConfigMixin):
         num_guided: int | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
-        """Choose tokens one after another, with a key/value cache of static shape.
+        """Generate tokens [B, num_tokens] int64 one after another, with a key/value cache of static shape.
 
         Args:
             labels: [B].
             choose: chooses tokens [B] from guided logits [B, V] and the position.
             guidance_scale: see `LlamaGenSampling`.
-            num_guided: likewise.
-            num_tokens: how many tokens to generate; all L if None.
-
-        Returns:
-            tokens [B, num_tokens] int64.
+            num_guided: see `LlamaGenSampling`.
+            num_tokens: number of tokens to generate; all L if None.
         """
         batch, length = len(labels), self.num_positions if num_tokens is None else num_tokens
-        # Quirk kept: a scale below 1 is no guidance either (generate.py compares with > 1).
+        # Quirk kept: a scale below 1 turns guidance off too (generate.py tests for > 1).
         num_guided = 0 if guidance_scale <= 1 else length if num_guided is None else num_guided
         if num_guided > 0:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])  # conditional half first
@@ -211,7 +206,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         caches = x.new_empty(depth, pair, len(labels), heads, length, head_width)
         tokens = torch.empty(batch, length, dtype=torch.int64, device=x.device)
         for place in range(length):
-            if place == num_guided:  # from here on the unconditional half plays no part
+            if place == num_guided:  # the unconditional half is not used from here on
                 x, caches = x[:batch], caches[:, :, :batch]
             x = x[:, None]
             for block, cache in zip(self.layers, caches, strict=True):
@@ -228,7 +223,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
 
 def hidden_width(width: int, factor: float | None = None, multiple: int = 256) -> int:
-    """Return the hidden width of the SwiGLU: 8 D / 3 cut to an integer, times `factor`, rounded up to `multiple`."""
+    """Return the hidden width of the SwiGLU: 8 D / 3 as an integer, times `factor`, rounded up to `multiple`."""
     hidden = int(8 * width / 3)
     if factor is not None:
         hidden = int(factor * hidden)
@@ -238,14 +233,14 @@ def hidden_width(width: int, factor: float | None = None, multiple: int = 256) -
 def rotary_table(
     side: int, head_width: int, base: float = 10000.0, num_zero_rows: int = 1, *, device: Any = None
 ) -> Tensor:
-    """Return cosines and sines of the 2-D rotary embedding, [num_zero_rows + side ** 2, E / 2, 2], float32.
+    """Return cosines and sines of the 2-D rotary embedding, float32 [num_zero_rows + side ** 2, E / 2, 2].
 
-    The first half of a head's pairs turns with the row, the second half with the column; the i-th pair of a half by
-    base ** (-4 i / E) a step.
+    The first half of a head's pairs rotates with the row, and the second half with the column. The i-th pair of each
+    half rotates by base ** (-4 i / E) for each position.
 
-    Quirk kept: the class token's row is all zeros (gpt.py, `precompute_freqs_cis_2d`), where no rotation would be
-    cosine 1 and sine 0. Its query and key are zero: it attends to itself with every score 0, and every later
-    element gives it the score 0, whatever the class is.
+    Quirk kept: the class token's row is all zeros (gpt.py, `precompute_freqs_cis_2d`), although a rotation by 0 has
+    cosine 1 and sine 0. The query and the key of the class token are therefore zero: it attends to itself with score
+    0, and every later element gives it score 0, whatever the class is.
     """
     half = head_width // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2, device=device).float() / half)
@@ -256,25 +251,22 @@ def rotary_table(
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x [B, H, S, E] by `rotary` [S, E / 2, 2], in float32."""
+    """Rotate neighbouring pairs of x [B, H, S, E] by the angles of `rotary` [S, E / 2, 2], in float32."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = rotary.unbind(-1)
     return torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim=-1).flatten(-2).type_as(x)
 
 
 def llamagen_loss(model: LlamaGen, tokens: Tensor, labels: Tensor, *, label_dropout: float = 0.1) -> Tensor:
-    """Cross-entropy of all tokens of an image, in nats per token.
+    """Return the mean cross-entropy of all tokens, a scalar in nats per token.
 
-    Which labels are dropped, and dropout, from torch's global generator.
+    The dropped labels and the dropout masks are drawn from torch's global generator.
 
     Args:
-        model: in training mode, for dropout.
-        tokens: [B, L], raster order.
+        model: the model in training mode, in which it uses dropout.
+        tokens: [B, L] in raster order.
         labels: [B].
-        label_dropout: share of labels replaced by "no class", for guidance.
-
-    Returns:
-        Scalar.
+        label_dropout: share of labels that are replaced by "no class", so that guidance works.
     """
     dropped = torch.rand(len(labels), device=labels.device) < label_dropout
     logits = model(tokens[:, :-1], torch.where(dropped, model.num_classes, labels))

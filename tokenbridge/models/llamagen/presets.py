@@ -1,4 +1,4 @@
-"""The published sizes of LlamaGen and their settings."""
+"""The presets of LlamaGen: its published models, with their sizes and settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, int]] = {
     "GPT-3B": {"width": 3200, "depth": 24, "num_heads": 32},
     "GPT-7B": {"width": 4096, "depth": 32, "num_heads": 32},
 }
-"""Sizes by official name (gpt.py, `GPT_models`); those without a preset below have no published class model."""
+"""Sizes by official name (gpt.py, `GPT_models`). Those without a preset have no published class-conditional model."""
 
 _COMMANDS = (
     "GETTING_STARTED.md of FoundationVision/LlamaGen at ce98ec4, section Sampling; defaults of sample_c2i_ddp.py "
@@ -39,7 +39,7 @@ def _preset(
     guidance_scale: float | None = None,
     source: str = _COMMANDS,
 ) -> Preset:
-    """Return a size at a resolution; `guidance_scale` is None where no settings were published."""
+    """Return the preset of a size at a resolution; `guidance_scale` is None if no settings were published."""
     sampling = {}
     if guidance_scale is not None:
         sampling = {OFFICIAL: SamplingRecipe(LlamaGenSampling(guidance_scale=guidance_scale), source)}
@@ -70,14 +70,14 @@ PRESETS: dict[str, Preset] = {
 
 
 def create_model(name: str, **changes: Any) -> LlamaGen:
-    """Build a preset on the meta device, in evaluation mode: sizes without memory (see `presets.create_model`).
+    """Build the model of a preset on the meta device, where it takes no memory, in evaluation mode.
 
     Args:
-        name: of the preset.
-        changes: keyword arguments of `LlamaGen` that replace the preset's.
+        name: our name of the preset; the official names are those of several presets.
+        changes: keyword arguments of `LlamaGen` that replace those of the preset.
 
     Raises:
-        ValueError: an unknown name.
+        UserError: no preset has this name.
     """
     if name not in PRESETS:
         raise UserError(f"Unknown preset {name!r}; there are {', '.join(PRESETS)}.")

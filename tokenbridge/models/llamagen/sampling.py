@@ -1,4 +1,7 @@
-"""Sampling LlamaGen: one code after another, with top-k and top-p."""
+"""Sampling LlamaGen: one token after another, with guidance, top-k and top-p.
+
+Shape letters: B batch, L positions, N rows of logits, V codes of the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,17 @@ from tokenbridge.utils.errors import UserError
 
 @dataclass(frozen=True)
 class LlamaGenSampling:
-    """Everything that decides which tokens a seed gives. In this order: guidance, temperature, top-k, top-p."""
+    """The sampling settings, which together with the seed and the label determine an image.
 
-    guidance_scale: float = 1.0  # logits: unconditional + scale (conditional - unconditional); at most 1 means none
-    num_guided: int | None = None  # tokens guided, from the first on; None guides all. Official cfg_interval + 2
-    temperature: float = 1.0  # divides the logits; 0 takes the most likely token
-    top_k: int = 0  # keep the k most likely tokens, and those tied with the last of them; 0 keeps all
-    top_p: float = 1.0  # keep the most likely tokens until their sum passes this; 1 keeps all
+    They are applied in this order: guidance, temperature, top-k, top-p.
+    """
+
+    # Guided logits are unconditional + scale (conditional - unconditional); a scale of at most 1 turns guidance off.
+    guidance_scale: float = 1.0
+    num_guided: int | None = None  # the first so many tokens are guided (official cfg_interval + 2); None guides all
+    temperature: float = 1.0  # divides the logits; at 0 the most likely token is chosen
+    top_k: int = 0  # keeps the k most likely tokens, and those tied with the last of them; 0 keeps all
+    top_p: float = 1.0  # keeps the most likely tokens until their probabilities sum to more than this; 1 keeps all
 
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "temperature"):
@@ -39,10 +46,11 @@ class LlamaGenSampling:
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set the logits [N, V] of unlikely tokens to -inf: top-k, then top-p of what is left.
+    """Set the logits [N, V] of unlikely tokens to -inf, first by top-k and then by top-p of the remaining tokens.
 
-    Quirks kept (generate.py, `top_k_top_p_filtering`): tokens tied with the k-th all stay; top-p removes a token if
-    those BEFORE it already sum to more than `top_p`, so the one that passes the threshold stays, and at least one.
+    Quirks kept (generate.py, `top_k_top_p_filtering`): all tokens tied with the k-th are kept. top-p removes a token if
+    the probabilities of those BEFORE it already sum to more than `top_p`, so it keeps the token that passes the
+    threshold, and at least one token.
     """
     if top_k > 0:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -50,7 +58,7 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
     if top_p < 1:
         ordered, tokens = logits.sort(descending=True)
         past = ordered.softmax(-1).cumsum(-1) > top_p
-        removed = F.pad(past[:, :-1], (1, 0))  # by the sum before it; the most likely is never removed
+        removed = F.pad(past[:, :-1], (1, 0))  # the sum before a token decides; the most likely one is never removed
         logits = logits.masked_fill(removed.scatter(1, tokens, removed), -math.inf)
     return logits
 
@@ -60,18 +68,17 @@ def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, u
     """Generate the tokens of a batch of images; conditional and unconditional halves run as one batch.
 
     Args:
-        model: in evaluation mode.
-        labels: [B] class labels.
-        config: how to sample.
-        uniforms: [B, L] in [0, 1), one for every token: `image_noise(seed, indices, L, 1).uniforms[..., 0]`, so
-            that an image does not depend on the batch it was made in. None draws from torch's global stream what
-            the official code draws.
+        model: the model in evaluation mode.
+        labels: [B].
+        uniforms: [B, L] in [0, 1), one number for every token. `image_noise(seed, indices, L, 1).uniforms[..., 0]`
+            gives numbers with which an image does not depend on its batch. If None, the function draws what the
+            official code draws, from torch's global stream.
 
     Returns:
-        tokens [B, L] int64, raster order; -1 where the logits were NaN.
+        Tokens [B, L] int64 in raster order; they are -1 where the logits were NaN.
 
     Raises:
-        ValueError: labels out of range, or not one for each row of uniforms.
+        UserError: a label is out of range, or there is not one label for each row of `uniforms`.
     """
     check_labels(labels, len(labels) if uniforms is None else len(uniforms), model.num_classes)
     keep = partial(filter_logits, top_k=config.top_k, top_p=config.top_p)
@@ -79,7 +86,7 @@ def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, u
     bad: list[Tensor] = []
 
     def choose_and_note(logits: Tensor, place: int) -> Tensor:
-        bad.append(logits.isnan().any(-1))  # whatever is chosen by them is a valid token: one look at the end finds it
+        bad.append(logits.isnan().any(-1))  # NaN logits would give a valid token, so it is replaced by -1 at the end
         return choose(logits, place)
 
     tokens = model.sample(
@@ -89,7 +96,7 @@ def generate_tokens(model: LlamaGen, labels: Tensor, config: LlamaGenSampling, u
 
 
 def generate(model: LlamaGen, labels: Tensor, settings: LlamaGenSampling, noise: Noise) -> Tensor:
-    """Generate tokens [B, L] of a batch of images from `noise`; otherwise as `generate_tokens`."""
+    """Draw the random numbers of a batch of images as `noise` says, and return its tokens (see `generate_tokens`)."""
     uniforms = None
     if isinstance(noise, PerImage):
         uniforms = image_noise(noise.seed, noise.indices, model.num_positions, 1).uniforms[..., 0]

@@ -1,4 +1,4 @@
-"""LlamaGen as a system."""
+"""The entry of LlamaGen in the registry of systems."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SYSTEM = System(
     describe_tokens=lambda sizes: (sizes["latent_size"] ** 2, f"one of {sizes['num_codes']:,} codes"),
     count_flop=count_flop,
     has_official_noise=True,
-    casts_weights=True,  # of the GPT; the tokenizer stays in float32
+    casts_weights=True,  # those of the GPT; the tokenizer stays in float32
     evaluation=Evaluation(
-        dtype="bf16",  # of the weights; the tokenizer is in float32 (sample_c2i_ddp.py)
+        dtype="bf16",  # the type of the GPT's weights; the tokenizer is in float32 (sample_c2i_ddp.py)
         published="README.md of FoundationVision/LlamaGen at ce98ec4",
         labels="random",
         notes=(
