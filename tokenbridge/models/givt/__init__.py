@@ -1,1 +1,1 @@
-"""GIVT: a causal transformer over continuous latents, whose output is a Gaussian mixture."""
+"""GIVT: a causal transformer that generates continuous latents and has a Gaussian mixture as its output."""

@@ -1,9 +1,10 @@
 """The published checkpoints of GIVT.
 
 Source: google-research/big_vision at 0127fb6, models/proj/givt and configs/proj/givt. A parameter tree is a flat dict
-here: names are the '/'-joined paths of the Flax tree. The transformer's blocks are published scanned (one array
-for all blocks, stacked along axis 1, `decoder/EncDecBlock/...`); unrolled, a block has arrays of its own
-(`decoder/EncDecBlock7/...`). `unroll` and `scan` are each other's inverse; the layout here is of the unrolled tree.
+here, whose names are the paths of the Flax tree joined with '/'. The published tree is scanned: the blocks of the
+transformer share arrays, in which they are stacked along axis 1 (`decoder/EncDecBlock/...`). In an unrolled tree, each
+block has arrays of its own (`decoder/EncDecBlock7/...`). `unroll` and `scan` convert between the two. The layout is
+that of the unrolled tree.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ UNROLLED = re.compile(r"decoder/EncDecBlock(\d+)/(.+)")
 
 
 def givt_layout(model: GIVT) -> Layout:
-    """Return how the unrolled tensors of the official tree map to the parameters of a GIVT."""
+    """Return the layout of the official parameter tree after unrolling."""
     width = model.pos_emb.shape[-1]
     split = (model.num_heads, width // model.num_heads)
     mappings = {
@@ -40,7 +41,7 @@ def givt_layout(model: GIVT) -> Layout:
     for i, block in enumerate(model.blocks):
         assert isinstance(block, GIVTBlock)
         theirs, ours = f"decoder/EncDecBlock{i}", f"blocks.{i}"
-        # There is no LayerNorm2: it stands before the attention to an encoder.
+        # LayerNorm2 is missing because it belongs to the attention to an encoder, which GIVT does not have.
         mappings[f"{theirs}/LayerNorm1/scale"] = ParamMapping(f"{ours}.norm1.weight", (width,))
         mappings[f"{theirs}/LayerNorm3/scale"] = ParamMapping(f"{ours}.norm2.weight", (width,))
         for part, name in enumerate(("query", "key", "value")):
@@ -62,11 +63,12 @@ def _dense(theirs: str, ours: str, linear: nn.Linear) -> dict[str, ParamMapping]
 
 
 def load_givt(path: Path | str, name: str = "givt-causal-256") -> GIVT:
-    """Load a published transformer (`givt_imagenet_2012_causal_params.npz`), in evaluation mode.
+    """Load a published transformer (`givt_imagenet_2012_causal_params.npz`); the model is in evaluation mode.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: as `read_tree`, `unroll` and `load_tree`; the message begins with the path.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged or does not hold a parameter tree; the message begins with the path.
+        WrongStateError: the file holds another model.
     """
     model, tree = create_givt(name), read_tree(path)
     try:
@@ -78,10 +80,10 @@ def load_givt(path: Path | str, name: str = "givt-causal-256") -> GIVT:
 
 
 def unroll(tree: Mapping[str, Tensor]) -> State:
-    """Split scanned blocks (axis 1) into one array a block; an unrolled tree stays as it is.
+    """Split the scanned arrays of a tree along axis 1 into one array for each block; other arrays stay as they are.
 
     Raises:
-        UserError: a scanned array without that axis, or blocks that are there both ways.
+        UserError: a scanned array has no axis 1, or a block occurs both scanned and unrolled.
     """
     state: State = {}
     for name, value in tree.items():
@@ -99,7 +101,7 @@ def unroll(tree: Mapping[str, Tensor]) -> State:
 
 
 def scan(tree: Mapping[str, Tensor]) -> State:
-    """Stack the blocks of an unrolled tree along axis 1; the inverse of `unroll`."""
+    """Stack the blocks of an unrolled tree along axis 1; this is the inverse of `unroll`."""
     state: State = {}
     blocks: dict[str, dict[int, Tensor]] = {}
     for name, value in tree.items():

@@ -1,4 +1,4 @@
-"""Operations of one image of GIVT."""
+"""Floating-point operations that GIVT needs for one image."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from tokenbridge.utils.flop import count, placeholder, quadratic
 
 
 def count_flop(model: GIVT, settings: GivtSampling) -> dict[str, float]:
-    """Return the operations of one image, which are all of its transformer.
+    """Return the operations of one image, for a model on the meta device; the transformer is the only part.
 
-    Every position attends to those before it, so the operations of the first n positions are quadratic in n. Guidance
-    runs the transformer twice. The drawn vectors are projected once, that of the last position too, which nothing
-    follows.
-
-    Args:
-        model: on the meta device.
-        settings: of the sampler.
+    Every position attends to those before it, so the operations of the first n positions are quadratic in n. With
+    guidance, the transformer runs twice. Each drawn vector is projected once, even that of the last position, whose
+    projection is not used.
     """
     x, vector = placeholder(1, model.latent_proj.out_features), placeholder(1, model.num_channels)
 

@@ -1,4 +1,7 @@
-"""Densities of GIVT's output: Gaussian mixtures, and the guided density of DB-CFG."""
+"""The densities that GIVT draws from: Gaussian mixtures, and the guided density of DB-CFG.
+
+Shape letters: N rows, C channels, M components of a mixture.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Independent normal distributions."""
+    """Independent normal distributions, one for each channel."""
 
     loc: Tensor  # [..., C]
     scale: Tensor  # [..., C], standard deviations
@@ -23,29 +26,29 @@ class Gaussian:
         return -0.5 * ((x - self.loc) / self.scale).square() - (HALF_LOG_2PI + self.scale.log())
 
     def at(self, noise: Tensor) -> Tensor:
-        """Turn standard normal noise into draws."""
+        """Turn standard normal noise into draws from these distributions."""
         return self.loc + self.scale * noise
 
     def rows(self, index: Tensor) -> Gaussian:
-        """Return some of the rows of distributions [N, C]."""
+        """Return the rows `index` of distributions [N, C]."""
         return Gaussian(self.loc[index], self.scale[index])
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Mixtures of M Gaussians with C independent channels each."""
+    """Mixtures of M Gaussians, each of which has C independent channels."""
 
     log_weights: Tensor  # [..., M], normalised
     locs: Tensor  # [..., M, C]
     scales: Tensor  # [..., M, C], standard deviations
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Return the log density [...] of x [..., C], in nats, channels summed within a component."""
+        """Return the log density [...] of the vectors x [..., C], in nats."""
         components = Gaussian(self.locs, self.scales).log_prob(x[..., None, :]).sum(-1)
         return (self.log_weights + components).logsumexp(-1)
 
     def component(self, index: Tensor) -> Gaussian:
-        """Return one component of each mixture, by index [...]."""
+        """Return the component `index` [...] of each mixture."""
         places = index[..., None, None].expand(*index.shape, 1, self.locs.shape[-1])
         return Gaussian(*(values.gather(-2, places).squeeze(-2) for values in (self.locs, self.scales)))
 
@@ -64,20 +67,20 @@ class GuidedDensity:
 
     @property
     def proposal(self) -> Gaussian:
-        """What candidates are drawn from: twice the wider of the two, at the conditional's centre."""
+        """The distribution of the proposals: centred like the conditional Gaussian, twice as wide as the wider one."""
         return Gaussian(self.conditional.loc, 2 * torch.maximum(self.conditional.scale, self.unconditional.scale))
 
     def bound(self) -> Tensor:
-        """Return the constant [N, C] that the proposal's density is multiplied by.
+        """Return the constant [N, C] by which rejection sampling multiplies the proposal's density.
 
-        Quirk kept: it is no envelope (parallel_decode.py, CFGDensity). The density is searched on a grid of ± 10
-        about the centre, and divided by the proposal's density AT the centre, the largest there is: further out
-        the product may lie below the density, and samples are biased. Where the unconditional Gaussian is much
-        the narrower one, the density grows without limit and float32 overflows: the constant is infinite, nothing
-        is ever accepted, and the conditional draw is taken.
+        Quirk kept: the product is not an envelope of the density (parallel_decode.py, CFGDensity). The constant is the
+        maximum of the density on a grid of ±10 about the centre, divided by the proposal's density AT the centre,
+        where it is largest. Further out, the product may lie below the density, and then samples are biased. If the
+        unconditional Gaussian is much narrower than the conditional one, the density grows without limit and float32
+        overflows. The constant is then infinite, no proposal is ever accepted, and the conditional draw is taken.
         """
         c, u, w = self.conditional, self.unconditional, self.weight
-        # The logarithm is a parabola: of the grid's 1001 points the highest is an end, or beside the vertex.
+        # The log density is a parabola, so its maximum over the 1001 grid points is at an end or beside the vertex.
         curvature = (1 + w) / c.scale.square() - w / u.scale.square()
         vertex = (w * (c.loc - u.loc) / u.scale.square() / curvature).nan_to_num()
         beside = ((vertex.clamp(-10, 10) + 10) * 50).long() + torch.arange(-1, 3, device=vertex.device).view(-1, 1, 1)
@@ -87,5 +90,5 @@ class GuidedDensity:
         return self.log_prob(points).amax(0).exp() / self.proposal.log_prob(c.loc).exp()
 
     def rows(self, index: Tensor) -> GuidedDensity:
-        """Return the density of some of the N rows."""
+        """Return the rows `index` of the density."""
         return GuidedDensity(self.conditional.rows(index), self.unconditional.rows(index), self.weight)

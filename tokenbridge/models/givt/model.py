@@ -1,14 +1,15 @@
 """GIVT: an autoregressive transformer over continuous latents, with a Gaussian mixture as its output.
 
-Source: google-research/big_vision at 0127fb6, models/proj/givt (givt.py, decode.py, parallel_decode.py), the causal
-model; the paper is arXiv 2312.02116. A token is a position's vector of C channels; tokens come in raster order.
-The sequence is [label embedding, projected x_0 .. x_(L-2)] plus learned positions; there is no other start token.
+Source: the causal model of google-research/big_vision at 0127fb6, models/proj/givt (givt.py, decode.py,
+parallel_decode.py); the paper is arXiv 2312.02116. A token is the vector of a position's C channels, and tokens are
+generated in raster order. The sequence is [label embedding, projected x_0 .. x_(L-2)] plus learned position embeddings;
+the label embedding is the only start token.
 
-DB-CFG (density-based guidance): a token is drawn from p(x) ~ N(x; conditional)^(1 + w) / N(x; unconditional)^w by
-rejection, channel by channel, within one component of the mixture.
+With DB-CFG (density-based guidance), a token is drawn from p(x) ~ N(x; conditional)^(1 + w) / N(x; unconditional)^w by
+rejection sampling, channel by channel, within one component of the mixture.
 
-Randomness: every token of every image has a stream of its own, made from (seed, image index, position); see
-`StreamNoise`. An image does not depend on the batch it was made in.
+Every token of every image has a random stream of its own, seeded with (seed, image index, position), so an image does
+not depend on its batch (see `sampling.StreamNoise`).
 
 Shape letters: B batch, L positions, C channels, M components of the mixture, D width, R rows (B, or 2 B with
 guidance: with the class first, without it after), H heads, E head width, K proposals.
@@ -40,9 +41,9 @@ NORM_EPS = 1e-6  # flax's default
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation as flax computes it.
+    """Layer normalisation with the arithmetic of flax.
 
-    Quirk kept: the variance is E[x^2] - E[x]^2 (flax's use_fast_variance), which rounds otherwise than torch's.
+    Quirk kept: the variance is E[x^2] - E[x]^2 (flax's use_fast_variance), which rounds differently from torch's.
     """
 
     def __init__(self, width: int, *, bias: bool = False) -> None:
@@ -51,7 +52,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to x [..., D]."""
+        """Normalise x [..., D]."""
         mean = x.mean(-1, keepdim=True)
         variance = (x.square().mean(-1, keepdim=True) - mean.square()).clamp(min=0)
         x = (x - mean) * ((variance + NORM_EPS).rsqrt() * self.weight)
@@ -71,14 +72,15 @@ class GIVTBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)  # in the middle of the MLP only
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to x [B, L, D], causally."""
+        """Apply the block to x [B, L, D] with causal attention."""
         x = x + self.attn(self.norm1(x), is_causal=True)
         return x + self.mlp(self.norm2(x))
 
     def forward_cached(self, x: Tensor, keys: Tensor, values: Tensor, place: int) -> Tensor:
-        """Apply to one element x [R, 1, D], writing slot `place` of its caches [R, H, L, E].
+        """Apply the block to one sequence element x [R, 1, D], and write slot `place` of its caches [R, H, L, E].
 
-        Slots up to and including `place` are attended to. Equals `forward` on the whole prefix.
+        The element attends to the slots up to and including `place`. The result is that of `forward` on the whole
+        prefix.
         """
         q, k, v = self.attn.heads(self.norm1(x))
         keys[:, :, place] = k[:, :, 0]
@@ -87,7 +89,7 @@ class GIVTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Apply the MLP to x [..., D]; the GELU is tanh's, jax's default."""
+        """Apply the MLP to x [..., D]; its GELU is the tanh approximation, which is jax's default."""
         return self.fc2(self.dropout(F.gelu(self.fc1(x), approximate="tanh")))
 
 
@@ -95,22 +97,14 @@ class GIVT(ModelMixin, ConfigMixin):
     """Class-conditional generator of continuous latents.
 
     Args:
-        num_positions: L.
-        num_channels: C of the latents.
-        num_classes: number of class labels.
-        num_components: M Gaussians of a mixture.
-        width: of the transformer.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_width: hidden width of the MLPs.
-        dropout: in training.
-        null_class: have an embedding for "no class", which guidance and label dropout need.
-        fix_square_plus: standard deviations are (x + sqrt(x^2 + 4)) / 2, which is above 0. Without, as in the
-            official code's first models, x + sqrt(x^2 + 4) / 2, which is not.
-        scale_floor: least standard deviation, before temperature.
-
-    Raises:
-        ValueError: a width that the heads do not divide.
+        num_positions: L, a square number.
+        num_channels: C.
+        num_components: M.
+        width: D, a multiple of `num_heads`.
+        null_class: add an embedding for "no class", which guidance and label dropout need.
+        fix_square_plus: compute standard deviations as (x + sqrt(x^2 + 4)) / 2, which is positive. If false, as in the
+            first models of the official code, they are x + sqrt(x^2 + 4) / 2, which may be negative.
+        scale_floor: smallest standard deviation, before the temperature is applied.
     """
 
     @register_to_config
@@ -158,7 +152,7 @@ class GIVT(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.head.weight)
 
     def to_sequence(self, latents: Tensor) -> Tensor:
-        """Flatten latents [B, C, h, w] to [B, L, C], positions in raster order."""
+        """Flatten latents [B, C, h, w] to [B, L, C], with the positions in raster order."""
         return latents.flatten(2).transpose(1, 2)
 
     @property
@@ -169,29 +163,28 @@ class GIVT(ModelMixin, ConfigMixin):
         return side
 
     def to_latents(self, sequence: Tensor) -> Tensor:
-        """Return the square latents [B, C, h, h] of a sequence [B, L, C]."""
+        """Return a sequence [B, L, C] as square latents [B, C, h, h]."""
         return sequence.transpose(1, 2).unflatten(2, (self.latent_size, self.latent_size))
 
     def without_class(self, labels: Tensor) -> Tensor:
-        """Return the label of "no class", once for each of labels [B].
+        """Return labels [B] that all stand for "no class".
 
         Raises:
-            ValueError: a model without one.
+            UserError: the model has no embedding for "no class".
         """
         if self.class_emb.num_embeddings == self.num_classes:
-            raise UserError("This model has no embedding for 'no class': no guidance and no label dropout.")
+            raise UserError("This model has no embedding for 'no class', which guidance and label dropout need.")
         return torch.full_like(labels, self.num_classes)
 
     def forward(self, latents: Tensor, labels: Tensor, *, dropped: Tensor | None = None) -> Tensor:
-        """Return what parameterises every position's mixture, given the positions before it.
+        """Return the parameters [B, L, M + 2 M C] of every position's mixture, given the positions before it.
+
+        `mixture` turns them into a mixture.
 
         Args:
             latents: [B, L, C]; the last position has no effect.
-            labels: class labels [B].
-            dropped: [B] bool, where to use no class instead of the label.
-
-        Returns:
-            [B, L, M + 2 M C], for `mixture`.
+            labels: [B].
+            dropped: [B] bool, true for images whose label is ignored.
         """
         if dropped is not None:
             labels = torch.where(dropped, self.without_class(labels), labels)
@@ -202,12 +195,13 @@ class GIVT(ModelMixin, ConfigMixin):
         return self.head(self.norm(x))
 
     def mixture(self, logits: Tensor, *, temperature: float = 1.0, temp_probs: float = 1.0) -> Mixture:
-        """Return the mixtures that the model's output stands for.
+        """Return the mixtures that the model's output describes.
 
         Args:
-            logits: [..., M + 2 M C]: mixture logits, then (component, centre or scale, channel).
+            logits: [..., M + 2 M C]: M mixture logits, followed by centres and scales in the order (component, centre
+                or scale, channel).
             temperature: multiplies the standard deviations.
-            temp_probs: multiplies the mixture logits (and does not divide them).
+            temp_probs: multiplies the mixture logits (and does not divide them, as a temperature would).
         """
         m = self.num_components
         locs, raw = logits[..., m:].float().unflatten(-1, (m, 2, self.num_channels)).unbind(-2)
@@ -217,21 +211,18 @@ class GIVT(ModelMixin, ConfigMixin):
         return Mixture(log_weights, locs, scales.clamp(min=self.scale_floor) * temperature)
 
     def empty_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Return room for the keys and values of all positions, each [depth, R, H, L, E]."""
+        """Return uninitialised caches for the keys and values of all positions, each [depth, R, H, L, E]."""
         head_width = self.pos_emb.shape[-1] // self.num_heads
         shape = (len(self.blocks), num_rows, self.num_heads, self.num_positions, head_width)
         return self.pos_emb.new_empty(shape), self.pos_emb.new_empty(shape)
 
     def next_logits(self, x: Tensor, cache: tuple[Tensor, Tensor], position: int) -> Tensor:
-        """Return the output at one position, whose keys and values go into the cache.
+        """Return the output [R, M + 2 M C] of `forward` at one position, and write its keys and values to the cache.
 
         Args:
-            x: [R, D], the embedded label at position 0, the projected latent of the position before elsewhere.
-            cache: of `empty_cache`, filled for all positions before.
-            position: from 0.
-
-        Returns:
-            [R, M + 2 M C], as `forward` gives it there.
+            x: [R, D], the embedded label at position 0, and the projected latent of the previous position elsewhere.
+            cache: keys and values from `empty_cache`, which are filled for all previous positions.
+            position: in 0 .. L - 1.
         """
         x = x[:, None] + self.pos_emb[:, position, None]
         for block, keys, values in zip(self.blocks, *cache, strict=True):
@@ -241,20 +232,17 @@ class GIVT(ModelMixin, ConfigMixin):
 
 
 def givt_loss(model: GIVT, latents: Tensor, labels: Tensor, *, label_dropout: float = 0.1) -> Tensor:
-    """Negative log likelihood of a position, channels summed, mean over positions and images, in nats.
+    """Return the mean negative log-likelihood of a position, a scalar in nats (summed over the channels).
 
-    Which labels are dropped comes from torch's global generator. The published trainer asks for label dropout and
-    never passes it on (trainers/proj/givt/generative.py), so that its row for "no class" kept its random start;
-    here it is trained.
+    The dropped labels are drawn from torch's global generator. The published trainer has a setting for label dropout
+    but never passes it on (trainers/proj/givt/generative.py), so its embedding for "no class" kept its random initial
+    values. Here it is trained.
 
     Args:
-        model: in training mode, for dropout.
-        latents: [B, C, h, w], draws of the posterior.
+        model: the model in training mode, in which it uses dropout.
+        latents: [B, C, h, w], samples of the posterior.
         labels: [B].
-        label_dropout: share of labels replaced by "no class", for guidance.
-
-    Returns:
-        Scalar.
+        label_dropout: share of labels that are replaced by "no class", so that guidance works.
     """
     sequence = model.to_sequence(latents)
     dropped = torch.rand(len(labels), device=labels.device) < label_dropout if label_dropout > 0 else None

@@ -1,4 +1,4 @@
-"""The published GIVT: sizes and settings."""
+"""The preset of GIVT: its published model, with its sizes and settings."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ PRESETS: dict[str, Preset] = {
 
 
 def create_givt(name: str, **changes: Any) -> GIVT:
-    """Build a preset on the meta device, in evaluation mode.
+    """Build the model of a preset on the meta device, where it takes no memory, in evaluation mode.
 
     Args:
-        name: of the preset; the official names work too.
-        changes: keyword arguments of `GIVT` that replace the preset's.
+        name: our name of the preset, or the official one.
+        changes: keyword arguments of `GIVT` that replace those of the preset.
 
     Raises:
-        ValueError: an unknown name, or a model whose parameter count is not the preset's (without `changes`).
+        UserError: no preset has this name.
     """
     preset = next((p for p in PRESETS.values() if name in (p.name, p.official_name)), None)
     if preset is None:

@@ -1,4 +1,7 @@
-"""Sampling GIVT: one position after another, guided by rejection (DB-CFG)."""
+"""Sampling GIVT: one position after another, with guidance by rejection sampling (DB-CFG).
+
+Shape letters: B batch, C channels, M components of the mixture, K proposals, h height and width of the latents.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from tokenbridge.utils.errors import UserError
 
 @dataclass(frozen=True)
 class GivtSampling:
-    """Everything that decides which image a seed gives."""
+    """The sampling settings, which together with the seed and the label determine an image."""
 
-    temperature: float = 1.0  # multiplies the standard deviations, with and without the class
+    temperature: float = 1.0  # multiplies the standard deviations, both with the class and without it
     temp_probs: float = 1.0  # multiplies the mixture logits
-    guidance_weight: float = 0.0  # w of DB-CFG; 0 means no guidance
-    num_proposals: int = 1000  # per channel, before the conditional draw is taken
+    guidance_weight: float = 0.0  # w of DB-CFG; 0 turns guidance off
+    num_proposals: int = 1000  # proposals that are tried for a channel before the conditional draw is taken
 
     def __post_init__(self) -> None:
         for name in ("temperature", "temp_probs"):
@@ -41,24 +44,25 @@ class TokenNoise(Protocol):
     """The random numbers of one position in a batch of images."""
 
     def gumbels(self) -> Tensor:
-        """Return standard Gumbel numbers [B, M], which choose the component."""
+        """Return standard Gumbel numbers [B, M], with which the component is drawn."""
         ...
 
     def normals(self, component: Tensor) -> Tensor:
-        """Return standard normal numbers [B, C], for the conditional draw from components [B]."""
+        """Return standard normal numbers [B, C] for the conditional draw from the components [B]."""
         ...
 
     def proposals(self, rows: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """Return the next standard normal and uniform numbers, each [num, len(rows), C], of some of the images."""
+        """Return the next standard normal and uniform numbers of the images `rows`, each [num, len(rows), C]."""
         ...
 
 
 class StreamNoise:
-    """Numbers from a stream for each (seed, image index, position), drawn as they are needed, on the CPU.
+    """Random numbers from one stream for each (seed, image index, position), drawn on the CPU when they are needed.
 
-    A stream gives M Gumbel numbers, C normal ones (the conditional draw), and then, with guidance, the proposals
-    in rounds of 32, 32, 64, 128, ...: in each the normal, then the uniform numbers [round, C]. Rounds that no channel
-    of the image needs are never drawn; 1,000 proposals for every token would cost more than the transformer.
+    A stream gives M Gumbel numbers, then C normal numbers for the conditional draw, and then, with guidance, the
+    proposals in rounds of 32, 32, 64, 128, ... Each round draws its normal numbers [round, C] and then its uniform
+    numbers [round, C]. A round is drawn only if some channel of the image needs it, because 1,000 proposals for every
+    token would cost more than the transformer.
     """
 
     def __init__(self, seed: int, image_indices: Sequence[int], position: int, model: GIVT) -> None:
@@ -67,15 +71,15 @@ class StreamNoise:
         self.streams = [np.random.default_rng((seed, index, position)) for index in image_indices]
 
     def gumbels(self) -> Tensor:
-        """Return [B, M]."""
+        """Return Gumbel numbers [B, M]."""
         return self._tensor([stream.gumbel(size=self.sizes[0]) for stream in self.streams])
 
     def normals(self, component: Tensor) -> Tensor:
-        """Return [B, C]; the official code draws them for every component and keeps one component's."""
+        """Return normal numbers [B, C]; the official code draws them for every component and uses those of one."""
         return self._tensor([stream.standard_normal(self.sizes[1]) for stream in self.streams])
 
     def proposals(self, rows: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """Return the next [num, len(rows), C] of these images, twice."""
+        """Return the next normal and uniform numbers of the images `rows`, each [num, len(rows), C]."""
         shape = (num, self.sizes[1])
         normals, uniforms = [], []
         for stream in (self.streams[row] for row in rows.tolist()):
@@ -89,21 +93,22 @@ class StreamNoise:
 
 @dataclass(frozen=True)
 class Draw:
-    """One token of each image, and how it came about."""
+    """One token of each image, and how it was drawn."""
 
     values: Tensor  # [B, C]
-    bound: Tensor | None = None  # [B, C] of the rejection sampling; None without guidance
-    first_accepted: Tensor | None = None  # [B, C] int64, which proposal it was; -1 where none, and the draw conditional
+    bound: Tensor | None = None  # [B, C], the constant of the rejection sampling; None without guidance
+    # [B, C] int64, the index of the accepted proposal; -1 where none was accepted and the conditional draw was taken.
+    first_accepted: Tensor | None = None
 
 
-FIRST_ROUND = 32  # proposals: nearly all tokens need fewer
+FIRST_ROUND = 32  # number of proposals in the first round; nearly all tokens need fewer
 
 
 def draw_token(conditional: Mixture, unconditional: Mixture | None, config: GivtSampling, noise: TokenNoise) -> Draw:
-    """Draw a token of each image from its mixture, [B]; guided if there is an unconditional one.
+    """Draw a token of each image from its mixture [B], with guidance if there is an unconditional mixture.
 
-    The component is drawn from the conditional mixture; the unconditional one's of the same index stands against
-    it, whatever its weight.
+    The component is drawn from the conditional mixture. Guidance pairs it with the component of the same index in the
+    unconditional mixture, whatever the weight of that component is.
     """
     component = (conditional.log_weights + noise.gumbels()).argmax(-1)
     plain = conditional.component(component)
@@ -115,21 +120,22 @@ def draw_token(conditional: Mixture, unconditional: Mixture | None, config: Givt
 
 
 def draw_guided(density: GuidedDensity, fallback: Tensor, noise: TokenNoise, num_proposals: int) -> Draw:
-    """Draw from a guided density [B, C] by rejection; every channel takes the first proposal it accepts.
+    """Draw from a guided density [B, C] by rejection sampling; every channel takes the first proposal it accepts.
 
-    Proposals are tried in rounds, each as long as all before, and only for images with an undecided channel: one
-    look at the device a round. Which images are in a round has no effect on the others.
+    Proposals are tried in rounds, and only for images with an undecided channel. Each round after the first is as long
+    as all rounds before it, and waits for the device once. Which images take part in a round does not affect the
+    others.
 
     Args:
-        density: of the chosen components.
-        fallback: [B, C], taken where no proposal is accepted: the conditional draw. (The official code makes
-            it from the same random key as the proposals; here it has numbers of its own.)
-        noise: gives the proposals.
-        num_proposals: to try before giving up.
+        density: the guided density of the chosen components.
+        fallback: [B, C], the conditional draw, which is taken where no proposal is accepted. The official code draws it
+            with the same random key as the proposals; here it has random numbers of its own.
+        noise: the source of the proposals.
+        num_proposals: number of proposals that are tried before the fallback is taken.
     """
     bound = density.bound()
     values, first = fallback.clone(), torch.full_like(fallback, -1, dtype=torch.int64)
-    hopeless = ~bound.isfinite()  # nothing is below an infinite or undefined height
+    hopeless = ~bound.isfinite()  # no density lies above an infinite or undefined height, so nothing is accepted
     rows = (~hopeless).any(-1).nonzero().flatten()
     tried = 0
     while tried < num_proposals and len(rows):
@@ -139,7 +145,7 @@ def draw_guided(density: GuidedDensity, fallback: Tensor, noise: TokenNoise, num
         x = part.proposal.at(normals)
         heights = uniforms * (bound[rows] * part.proposal.log_prob(x).exp())
         accepted = heights < part.log_prob(x).exp()  # [K, rows, C]
-        place = accepted.to(torch.int8).argmax(0, keepdim=True)  # the first of them
+        place = accepted.to(torch.int8).argmax(0, keepdim=True)  # index of the first accepted proposal
         new = accepted.any(0) & (first[rows] < 0)
         values[rows] = torch.where(new, x.gather(0, place)[0], values[rows])
         first[rows] = torch.where(new, place[0] + tried, first[rows])
@@ -152,7 +158,7 @@ def draw_guided(density: GuidedDensity, fallback: Tensor, noise: TokenNoise, num
 def generate_draws(
     model: GIVT, labels: Tensor, config: GivtSampling, noise: Callable[[int], TokenNoise]
 ) -> Iterator[Draw]:
-    """Generate the tokens of a batch of images, one position after another; see `generate_latents`."""
+    """Generate the tokens of a batch of images and yield those of every position; see `generate_latents`."""
     labels = labels.to(model.device)
     guided = config.guidance_weight > 0
     if guided:
@@ -171,28 +177,24 @@ def generate_draws(
 
 
 def generate_latents(model: GIVT, labels: Tensor, config: GivtSampling, noise: Callable[[int], TokenNoise]) -> Tensor:
-    """Generate the latents of a batch of images.
+    """Generate the latents of a batch of images, float32 [B, C, h, h].
 
     Args:
-        model: in evaluation mode.
-        labels: [B] class labels.
-        config: how to sample.
-        noise: gives the random numbers of a position, from 0.
-
-    Returns:
-        [B, C, h, h] float32.
+        model: the model in evaluation mode.
+        labels: [B].
+        noise: a function from a position, in 0 .. L - 1, to its random numbers.
 
     Raises:
-        ValueError: labels out of range; guidance of a model that has no embedding for "no class".
+        UserError: a label is out of range, or guidance is used with a model that has no embedding for "no class".
     """
     check_labels(labels, len(labels), model.num_classes)
     return model.to_latents(torch.stack([d.values for d in generate_draws(model, labels, config, noise)], dim=1))
 
 
 def generate(model: GIVT, labels: Tensor, settings: GivtSampling, noise: Noise) -> Tensor:
-    """Generate latents [B, C, h, h] of a batch of images from `noise`; otherwise as `generate_latents`.
+    """Draw the random numbers of a batch of images as `noise` says, and return its latents [B, C, h, h].
 
-    The official code draws with JAX, whose numbers torch cannot make: only streams of images will do.
+    `noise` must be `PerImage`, because the official code draws with JAX, whose random numbers torch cannot reproduce.
     """
     assert isinstance(noise, PerImage), "GIVT has no official noise here"
     return generate_latents(

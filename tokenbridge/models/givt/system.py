@@ -1,4 +1,4 @@
-"""GIVT as a system."""
+"""The entry of GIVT in the registry of systems."""
 
 from __future__ import annotations
 
