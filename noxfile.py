@@ -112,43 +112,43 @@ def train_tiny(session: nox.Session) -> None:
 @nox.session(name="reproduce_L")
 def reproduce_l(session: nox.Session) -> None:
     """TokenBridge-L's row of table 3: needs the published weights; `-- --plan`, `-- --stand-in`."""
-    run(session, "tokenbridge", "reproduce-table3", "tokenbridge-l", *session.posargs)
+    run(session, "tokenbridge", "reproduce", "tokenbridge-l", *session.posargs)
 
 
 @nox.session(name="reproduce_H")
 def reproduce_h(session: nox.Session) -> None:
     """TokenBridge-H's row of table 3; as reproduce_L."""
-    run(session, "tokenbridge", "reproduce-table3", "tokenbridge-h", *session.posargs)
+    run(session, "tokenbridge", "reproduce", "tokenbridge-h", *session.posargs)
 
 
 @nox.session
 def reproduce_mar(session: nox.Session) -> None:
     """MAR's row of table 3: `-- --size l` (the default), b or h; otherwise as reproduce_L."""
-    run(session, "tokenbridge", "reproduce-table3", "mar", *session.posargs)
+    run(session, "tokenbridge", "reproduce", "mar", *session.posargs)
 
 
 @nox.session
 def reproduce_llamagen(session: nox.Session) -> None:
     """LlamaGen's row of table 3: `-- --size 3b` (the default), b-256, b-384, l, xl, xxl; otherwise as reproduce_L."""
-    run(session, "tokenbridge", "reproduce-table3", "llamagen", *session.posargs)
+    run(session, "tokenbridge", "reproduce", "llamagen", *session.posargs)
 
 
 @nox.session
 def reproduce_givt(session: nox.Session) -> None:
     """GIVT's row of table 3; as reproduce_L."""
-    run(session, "tokenbridge", "reproduce-table3", "givt", *session.posargs)
+    run(session, "tokenbridge", "reproduce", "givt", *session.posargs)
 
 
 @nox.session
 def reproduce_tables(session: nox.Session) -> None:
     """Table 1 and all rows of table 3 whose files are here; the others are listed as not run."""
-    run(session, "tokenbridge", "reproduce-tables", *session.posargs)
+    run(session, "tokenbridge", "reproduce", "all", *session.posargs)
 
 
 @nox.session
 def reproduce_table1(session: nox.Session) -> None:
     """Table 1 at the paper's scale: needs ImageNet, the published VAE, Inception's weights and statistics."""
-    run(session, "tokenbridge", "reproduce-table1", *session.posargs)
+    run(session, "tokenbridge", "reproduce", "table1", *session.posargs)
 
 
 @nox.session

@@ -14,9 +14,8 @@ from .models.tokenbridge.sampling import TokenBridgeSampling as TokenBridgeSampl
 from .models.tokenbridge.sampling import generate_tokens as generate_tokens
 from .regression.gate import run_gate as run_gate
 from .reproduction.discrepancies.run import measure_discrepancies as measure_discrepancies
-from .reproduction.small_scale import reproduce as reproduce
-from .reproduction.table1 import reproduce_table1 as reproduce_table1
-from .reproduction.table3 import reproduce_table3 as reproduce_table3
+from .reproduction.small_scale import reproduce_scale as reproduce_scale
+from .reproduction.targets import reproduce as reproduce
 from .results.ledger import read_ledger as read_ledger
 from .sampling.convert import convert as convert
 from .sampling.pipeline import TokenBridgePipeline as TokenBridgePipeline

@@ -23,7 +23,7 @@ from tokenbridge.configs.schema import Scale, TrainingConfig
 from tokenbridge.configs.tiny import TINY
 from tokenbridge.data.images import load_images
 from tokenbridge.models.masked_sampling import MaskedSampling
-from tokenbridge.reproduction.small_scale import reproduce
+from tokenbridge.reproduction.small_scale import reproduce_scale
 from tokenbridge.results.compare import compare, verdicts
 from tokenbridge.results.schema import Results, digest_of, read
 from tokenbridge.training import train as experiment
@@ -112,7 +112,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         logs = {
             name: train_recipe(MINI, name, weights="runs/weights", runs="runs", show_progress=False) for name in TRAINED
         }
-        measured, _ = reproduce(MINI, weights="runs/weights", out="first", reference=None, num_images=20)
+        measured, _ = reproduce_scale(MINI, weights="runs/weights", out="first", reference=None, num_images=20)
         yield World(root, logs, measured)
 
 
@@ -299,7 +299,7 @@ def untimed(results: Results) -> dict[str, dict[str, float]]:
 def test_reproducing_again_gives_the_same_numbers(world: World, tmp_path: Path) -> None:
     """On one machine with one thread all numbers but times come out the same to the last bit."""
     torch.manual_seed(4321)
-    again, stored = reproduce(MINI, weights=world.weights, out=tmp_path, reference=world.reference, num_images=20)
+    again, stored = reproduce_scale(MINI, weights=world.weights, out=tmp_path, reference=world.reference, num_images=20)
     assert stored == world.results
     assert untimed(again) == untimed(world.results)
     assert again.provenance.data_sha256 == world.results.provenance.data_sha256
@@ -313,7 +313,7 @@ def test_reproducing_again_gives_the_same_numbers(world: World, tmp_path: Path) 
 
 
 def test_other_seed_is_not_reproduced(world: World, tmp_path: Path) -> None:
-    again, _ = reproduce(MINI, weights=world.weights, out=tmp_path, reference=None, num_images=20, seed=1)
+    again, _ = reproduce_scale(MINI, weights=world.weights, out=tmp_path, reference=None, num_images=20, seed=1)
     ours, first = untimed(again), untimed(world.results)
     systems = {f"table3/{name.removesuffix('-64')}" for name in GENERATORS}
     samples = [id_ for id_ in ours if id_ in {"table2a/autoregressive", *systems}]
@@ -333,13 +333,13 @@ def test_missing_model_is_an_error_that_names_its_file(world: World, tmp_path: P
     shutil.copytree(world.weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / missing)
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "weights" / missing / WEIGHTS_FILE))):
-        reproduce(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10)
+        reproduce_scale(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10)
 
 
 def test_main_system_missing_is_not_run_like_the_others(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / "tokenbridge-64")
-    found, _ = reproduce(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10)
+    found, _ = reproduce_scale(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10)
     assert {row.id for row in found.rows if row.not_run} >= {"table3/tokenbridge", "table5/cached"}
 
 

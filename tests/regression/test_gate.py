@@ -31,7 +31,7 @@ from tokenbridge.models.noise import ImageNoise
 from tokenbridge.regression import gate, ratios, references
 from tokenbridge.regression.gate import Check, Part
 from tokenbridge.regression.ratios import Ratio, Ratios
-from tokenbridge.reproduction.small_scale import reproduce
+from tokenbridge.reproduction.small_scale import reproduce_scale
 from tokenbridge.reproduction.timing import prediction_time_rows
 from tokenbridge.reproduction.trends import trends
 from tokenbridge.results import schema as results
@@ -95,7 +95,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scale]:
         (folder / "goldens" / "SHA256SUMS").write_text("".join(x for x in sums if Path(x.split()[1]).stem in GOLDENS))
         for name in MODELS:
             shutil.copytree(SHIPPED / "tiny" / "weights" / name, folder / "tiny" / "weights" / name)
-        reproduce(scale, weights=folder / "tiny" / "weights", out=folder / "tiny", reference=None, num_images=20)
+        reproduce_scale(scale, weights=folder / "tiny" / "weights", out=folder / "tiny", reference=None, num_images=20)
         (folder / "paper").mkdir()
         (folder / "paper" / "claims.yaml").write_text(yaml.safe_dump({"claims": CLAIMS}))
         patch.setitem(recipes.SCALES, "tiny", scale)
@@ -304,7 +304,7 @@ def test_the_audit_judges_what_was_measured_now(
         results.write(out / "results.json", done)
         return done, None
 
-    monkeypatch.setattr(gate, "reproduce", measured)
+    monkeypatch.setattr(gate, "reproduce_scale", measured)
     parts = gate.run_gate(scale, stored, tmp_path / "out", parts=["tiny", "audit"])
     assert "trend/ptq-beats-vq" in bad(list(parts[1].checks))
     quick = gate.run_gate(scale, stored, tmp_path / "quick", parts=["audit"], quick=True)
@@ -521,7 +521,7 @@ def test_update_replaces_and_records(
         edit(out / "tokens.json", lambda file: file["tokenbridge-64"].__setitem__(0, file["tokenbridge-64"][1]))
         return measured, None
 
-    monkeypatch.setattr(references, "reproduce", changed)
+    monkeypatch.setattr(references, "reproduce_scale", changed)
     files = contents(stored)
     references.update(scale, stored, tmp_path / "out", why="a better autoencoder", source=source)
     after = contents(stored)

@@ -31,6 +31,7 @@ from tokenbridge.data.images import load_images, pixels_of, pixels_to_images
 from tokenbridge.evaluation.inception import InceptionWeights, find_inception, load_inception
 from tokenbridge.evaluation.metrics import ImageDataset
 from tokenbridge.reproduction import table1
+from tokenbridge.reproduction.options import PHOTOGRAPHS, Options
 from tokenbridge.reproduction.table1 import RECIPES, choose_images, judge, read_statistics, sample_latents
 from tokenbridge.results.schema import STAND_IN, Results, read
 from tokenbridge.results.tolerances import METRICS
@@ -38,6 +39,7 @@ from tokenbridge.tokenizers import kl16
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import create_kl16
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import MissingArtifactsError
 from tokenbridge.weights.rule import RULE
@@ -90,7 +92,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     statistics = root / artifacts.ARTIFACTS["adm-statistics"].file
     declared = replace(artifacts.ARTIFACTS["adm-statistics"], git_sha1=artifacts.git_sha1_of(statistics))
     monkeypatch.setitem(artifacts.ARTIFACTS, "adm-statistics", declared)
-    monkeypatch.setattr(table1, "NUM_CLASSES", len(table1.PHOTOGRAPHS))
+    monkeypatch.setattr(table1, "NUM_CLASSES", len(PHOTOGRAPHS))
     return root
 
 
@@ -332,9 +334,8 @@ def test_run_on_stand_in_files(
     folder: Path, fewer_rows: tuple[table1.Recipe, ...], tmp_path: Path, inception: InceptionWeights
 ) -> None:
     out = tmp_path / "out"
-    results, judged = table1.reproduce_table1(
-        out=out, num_images=3, batch_size=2, folder=folder, other_inception=inception.path
-    )
+    chosen = Options(num_images=3, batch_size=2, folder=folder, other_inception=inception.path)
+    results, judged = table1.reproduce_table1(chosen, out=out)
     assert [row.id for row in results.rows] == [recipe.id for recipe in fewer_rows]
     by_id = {row.id: row.metrics for row in results.rows}
     assert by_id["table1a/vae"] == by_id["table1b/vae"]
@@ -373,11 +374,11 @@ def test_only_the_published_inception_weights_give_rfid_50k(
     file = folder / declared.file
     file.write_bytes(inception.path.read_bytes())
     with pytest.raises(ValueError, match="not the published inception"):
-        table1.reproduce_table1(out=tmp_path / "out", num_images=3, folder=folder)
+        table1.reproduce_table1(Options(num_images=3, folder=folder), out=tmp_path / "out")
     known = replace(declared, size=file.stat().st_size, sha256=inception.sha256)
     monkeypatch.setitem(artifacts.ARTIFACTS, "inception", known)
     monkeypatch.setattr(table1, "NUM_IMAGES", 3)  # as if these were the paper's images
-    results, judged = table1.reproduce_table1(out=tmp_path / "out", num_images=3, folder=folder)
+    results, judged = table1.reproduce_table1(Options(num_images=3, folder=folder), out=tmp_path / "out")
     assert set(results.rows[0].metrics) == {"images", "rFID-50K", "IS-50K"}
     assert {verdict for verdict, _ in judged.values()} == {"not reproduced"}
 
@@ -385,7 +386,7 @@ def test_only_the_published_inception_weights_give_rfid_50k(
 def test_missing_files_are_found_first(tmp_path: Path) -> None:
     start = time.perf_counter()
     with pytest.raises(MissingArtifactsError) as error:
-        table1.reproduce_table1(out=tmp_path / "out")
+        table1.reproduce_table1(Options(), out=tmp_path / "out")
     assert time.perf_counter() - start < 5
     assert [missing.artifact.key for missing in error.value.missing] == list(table1.FILES)
     assert not (tmp_path / "out").exists()
@@ -393,11 +394,11 @@ def test_missing_files_are_found_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_images", [-1, 0, 1])
 def test_too_few_images(num_images: int, tmp_path: Path) -> None:
-    for run in (table1.reproduce_table1, table1.stand_in):
-        with pytest.raises(ValueError, match=f"at least 2 images, not {num_images}"):
-            run(out=tmp_path, num_images=num_images)
-    with pytest.raises(ValueError, match=f"at least 2 images, not {num_images}"):
-        table1.plan(num_images=num_images)
+    for stand_in in (False, True):
+        with pytest.raises(UserError, match=f"at least 2 images, not {num_images}"):
+            table1.reproduce_table1(Options(num_images=num_images, stand_in=stand_in), out=tmp_path)
+    with pytest.raises(UserError, match=f"at least 2 images, not {num_images}"):
+        table1.plan(Options(num_images=num_images))
 
 
 # The commands
@@ -421,21 +422,21 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_command_without_files(command: Any) -> None:
-    code, out, err = command("reproduce-table1")
+    code, out, err = command("reproduce", "table1")
     assert (code, out) == (2, "")
     assert "4 files are missing" in err
     assert "Traceback" not in err
 
 
 def test_command_plans(command: Any, folder: Path) -> None:
-    code, out, _ = command("reproduce-table1", "--plan", "--json", "--folder", folder, "--num-images", 100)
+    code, out, _ = command("reproduce", "table1", "--plan", "--json", "--folder", folder, "--num-images", 100)
     planned = json.loads(out)
     assert code == 0
     assert planned["missing"] == ["inception"]
     assert (planned["encodings"], planned["decodings"]) == (100, 800)
     total = 100 * planned["TFLOP per encoding"] + 800 * planned["TFLOP per decoding"]
     assert planned["TFLOP of the VAE"] == pytest.approx(total)
-    code, out, _ = command("reproduce-table1", "--plan")
+    code, out, _ = command("reproduce", "table1", "--plan")
     assert code == 0
     assert out.count("MISSING") == 4
     assert not (folder / artifacts.LOCK_FILE).exists()
@@ -443,7 +444,7 @@ def test_command_plans(command: Any, folder: Path) -> None:
 
 @pytest.mark.usefixtures("fewer_rows")
 def test_stand_in_is_marked_as_no_result(command: Any, tmp_path: Path) -> None:
-    code, out, _ = command("reproduce-table1", "--stand-in", "--num-images", 2, "--out", tmp_path / "out")
+    code, out, _ = command("reproduce", "table1", "--stand-in", "--num-images", 2, "--out", tmp_path / "out")
     assert code == 0
     assert out.startswith("# Table 1: stand-in: no result")
     assert "a stand-in's numbers mean nothing" in out

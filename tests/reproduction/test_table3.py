@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,17 @@ import huggingface_hub
 import numpy as np
 import pytest
 import skimage.data
+from conftest import Run, error_of
 from official_files import SMALL_VAE, declare_small_models, write_checkpoint, write_kl16, write_quick_inception
 from published import publish
 
-from tokenbridge.cli import main as cli
 from tokenbridge.evaluation import evaluate as evaluation
 from tokenbridge.models import registry
 from tokenbridge.models.tokenbridge.presets import PRESETS
+from tokenbridge.reproduction import options as reproduction_options
 from tokenbridge.reproduction import table3
-from tokenbridge.reproduction.table3 import Options, judge, published_row, reproduce_table3
+from tokenbridge.reproduction.options import Options
+from tokenbridge.reproduction.table3 import judge, published_row, reproduce_table3
 from tokenbridge.results.compare import compare_published
 from tokenbridge.results.ledger import published_metrics
 from tokenbridge.results.schema import STAND_IN, Results, Row, read
@@ -99,7 +100,7 @@ def test_every_missing_file_is_named_before_anything_is_loaded(monkeypatch: pyte
     assert [missing.artifact.key for missing in caught.value.missing] == named
     assert not Path("out").exists()
     with pytest.raises(MissingArtifactsError) as caught:
-        reproduce_table3("tokenbridge-h", Options(with_precision_recall=False), out="out")
+        reproduce_table3("tokenbridge-h", Options(precision_recall=False), out="out")
     assert [missing.artifact.key for missing in caught.value.missing] == ["tokenbridge-h", *named[1:4]]
 
 
@@ -111,7 +112,7 @@ def test_a_plan_counts_and_lists_what_is_missing() -> None:
 
 
 def test_the_whole_of_it_on_small_files(preset: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = reproduce_table3(preset, options(), out="out", folder=folder, show_progress=False)
+    done = reproduce_table3(preset, options(folder=folder), out="out", show_progress=False)
     assert done is not None
     results, judged = done
     (row,) = results.rows
@@ -134,7 +135,7 @@ def test_the_whole_of_it_on_small_files(preset: str, folder: Path, monkeypatch: 
     # What was measured, published: then it is reproduced. One number off: then not.
     measured = {f"{name}-50K": row.metrics[f"{name}-50K"] for name in table3.SCORES}
     publish(monkeypatch, row.id, measured)
-    again = reproduce_table3(preset, options(), out="out", folder=folder, show_progress=False)
+    again = reproduce_table3(preset, options(folder=folder), out="out", show_progress=False)
     assert again is not None
     assert again[1][row.id][0] == "reproduced"
     assert again[0].provenance.settings["run"]["num_made"] == 0  # resumed: nothing was sampled twice
@@ -145,9 +146,9 @@ def test_the_whole_of_it_on_small_files(preset: str, folder: Path, monkeypatch: 
 def test_other_numbers_of_images_and_stand_ins_are_not_compared(
     preset: str, folder: Path, inception: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fewer = options(num_images=4, with_precision_recall=False, num_bootstrap=0)
+    fewer = options(num_images=4, precision_recall=False, num_bootstrap=0, folder=folder)
     (folder / ARTIFACTS["adm-reference"].file).unlink()
-    done = reproduce_table3(preset, fewer, out="few", folder=folder, show_progress=False)
+    done = reproduce_table3(preset, fewer, out="few", show_progress=False)
     assert done is not None
     results, judged = done
     assert list(judged.values()) == [("not compared", f"the paper's numbers are of {NUM_IMAGES:,} images")]
@@ -155,10 +156,11 @@ def test_other_numbers_of_images_and_stand_ins_are_not_compared(
     assert any("precision" in reason for reason in results.provenance.settings["not run"])
 
     monkeypatch.setattr(table3, "write_random_inception", lambda path: path.symlink_to(inception))
-    monkeypatch.setattr(table3, "PHOTOGRAPHS", ("astronaut", "coffee"))
+    for module in (table3, reproduction_options):
+        monkeypatch.setattr(module, "PHOTOGRAPHS", ("astronaut", "coffee"))
     monkeypatch.setitem(ARTIFACTS, "inception", replace(ARTIFACTS["inception"], sha256="0" * 64))
     Path("stand-in/stand-in").mkdir(parents=True)
-    done = table3.stand_in(preset, options(), out="stand-in", show_progress=False)
+    done = reproduce_table3(preset, options(stand_in=True, num_images=None), out="stand-in", show_progress=False)
     assert done is not None
     results, judged = done
     assert results.scale == STAND_IN
@@ -184,34 +186,60 @@ def test_a_column_that_was_not_measured_is_said_to_be(preset: str) -> None:
     )
 
 
+# The command
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tokenbridge-x"], "Unknown preset"),
         (["tokenbridge-l", "--num-images", "1"], "at least 2"),
         (["tokenbridge-l", "--variant", "mine", "--plan"], "no sampling settings 'mine'"),
-        (["tokenbridge-l", "--weights", "nowhere"], "nowhere"),
+        (["tokenbridge-b"], "tokenbridge-b cannot be reproduced: no weights and no sampling settings were published"),
+        (["tokenbridge-tiny"], "tokenbridge-tiny cannot be reproduced: it is this project's own"),
+        (["mar", "--size", "xxl"], "mar of size 'xxl' cannot be reproduced: there is no such size"),
+        (["mar-l", "--size", "l"], "--size goes with a system"),
     ],
 )
-def test_bad_input(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["tokenbridge", "reproduce-table3", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+def test_bad_input(run_command: Run, arguments: list[str], message: str) -> None:
+    assert message in error_of(run_command("reproduce", *arguments))
+    assert not Path("runs").exists()
 
 
-def test_the_command(
-    preset: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["tokenbridge", "reproduce-table3", preset, "--weights", str(folder), "--num-bootstrap", "0", "--json"]
-    monkeypatch.setattr(sys, "argv", [*command, "--num-images", str(NUM_IMAGES)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    assert caught.value.code == 1  # not reproduced
-    printed = json.loads(capsys.readouterr().out)
+def test_a_file_that_was_named_and_is_not_there(run_command: Run) -> None:
+    code, out, err = run_command("reproduce", "tokenbridge-l", "--weights", "nowhere")
+    assert (code, out) == (2, "")
+    assert "Error: 5 files are missing." in err
+    assert "--weights names nowhere, where it is not." in err
+    assert err.count("name it with --reference-batch") == 1
+
+
+def test_the_command(run_command: Run, preset: str, folder: Path) -> None:
+    arguments = [preset, "--weights", folder, "--num-bootstrap", "0", "--num-images", str(NUM_IMAGES)]
+    code, out, _ = run_command("reproduce", *arguments, "--json")
+    assert code == 1  # not reproduced
+    printed = json.loads(out)
     assert printed["verdicts"][0]["verdict"] == "not reproduced"
     printed.pop("verdicts")
-    assert Results.model_validate(printed)
+    assert Results.model_validate(printed) == read(f"runs/{preset}/results.json")
+    code, out, _ = run_command("reproduce", *arguments)
+    assert code == 1
+    assert out == Path(f"runs/{preset}/tables.md").read_text()
+
+
+def test_several_run_what_has_its_files(
+    run_command: Run, preset: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row is measured; table 1 lacks ImageNet, and nothing was published of the B size."""
+    monkeypatch.setattr(table3, "NUM_BOOTSTRAP", 0)
+    arguments = [preset, "table1", "tokenbridge-b", "--folder", folder, "--num-images", str(NUM_IMAGES)]
+    code, out, err = run_command("reproduce", *arguments, "--no-precision-recall", "--json")
+    found = {entry["id"]: entry for entry in json.loads(out)}
+    assert list(found) == [f"table3/{preset}", "table1", "table3/tokenbridge-b"]
+    assert found["table1"]["verdict"] == found["table3/tokenbridge-b"]["verdict"] == "not run"
+    assert found["table1"]["why"].startswith("missing: imagenet (`tokenbridge artifacts`")
+    assert "no weights" in found["table3/tokenbridge-b"]["why"]
+    assert found[f"table3/{preset}"]["verdict"] == "not reproduced"
+    assert code == 1
+    assert f"Running {preset}" in err
+    assert read(f"runs/tables/{preset}/results.json").rows[0].metrics == found[f"table3/{preset}"]["metrics"]
+    assert found[f"table3/{preset}"]["published"] == published_metrics(f"table3/{preset}")

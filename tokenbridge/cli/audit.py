@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from tokenbridge.cli.options import Json, app, find_scale
+from tokenbridge.cli.options import Json, app
 from tokenbridge.utils import files
 from tokenbridge.utils.console import print_line, print_table
 from tokenbridge.utils.errors import UserError
@@ -26,6 +26,7 @@ def gate(
     out: Annotated[Path, typer.Option(help="Folder for what is made, and for junit.xml.")] = Path("runs/gate"),
 ) -> None:
     """Compare this code with all stored references; exit code 1 if anything changed, 2 if a part could not be run."""
+    from tokenbridge.configs.scales import find_scale
     from tokenbridge.regression import gate as g
 
     chosen = parts or g.PARTS
@@ -46,6 +47,7 @@ def update_references(
     out: Annotated[Path, typer.Option(help="Folder for what is measured.")] = Path("runs/references"),
 ) -> None:
     """Measure the references anew and show what differs; with --write and --why, replace them and record it."""
+    from tokenbridge.configs.scales import find_scale
     from tokenbridge.regression import references as r
 
     folder = references or files.reference_folder()

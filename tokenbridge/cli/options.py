@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
-
-from tokenbridge.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from tokenbridge.configs.schema import Scale
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,17 +17,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead
 Data = Annotated[
     str | None, typer.Option(help="Images to use instead of the scale's: a folder, Parquet, or a hub name.")
 ]
+# The choices of the package's own types, spelled out: those load torch, and --help should not take seconds.
+DtypeName = Literal["fp32", "bf16", "fp16"]
+Randomness = Literal["per-image", "official"]
+Labels = Literal["balanced", "random"]
 ScaleName = Annotated[str, typer.Argument(help="Which scale: tiny (digits) or small (CIFAR-10).")]
-
-
-def find_scale(name: str, data: str | None = None) -> Scale:
-    """Return the scale called `name`, with its images from `data` if that is given.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from tokenbridge.configs.scales import SCALES
-
-    if name not in SCALES:
-        raise UserError(f"Unknown scale {name!r}; there are {', '.join(SCALES)}.")
-    return SCALES[name] if data is None else replace(SCALES[name], data=data)

@@ -1,62 +1,196 @@
-"""`tokenbridge reproduce` and its kin."""
+"""`tokenbridge reproduce` and `discrepancies`."""
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from tokenbridge.cli.options import Data, Json, ScaleName, app, find_scale
-from tokenbridge.utils import files
-from tokenbridge.utils.console import colored, print_line, print_table
+from tokenbridge.cli.options import Data, DtypeName, Json, Labels, Randomness, ScaleName, app
+from tokenbridge.utils.console import colored, log, print_line, print_table
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tokenbridge.reproduction.targets import Outcome, Planned
+
+
+# Options under headings of --help.
+file_option = functools.partial(typer.Option, rich_help_panel="Published files")
+row_option = functools.partial(typer.Option, rich_help_panel="A row of table 3")
+
 
 @app.command()
 def reproduce(
-    scale: ScaleName = "tiny",
-    weights: Annotated[Path | None, typer.Option(help="Folder of models; the shipped ones by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where tables and pictures go; runs/SCALE by default.")] = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="Results to compare with; the shipped ones by default.")
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="tiny (the default) or small; table1; a preset (tokenbridge-l) or a system (mar); several; or all.",
+            show_default=False,
+            metavar="TARGET",
+        ),
     ] = None,
-    num_images: Annotated[int, typer.Option(help="Samples of each system.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what a run takes and what is missing; run nothing.")
+    ] = False,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Prove the path at full size with drawn weights, few images: no result.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what is made; runs/TARGET, or runs/tables of several, by default.")
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option(help="2,000 at a scale; else 50,000, which alone are compared with the paper.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time in each process.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a scale, its folder of models; of a model, its file, or a folder with it and perhaps the others."
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Of a scale, the results to compare with; else adm_in256_stats.npz, for FID."),
+    ] = None,
     data: Data = None,
+    folder: Annotated[
+        Path | None,
+        file_option(help="Folder of the published files; $TOKENBRIDGE_ARTIFACTS by default."),
+    ] = None,
+    imagenet: Annotated[
+        Path | None,
+        file_option(help="ImageNet for table 1: a folder with train/, or Parquet files."),
+    ] = None,
+    vae: Annotated[Path | None, file_option(help="The tokenizer's file: kl16.ckpt, vq_ds16_c2i.pt ...")] = None,
+    inception: Annotated[
+        Path | None,
+        file_option("--inception", "--inception-weights", help="torch-fidelity's Inception weights."),
+    ] = None,
+    other_inception: Annotated[
+        Path | None,
+        file_option(help="Other Inception weights, for table 1; scores are labelled and not compared."),
+    ] = None,
+    reference_batch: Annotated[
+        Path | None,
+        file_option(help="VIRTUAL_imagenet256_labeled.npz: for precision and recall."),
+    ] = None,
+    precision_recall: Annotated[
+        bool, row_option(help="Measure precision and recall, which need ADM's reference batch.")
+    ] = True,
+    size: Annotated[
+        str | None,
+        row_option(help="Of a system: b, l, h, 3b ...; its best that was published by default."),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        row_option(
+            help="Sampling settings of a preset: official (default); some have paper or unguided too.",
+        ),
+    ] = None,
+    randomness: Annotated[
+        Randomness | None,
+        row_option(help="per-image (default), or the official code's global streams."),
+    ] = None,
+    labels: Annotated[Labels | None, row_option(help="As in the published evaluation by default.")] = None,
+    dtype: Annotated[
+        DtypeName | None,
+        row_option(help="On GPUs as in the published evaluation by default, else fp32."),
+    ] = None,
+    compiled: Annotated[bool, row_option("--compile", help="Compile the backbone and the VAE's decoder.")] = False,
+    num_bootstrap: Annotated[
+        int | None,
+        row_option(min=0, help="Resamples for FID's interval; 100 by default, 0 for none."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rebuild the paper's tables at one scale and compare every row with the stored results."""
-    from tokenbridge.reproduction.small_scale import reproduce as run
-    from tokenbridge.results.compare import verdicts
+    """Rebuild the paper's tables and judge every row.
 
-    chosen = find_scale(scale, data)
-    shipped = files.reference_folder() / scale
-    out = out or Path("runs") / scale
-    if reference is None and (shipped / "results.json").is_file():
-        reference = shipped / "results.json"
-    measured, stored = run(
-        chosen,
-        weights=weights or shipped / "weights",
-        out=out,
-        reference=reference,
+    At a scale (tiny, small) all tables, by models that were trained here; at the paper's scale table 1, or the row of
+    a published model in table 3. Of several targets, and of all, those are run whose files are present.
+    """
+    from tokenbridge.reproduction import targets as t
+    from tokenbridge.reproduction.options import Options
+
+    names = targets or ["tiny"]
+    options = Options(
         num_images=num_images,
         seed=seed,
+        batch_size=batch_size,
+        stand_in=stand_in,
+        data=data,
+        weights=weights,
+        reference=reference,
+        folder=folder,
+        imagenet=imagenet,
+        vae=vae,
+        inception=inception,
+        other_inception=other_inception,
+        reference_batch=reference_batch,
+        precision_recall=precision_recall,
+        size=size,
+        variant=variant,
+        randomness=randomness,
+        labels=labels,
+        dtype=dtype,
+        compiled=compiled,
+        num_bootstrap=num_bootstrap,
     )
-    judged = verdicts(measured, stored)
-    if as_json:
-        verdict_list = [{"id": id_, "verdict": verdict, "why": why} for id_, (verdict, why) in judged.items()]
-        print(json.dumps({**measured.model_dump(), "verdicts": verdict_list}, indent=2))
+    several = t.are_several(names)
+    if plan:
+        planned = t.plan(names, options, out=out)
+        if as_json:
+            print(json.dumps([each.as_json() for each in planned] if several else planned[0].plan, indent=2))
+        elif several:
+            _print_plans(planned)
+        else:
+            print_table(f"Plan: {planned[0].name}", ["", ""], planned[0].rows)
+        return
+    done = t.reproduce(names, options, out=out)
+    if not done:  # in all processes but the main one
+        return
+    if several:
+        outcomes = t.outcomes(done)
+        if as_json:
+            print(json.dumps([outcome.as_json() for outcome in outcomes], indent=2))
+        else:
+            _print_outcomes(outcomes)
+    elif as_json:
+        print(json.dumps(done[0].as_json(), indent=2))
+    elif done[0].target.group == "scale":
+        _print_results(done[0].results, done[0].judged, done[0].out)
     else:
-        _print_results(measured, judged, out)
-    if any(verdict == "not reproduced" for verdict, _ in judged.values()):
+        print((done[0].out / "tables.md").read_text(encoding="utf-8"), end="")
+    if any(each.failed for each in done):
         sys.exit(1)
+
+
+def _hide_alias(old: str, target: str | None) -> None:
+    """Keep an old command for one release; `target` is what it reproduces where its arguments name nothing."""
+
+    @functools.wraps(reproduce)
+    def run(**arguments: Any) -> None:
+        log(f"`tokenbridge {old}` is now `tokenbridge reproduce {target or 'MODEL'}`, and goes with the next release.")
+        implied = [target] if target is not None and not arguments["targets"] else []
+        if not (implied or arguments["targets"]):
+            raise UserError("Name a model: `tokenbridge reproduce MODEL`.")
+        # Results name the command that made them: let it be one that the next release has.
+        sys.argv[1:2] = ["reproduce", *implied]
+        reproduce(**{**arguments, "targets": arguments["targets"] or implied})
+
+    app.command(old, hidden=True)(run)
+
+
+_hide_alias("reproduce-table1", "table1")
+_hide_alias("reproduce-table3", None)
+_hide_alias("reproduce-tables", "all")
 
 
 def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Path) -> None:
@@ -94,12 +228,13 @@ def discrepancies(
     as_json: Json = False,
 ) -> None:
     """Measure what each discrepancy between the paper and its code does, both sides in one run."""
+    from tokenbridge.configs.scales import find_scale
     from tokenbridge.reproduction.discrepancies import run as study
     from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, trend_cells
 
     measured = study.measure_discrepancies(
         find_scale(scale, data),
-        weights=weights or files.reference_folder() / scale / "weights",
+        weights=weights,
         out=out,
         latents=latents,
         num_images=num_images,
@@ -120,212 +255,17 @@ def discrepancies(
     print(f"Tables and numbers are in {out}/.")
 
 
-@app.command()
-def reproduce_table1(
-    num_images: Annotated[int | None, typer.Option(help="In all; 50,000 by default, as published.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 50,
-    imagenet: Annotated[Path | None, typer.Option(help="ImageNet: folder with train/, or Parquet files.")] = None,
-    vae: Annotated[Path | None, typer.Option(help="kl16.ckpt.")] = None,
-    inception_weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.")] = None,
-    other_inception: Annotated[
-        Path | None, typer.Option(help="Other Inception weights; scores are labelled and not compared.")
-    ] = None,
-    reference: Annotated[Path | None, typer.Option(help="adm_in256_stats.npz.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for tables and numbers.")] = Path("runs/table1"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the posterior samples.")] = 0,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what a run takes and what is missing; run nothing.")
-    ] = False,
-    stand_in: Annotated[
-        bool, typer.Option("--stand-in", help="Prove the path with random weights on photographs: no result.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Rebuild the paper's table 1 (reconstruction) with the published VAE on ImageNet, and judge every row."""
-    from tokenbridge.reproduction import table1
-
-    wanted = table1.NUM_IMAGES if num_images is None else num_images
-    given = {"imagenet": imagenet, "kl16": vae, "inception": inception_weights, "adm-statistics": reference}
-    if plan:
-        planned = table1.plan(num_images=wanted, folder=folder, given=given, other_inception=other_inception)
-        print(json.dumps(planned, indent=2) if as_json else table1.plan_text(planned))
-        return
-    if stand_in:
-        measured, judged = table1.stand_in(out=out, num_images=num_images, seed=seed)
-    else:
-        measured, judged = table1.reproduce_table1(
-            out=out,
-            num_images=wanted,
-            batch_size=batch_size,
-            seed=seed,
-            folder=folder,
-            given=given,
-            other_inception=other_inception,
-        )
-    if as_json:
-        verdict_list = [{"id": id_, "verdict": verdict, "why": why} for id_, (verdict, why) in judged.items()]
-        print(json.dumps({**measured.model_dump(), "verdicts": verdict_list}, indent=2))
-    else:
-        print(table1.to_markdown(measured, judged))
-    if any(verdict == "not reproduced" for verdict, _ in judged.values()):
-        sys.exit(1)
-
-
-@app.command()
-def reproduce_table3(
-    model: Annotated[
-        str, typer.Argument(help="A published preset (tokenbridge-l, mar-l), or a system (mar, llamagen, givt ...).")
-    ],
-    size: Annotated[str | None, typer.Option(help="Of a system: b, l, h, 3b ...; its best known by default.")] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Sampling settings: official (default), or paper, unguided, if there are such.")
-    ] = None,
-    num_images: Annotated[int, typer.Option(help="Only 50,000 are compared with the paper.")] = 50_000,
-    weights: Annotated[
-        Path | None, typer.Option(help="The model's file, or a folder with it and perhaps the other files.")
-    ] = None,
-    vae: Annotated[Path | None, typer.Option(help="The tokenizer's file: kl16.ckpt, vq_ds16_c2i.pt ...")] = None,
-    inception: Annotated[
-        Path | None, typer.Option("--inception", "--inception-weights", help="torch-fidelity's Inception weights.")
-    ] = None,
-    reference: Annotated[Path | None, typer.Option(help="adm_in256_stats.npz: for FID.")] = None,
-    reference_batch: Annotated[
-        Path | None, typer.Option(help="VIRTUAL_imagenet256_labeled.npz: for precision and recall.")
-    ] = None,
-    precision_recall: Annotated[
-        bool, typer.Option(help="Measure precision and recall, which need ADM's reference batch.")
-    ] = True,
-    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/MODEL by default.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
-    randomness: Annotated[str, typer.Option(help="per-image, or official: global streams.")] = "per-image",
-    labels: Annotated[str | None, typer.Option(help="balanced or random; as published by default.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time in each process.")] = 64,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; on GPUs as published by default.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile backbone and VAE decoder.")] = False,
-    num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for FID's interval; 0 for none.")] = 100,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what a run takes and what is missing; run nothing.")
-    ] = False,
-    stand_in: Annotated[
-        bool, typer.Option("--stand-in", help="Full size, weights drawn by a rule, few images: no result.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Rebuild a row of the paper's table 3 from published weights: sample 50,000 images, score them, judge."""
-    from tokenbridge.models.registry import published_preset
-    from tokenbridge.reproduction import table3
-    from tokenbridge.weights.artifacts import FOLDER_VARIABLE
-
-    kind, preset = published_preset(model, size)
-    options = table3.Options(
-        variant=variant,
-        num_images=num_images,
-        seed=seed,
-        randomness=randomness,
-        batch_size=batch_size,
-        dtype=dtype,
-        compiled=compiled,
-        num_bootstrap=num_bootstrap,
-        with_precision_recall=precision_recall,
-        labels=cast("Any", labels),
-    )
-    out = out or Path("runs") / f"{preset.name}{'-stand-in' if stand_in else ''}"
-    given = {
-        preset.name: weights,
-        kind.tokenizer.key: vae,
-        "inception": inception,
-        "adm-statistics": reference,
-        "adm-reference": reference_batch,
-    }
-    if folder is None and FOLDER_VARIABLE not in os.environ and weights is not None and weights.is_dir():
-        folder = weights  # the other files may lie there too
-    where: dict[str, Any] = {"out": out}
-    if plan:
-        planned = table3.plan(preset.name, options, folder=folder, given=given, **where)
-        if as_json:
-            print(json.dumps(planned.as_json(), indent=2))
-        else:
-            print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
-        return
-    if stand_in:
-        done = table3.stand_in(preset.name, options, **where)
-    else:
-        done = table3.reproduce_table3(preset.name, options, folder=folder, given=given, **where)
-    if done is None:  # not the main process
-        return
-    measured, judged = done
-    if as_json:
-        verdict_list = [{"id": id_, "verdict": verdict, "why": why} for id_, (verdict, why) in judged.items()]
-        print(json.dumps({**measured.model_dump(), "verdicts": verdict_list}, indent=2))
-    else:
-        print(table3.to_markdown(preset, measured, judged))
-    if any(verdict == "not reproduced" for verdict, _ in judged.values()):
-        sys.exit(1)
-
-
-@app.command()
-def reproduce_tables(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="table1 and presets; all by default.", show_default=False)
-    ] = None,
-    num_images: Annotated[int, typer.Option(help="Of each model; only 50,000 are compared with the paper.")] = 50_000,
-    precision_recall: Annotated[
-        bool, typer.Option(help="Measure precision and recall, which need ADM's reference batch.")
-    ] = True,
-    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for a folder of each.")] = Path("runs/tables"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the images.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time in each process.")] = 64,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what the runs take and what is missing; run nothing.")
-    ] = False,
-    stand_in: Annotated[
-        bool, typer.Option("--stand-in", help="Full sizes, weights drawn by a rule, few images: no result.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Rebuild whatever the files that are here allow: table 1, and a row of table 3 for each published model."""
-    from tokenbridge.reproduction import paper_scale as tables
-    from tokenbridge.reproduction.table3 import Options
-    from tokenbridge.utils.devices import process_state
-
-    chosen = tables.check_names(names or [])
-    options = Options(num_images=num_images, seed=seed, batch_size=batch_size, with_precision_recall=precision_recall)
-    where: dict[str, Any] = {"out": out}
-    if plan:
-        planned = tables.plan_tables(chosen, options, folder=folder, **where)
-        if as_json:
-            print(json.dumps(planned, indent=2))
-        else:
-            _print_table_plans(planned)
-        return
-    if stand_in:
-        outcomes = tables.stand_in_tables(chosen, options, **where)
-    else:
-        outcomes = tables.reproduce_tables(chosen, options, folder=folder, **where)
-    if not process_state().is_main_process:
-        return
-    if as_json:
-        print(json.dumps([outcome.as_json() for outcome in outcomes], indent=2))
-    else:
-        _print_outcomes(outcomes)
-    if any(outcome.verdict == "not reproduced" for outcome in outcomes):
-        sys.exit(1)
-
-
-def _print_table_plans(planned: Sequence[Mapping[str, Any]]) -> None:
+def _print_plans(planned: Sequence[Planned]) -> None:
     body = []
-    for entry in planned:
-        plan = entry.get("plan", {})
+    for each in planned:
+        plan = each.plan or {}
         hours = f"{plan['estimated_hours_at_least']:,.0f}" if "estimated_hours_at_least" in plan else "–"
         total = plan.get("tflop_per_image", {}).get("total")
-        body.append([entry["id"], "–" if total is None else f"{total:.4g}", hours, escape(entry["not_run"] or "ready")])
+        body.append([each.id, "–" if total is None else f"{total:.4g}", hours, escape(each.not_run or "ready")])
     print_table("Plan: tables 1 and 3", ["", "TFLOP an image", "hours at least", ""], body)
 
 
-def _print_outcomes(outcomes: Sequence[Any]) -> None:
+def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
     from tokenbridge.results.markdown import cell, columns_of
 
     columns = [c for c in columns_of([o.published for o in outcomes] + [o.row for o in outcomes]) if c.endswith("-50K")]

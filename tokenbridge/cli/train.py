@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokenbridge.cli.options import Data, Json, ScaleName, app, find_scale
+from tokenbridge.cli.options import Data, Json, ScaleName, app
 
 
 @app.command()
@@ -21,6 +21,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train the models of a scale from nothing; a run that was killed goes on where it was."""
+    from tokenbridge.configs.scales import find_scale
     from tokenbridge.training.scale import train_scale
 
     chosen = find_scale(scale, data)

@@ -22,7 +22,7 @@ from tokenbridge.audit.report import write_report
 from tokenbridge.conformance import judge as conformance
 from tokenbridge.data.images import load_images
 from tokenbridge.regression import ratios
-from tokenbridge.reproduction.small_scale import golden_tokens, reconstruction_rows, reproduce
+from tokenbridge.reproduction.small_scale import golden_tokens, reconstruction_rows, reproduce_scale
 from tokenbridge.reproduction.trends import trends
 from tokenbridge.reproduction.workbench import open_workbench
 from tokenbridge.results import compare
@@ -125,7 +125,7 @@ def tiny(scale: Scale, folder: Path | str, out: Path | str, *, quick: bool = Fal
         measured = {check.name for check in checks}
         rest = [*(row.id for row in stored.rows), *(trend.id for trend in stored.trends)]
         return checks + [Check(id_, "skipped", "--quick") for id_ in rest if id_ not in measured]
-    done, _ = reproduce(
+    done, _ = reproduce_scale(
         scale,
         weights=Path(folder) / "weights",
         out=out,

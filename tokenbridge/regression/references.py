@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tokenbridge.audit.expected import read_expected, write_expected
 from tokenbridge.regression import gate, ratios
-from tokenbridge.reproduction.small_scale import reproduce
+from tokenbridge.reproduction.small_scale import reproduce_scale
 from tokenbridge.results import compare, markdown, tolerances, verdicts
 from tokenbridge.results import schema as results
 from tokenbridge.utils.errors import UserError
@@ -136,7 +136,7 @@ def _measure_tiny(scale: Scale, folder: Path, out: Path) -> tuple[list[Path], li
     """Return the files made, and what differs from the stored results and tokens."""
     stored = results.read(folder / "results.json") if (folder / "results.json").is_file() else None
     shutil.rmtree(out, ignore_errors=True)  # files of an older measurement are no references
-    measured, _ = reproduce(
+    measured, _ = reproduce_scale(
         scale,
         weights=folder / "weights",
         out=out,

@@ -69,7 +69,7 @@ COMPARISON_ROWS = (
 )
 
 
-def reproduce(
+def reproduce_scale(
     scale: Scale,
     *,
     weights: Path | str,

@@ -1,4 +1,4 @@
-"""Table 1 at the paper's scale: `tokenbridge reproduce-table1`, `nox -s reproduce_table1`.
+"""Table 1 at the paper's scale: `tokenbridge reproduce table1`, `nox -s reproduce_table1`.
 
 What quantisation after training costs the VAE's reconstructions: rFID and Inception Score by number of levels (1a)
 and by range (1b). As reconstruction.py of YuqingWang1029/TokenBridge at 3ede281: the first 50 training images of each
@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import skimage.data
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
@@ -32,6 +30,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from tokenbridge.data.images import labels_of, load_images, pixels_of, pixels_to_images, to_pixels
 from tokenbridge.evaluation.inception import InceptionWeights, find_inception, load_inception, write_random_inception
 from tokenbridge.evaluation.metrics import ISC_SPLITS
+from tokenbridge.reproduction.options import PHOTOGRAPHS, Options, write_photographs
 from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results.compare import Judged, judge_published
 from tokenbridge.results.ledger import published_metrics
@@ -48,15 +47,15 @@ from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_text
 from tokenbridge.utils.flop import count, placeholder
 from tokenbridge.weights import artifacts
-from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS
+from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS, Status
 from tokenbridge.weights.rule import RULE, rule_state
 
 FILES = (IMAGENET, KL16_VAE, INCEPTION, STATISTICS)
 IMAGE_SIZE = 256
+BATCH_SIZE = 50
 NUM_CLASSES = 1000
 NUM_FEATURES = 2048
 NUM_LOGITS = 1008
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; in place of ImageNet in the stand-in
 
 
 @dataclass(frozen=True)
@@ -96,70 +95,43 @@ RECIPES = (
 QUANTIZERS = tuple(dict.fromkeys(recipe.quantizer for recipe in RECIPES))
 
 
-def reproduce_table1(
-    *,
-    out: Path | str,
-    num_images: int = NUM_IMAGES,
-    batch_size: int = 50,
-    seed: int = 0,
-    folder: Path | str | None = None,
-    given: Mapping[str, Path | str | None] | None = None,
-    other_inception: Path | str | None = None,
-) -> tuple[Results, Judged]:
+def reproduce_table1(options: Options, *, out: Path | str) -> tuple[Results, Judged]:
     """Measure table 1 and compare it with the paper; write results.json and tables.md into `out`.
 
-    Args:
-        out: folder for what is written.
-        num_images: in all, spread evenly over the classes; only 50,000 are compared with the paper.
-        batch_size: images per forward pass.
-        seed: of the posterior samples.
-        folder: see `artifacts.resolve`.
-        given: files named by the user, by key of `FILES`; see `artifacts.resolve`.
-        other_inception: Inception weights that are not the published ones; scores are then labelled `-other`.
-
-    Returns:
-        The results, and (verdict, reason) by row id.
+    The images are spread evenly over the classes, and only 50,000 are compared with the paper. The seed is that of the
+    posterior samples.
 
     Raises:
-        MissingArtifactsError: files cannot be had; the message lists all of them.
-        ValueError: files that are not what they should be, or fewer than two images.
+        MissingArtifactsError: files are missing; the message lists all of them.
+        UserError: files that are not what they should be, or fewer than two images.
     """
-    _check_number(num_images)
-    files = artifacts.resolve(_needed(other_inception), folder=folder, given=given)  # first: it takes seconds
-    inception = find_inception(files.get(INCEPTION), other=other_inception, folder=folder)
-    hashes = {key: artifacts.fingerprint(files[key], folder=folder) for key in (KL16_VAE, STATISTICS)}
+    if options.stand_in:
+        return _stand_in(options, Path(out))
+    num_images, folder = options.images_or(NUM_IMAGES), options.folder
+    # First the files: it takes seconds to see that one is missing.
+    paths = artifacts.resolve(_needed(options), folder=folder, given=_given(options))
+    inception = find_inception(paths.get(INCEPTION), other=options.other_inception, folder=folder)
+    hashes = {key: artifacts.fingerprint(paths[key], folder=folder) for key in (KL16_VAE, STATISTICS)}
     results = measure(
-        files,
+        paths,
         inception,
         scale="paper",
         hashes=hashes,
         num_images=num_images,
         num_classes=NUM_CLASSES,
-        batch_size=batch_size,
-        seed=seed,
+        batch_size=options.batch_size or BATCH_SIZE,
+        seed=options.seed,
     )
     return results, _write(results, Path(out))
 
 
-def stand_in(*, out: Path | str, num_images: int | None = None, seed: int = 0) -> tuple[Results, Judged]:
-    """Run table 1 on stand-ins of the same formats, to prove the path: no result.
+def _stand_in(options: Options, out: Path) -> tuple[Results, Judged]:
+    """Run table 1 on stand-ins of the same formats, to prove the path: no result, and no row is compared.
 
     The VAE has its full size and the weights that the golden rule draws, Inception has random weights, and the
     images are photographs that scikit-image ships, which the statistics are of too.
-
-    Args:
-        out: folder for results.json and tables.md, both marked as no result.
-        num_images: 2 or 3; all photographs if None.
-        seed: of the posterior samples.
-
-    Returns:
-        As `reproduce_table1`; no row is compared.
-
-    Raises:
-        ValueError: another number of images.
     """
-    num_images = len(PHOTOGRAPHS) if num_images is None else num_images
-    _check_number(num_images)
+    num_images = options.images_or(len(PHOTOGRAPHS))
     with tempfile.TemporaryDirectory() as folder:
         files, inception = write_stand_ins(Path(folder))
         results = measure(
@@ -170,25 +142,19 @@ def stand_in(*, out: Path | str, num_images: int | None = None, seed: int = 0) -
             num_images=num_images,
             num_classes=len(PHOTOGRAPHS),
             batch_size=1,
-            seed=seed,
+            seed=options.seed,
         )
-    return results, _write(results, Path(out))
+    return results, _write(results, out)
 
 
-def plan(
-    *,
-    num_images: int = NUM_IMAGES,
-    folder: Path | str | None = None,
-    given: Mapping[str, Path | str | None] | None = None,
-    other_inception: Path | str | None = None,
-) -> dict[str, Any]:
+def plan(options: Options) -> dict[str, Any]:
     """Return what a run takes and what is missing for it; nothing is run, downloaded or hashed.
 
     FLOP are counted on the full-size VAE, a multiplication and an addition as two; Inception's are not included.
     """
-    _check_number(num_images)
+    num_images = options.images_or(NUM_IMAGES)
     encoder, decoder = vae_tflop()
-    files = artifacts.status(_needed(other_inception), folder=folder, given=given)
+    states = files(options)
     return {
         "images": num_images,
         "encodings": num_images,
@@ -197,23 +163,23 @@ def plan(
         "TFLOP per decoding": decoder,
         "TFLOP of the VAE": num_images * (encoder + decoder * len(QUANTIZERS)),
         "GB of features": num_images * len(QUANTIZERS) * 4 * (NUM_FEATURES + NUM_LOGITS) / 1e9,
-        "files": [status.as_dict() for status in files],
-        "missing": [status.artifact.key for status in files if status.state == "missing"],
+        "files": [status.as_dict() for status in states],
+        "missing": [status.artifact.key for status in states if status.state == "missing"],
     }
 
 
-def plan_text(planned: Mapping[str, Any]) -> str:
-    """Return a plan in words."""
-    lines = [
-        f"{planned['images']:,} images are encoded once and decoded {len(QUANTIZERS)} times: "
-        f"{planned['TFLOP of the VAE']:,.0f} TFLOP in the VAE "
-        f"({planned['TFLOP per encoding']:.3f} an encoding, {planned['TFLOP per decoding']:.3f} a decoding).",
-        f"Features wait in memory: {planned['GB of features']:.1f} GB.",
+def plan_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a plan as lines of a table: what, and how much."""
+    parts = f"{planned['TFLOP per encoding']:.3f} an encoding, {planned['TFLOP per decoding']:.3f} a decoding"
+    return [
+        ("images", f"{planned['images']:,}, encoded once and decoded {len(QUANTIZERS)} times"),
+        ("TFLOP of the VAE", f"{planned['TFLOP of the VAE']:,.0f} ({parts})"),
+        ("memory", f"{planned['GB of features']:.1f} GB of features"),
+        *(
+            (file["key"], f"MISSING, from {file['origin']}" if file["state"] == "missing" else file["state"])
+            for file in planned["files"]
+        ),
     ]
-    for file in planned["files"]:
-        missing = file["state"] == "missing"
-        lines += [f"{file['key']}: {'MISSING, from ' + file['origin'] if missing else file['state']}"]
-    return "\n".join(lines)
 
 
 @torch.inference_mode()
@@ -421,10 +387,7 @@ def vae_tflop() -> tuple[float, float]:
 def write_stand_ins(folder: Path) -> tuple[dict[str, Path], InceptionWeights]:
     """Write files in the formats of the real ones; return them as `measure` takes them."""
     files = {IMAGENET: folder / "imagenet", KL16_VAE: folder / "kl16.ckpt", STATISTICS: folder / "statistics.npz"}
-    for name in PHOTOGRAPHS:
-        path = files[IMAGENET] / "train" / name / f"{name}.png"
-        path.parent.mkdir(parents=True)
-        Image.fromarray(getattr(skimage.data, name)()).save(path)
+    write_photographs(files[IMAGENET])
     torch.save({"model": rule_state(kl16_layout(create_kl16()), {"rule": RULE, "salt": "stand-in"})}, files[KL16_VAE])
     write_random_inception(folder / "inception.pth")
     inception = find_inception(other=folder / "inception.pth")
@@ -435,13 +398,23 @@ def write_stand_ins(folder: Path) -> tuple[dict[str, Path], InceptionWeights]:
     return files, inception
 
 
-def _needed(other_inception: Path | str | None) -> list[str]:
-    return [key for key in FILES if key != INCEPTION or other_inception is None]
+def _needed(options: Options) -> list[str]:
+    return [key for key in FILES if key != INCEPTION or options.other_inception is None]
 
 
-def _check_number(num_images: int) -> None:
-    if num_images < 2:
-        raise UserError(f"rFID needs at least 2 images, not {num_images}.")
+def files(options: Options) -> list[Status]:
+    """Return the state of each file that the table needs; nothing is read or downloaded."""
+    return artifacts.status(_needed(options), folder=options.folder, given=_given(options))
+
+
+def _given(options: Options) -> dict[str, Path | None]:
+    """Return the files that the user named, by key."""
+    return {
+        IMAGENET: options.imagenet,
+        KL16_VAE: options.vae,
+        INCEPTION: options.inception,
+        STATISTICS: options.reference,
+    }
 
 
 def _write(results: Results, out: Path) -> Judged:

@@ -10,13 +10,11 @@ the official evaluation, precision and recall against the images of ADM's refere
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import skimage.data
-from PIL import Image
 from pydantic_core import to_jsonable_python
 
 from tokenbridge.evaluation import evaluate as evaluation
@@ -24,6 +22,7 @@ from tokenbridge.evaluation import features as evaluation_features
 from tokenbridge.evaluation.inception import write_random_inception
 from tokenbridge.evaluation.reference import load_reference, make_reference
 from tokenbridge.models.registry import published_preset
+from tokenbridge.reproduction.options import PHOTOGRAPHS, Options, write_photographs
 from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results.compare import Judged, judge_published
 from tokenbridge.results.ledger import published_metrics
@@ -39,61 +38,29 @@ from tokenbridge.utils.devices import process_state
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing_folder, sha256_of, write_text
 from tokenbridge.weights import artifacts
+from tokenbridge.weights.artifacts import Status
 from tokenbridge.weights.published import Preset
 
 IMAGE_SIZE = 256
+BATCH_SIZE = 64
+NUM_BOOTSTRAP = 100
 STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
 SCORES = ("FID", "IS", "precision", "recall")  # of the paper's table
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image; the stand-in's reference
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may choose; the rest is the preset's."""
-
-    variant: str | None = None  # of the preset's sampling settings
-    num_images: int = NUM_IMAGES
-    seed: int = 0
-    randomness: str = "per-image"
-    batch_size: int = 64
-    dtype: str | None = None
-    compiled: bool = False
-    num_bootstrap: int = 100
-    with_precision_recall: bool = True  # needs ADM's reference batch
-    labels: Literal["balanced", "random"] | None = None  # None: as the system's own evaluation
-
-    def __post_init__(self) -> None:
-        if self.num_images < 2:
-            raise UserError(f"FID needs at least 2 images, not {self.num_images}.")
-        if self.labels not in (None, "balanced", "random"):
-            raise UserError(f"Labels are balanced or random here, not {self.labels!r}.")
-
-    def run_config(self, model: NamedModel) -> RunConfig:
-        """Return the sampling run."""
-        randomness: Any = self.randomness
-        labels = model.labels if self.labels is None else "random" if self.labels == "random" else None
-        return RunConfig(self.num_images, labels, self.seed, randomness, self.batch_size)
 
 
 def needed_files(name: str, options: Options) -> list[str]:
     """Return the keys of the files that a row needs: of the model, its tokenizer, and the evaluation.
 
     Raises:
-        ValueError: a preset without published weights or settings.
+        UserError: a preset without published weights or settings.
     """
     system, preset = published_preset(name)
     keys = [preset.name, system.tokenizer.key, artifacts.INCEPTION, artifacts.STATISTICS]
-    return [*keys, artifacts.REFERENCE_BATCH] if options.with_precision_recall else keys
+    return [*keys, artifacts.REFERENCE_BATCH] if options.precision_recall else keys
 
 
 def reproduce_table3(
-    name: str,
-    options: Options,
-    *,
-    out: Path | str,
-    folder: Path | str | None = None,
-    given: Mapping[str, Path | str | None] | None = None,
-    show_progress: bool = True,
+    name: str, options: Options, *, out: Path | str, show_progress: bool = True
 ) -> tuple[Results, Judged] | None:
     """Sample and score a published model; write results.json, tables.md and grid.png into `out`.
 
@@ -103,63 +70,48 @@ def reproduce_table3(
         name: of the preset.
         options: how.
         out: folder of the run.
-        folder: see `artifacts.resolve`.
-        given: files named by the user, by key; see `artifacts.resolve`.
         show_progress: on stderr.
 
     Returns:
         The results, and (verdict, reason) by row id; None in all processes but the main one.
 
     Raises:
-        MissingArtifactsError: files cannot be had; the message lists all of them.
-        ValueError: files that are not what they should be, or settings out of range.
+        MissingArtifactsError: files are missing; the message lists all of them.
+        UserError: files that are not what they should be, or settings out of range.
     """
+    options.images_or(NUM_IMAGES)
+    if options.stand_in:
+        return _stand_in(name, options, Path(out), show_progress)
     system, preset = published_preset(name)
     state = process_state()
     with state.main_process_first():  # one process downloads, the others find
-        files = artifacts.resolve(needed_files(name, options), folder=folder, given=given)
+        paths = artifacts.resolve(needed_files(name, options), folder=_folder(options), given=_given(name, options))
     model = find_model(
         preset.name,
         variant=options.variant,
-        weights=files[preset.name],
-        vae=files[system.tokenizer.key],
+        weights=paths[preset.name],
+        vae=paths[system.tokenizer.key],
     )
-    references = [files[artifacts.STATISTICS]]
-    if options.with_precision_recall:
-        references.append(files[artifacts.REFERENCE_BATCH])
-    return _measure(
-        preset, model, options, Path(out), files[artifacts.INCEPTION], references, show_progress=show_progress
-    )
+    references = [paths[artifacts.STATISTICS]]
+    if options.precision_recall:
+        references.append(paths[artifacts.REFERENCE_BATCH])
+    return _measure(preset, model, options, Path(out), paths[artifacts.INCEPTION], references, show_progress)
 
 
-def stand_in(
-    name: str, options: Options, *, out: Path | str, show_progress: bool = True
-) -> tuple[Results, Judged] | None:
+def _stand_in(name: str, options: Options, out: Path, show_progress: bool) -> tuple[Results, Judged] | None:
     """Run the full-size model with weights drawn by the golden rule, to prove the path: no result.
 
     Few images, iterations and resamples; Inception with random weights; statistics of photographs that scikit-image
     ships.
-
-    Args:
-        name: of the preset.
-        options: as for `reproduce_table3`; 50,000 images, the default, become two.
-        out: folder of the run.
-        show_progress: on stderr.
     """
-    (_, preset), out = published_preset(name), Path(out)
-    if options.num_images == NUM_IMAGES:
-        options = replace(options, num_images=STAND_IN_IMAGES)
-    options = replace(options, num_bootstrap=min(options.num_bootstrap, STAND_IN_BOOTSTRAP))
+    _, preset = published_preset(name)
     model = find_model(preset.name, variant=options.variant).for_stand_in()
     inception, reference = out / "stand-in" / "inception.pth", out / "stand-in" / "reference.npz"
     if process_state().is_main_process:
         write_random_inception(inception)
         photographs = out / "stand-in" / "photographs"
         with replacing_folder(photographs) as temporary:
-            for photograph in PHOTOGRAPHS:
-                path = temporary / "train" / photograph / f"{photograph}.png"
-                path.parent.mkdir(parents=True)
-                Image.fromarray(getattr(skimage.data, photograph)()).save(path)
+            write_photographs(temporary)
         make_reference(
             str(photographs),
             reference,
@@ -169,24 +121,16 @@ def stand_in(
             allow_other_inception=True,
         )
     process_state().wait_for_everyone()
-    return _measure(preset, model, options, out, inception, [reference], is_stand_in=True, show_progress=show_progress)
+    return _measure(preset, model, options, out, inception, [reference], show_progress)
 
 
-def plan(
-    name: str,
-    options: Options,
-    *,
-    out: Path | str,
-    folder: Path | str | None = None,
-    given: Mapping[str, Path | str | None] | None = None,
-) -> Plan:
+def plan(name: str, options: Options, *, out: Path | str) -> Plan:
     """Estimate the sampling run and list the files that are missing; nothing is run, downloaded or hashed."""
     _, preset = published_preset(name)
     model = find_model(preset.name, variant=options.variant)
-    config = options.run_config(model)
+    config = _run_config(options, model)
     model.check(config)
     state = process_state()
-    statuses = artifacts.status(needed_files(name, options), folder=folder, given=given)
     return plan_run(
         model,
         config,
@@ -194,7 +138,44 @@ def plan(
         device=state.device,
         dtype=model.dtype(options.dtype, state.device),
         num_processes=state.num_processes,
-        missing=[f"{s.artifact.key}: {s.artifact.origin}" for s in statuses if s.state == "missing"],
+        missing=[f"{s.artifact.key}: {s.artifact.origin}" for s in files(name, options) if s.state == "missing"],
+    )
+
+
+def files(name: str, options: Options) -> list[Status]:
+    """Return the state of each file that a row needs; nothing is read or downloaded."""
+    return artifacts.status(needed_files(name, options), folder=_folder(options), given=_given(name, options))
+
+
+def _given(name: str, options: Options) -> dict[str, Path | None]:
+    """Return the files that the user named, by key."""
+    system, preset = published_preset(name)
+    return {
+        preset.name: options.weights,
+        system.tokenizer.key: options.vae,
+        artifacts.INCEPTION: options.inception,
+        artifacts.STATISTICS: options.reference,
+        artifacts.REFERENCE_BATCH: options.reference_batch,
+    }
+
+
+def _folder(options: Options) -> Path | None:
+    """Return the folder of published files: the one of the weights, if the user named that and no other."""
+    if options.folder is None and artifacts.FOLDER_VARIABLE not in os.environ and options.weights is not None:
+        return options.weights if options.weights.is_dir() else None
+    return options.folder
+
+
+def _run_config(options: Options, model: NamedModel) -> RunConfig:
+    """Return the sampling run."""
+    if options.labels not in (None, "balanced", "random"):
+        raise UserError(f"Labels are balanced or random here, not {options.labels!r}.")
+    return RunConfig(
+        options.images_or(STAND_IN_IMAGES if options.stand_in else NUM_IMAGES),
+        model.labels if options.labels is None else "random" if options.labels == "random" else None,
+        options.seed,
+        options.randomness or "per-image",
+        options.batch_size or BATCH_SIZE,
     )
 
 
@@ -295,13 +276,11 @@ def _measure(
     out: Path,
     inception: Path,
     references: list[Path],
-    *,
-    is_stand_in: bool = False,
     show_progress: bool,
 ) -> tuple[Results, Judged] | None:
     """Sample, score against each reference, and write what came out."""
     stopwatch = provenance.Stopwatch()
-    config, state = options.run_config(model), process_state()
+    config, state, is_stand_in = _run_config(options, model), process_state(), options.stand_in
     model.check(config)
     # What the scores need is looked at before the hours of sampling, not after.
     network = evaluation_features.load_inception(inception, allow_other=is_stand_in)
@@ -322,13 +301,14 @@ def _measure(
     if not state.is_main_process:
         return None
     described = sampler.describe()
+    num_bootstrap = NUM_BOOTSTRAP if options.num_bootstrap is None else options.num_bootstrap
     scored = score(
         report.samples,
         references,
         inception=inception,
-        num_images=options.num_images,
+        num_images=config.num_images,
         allow_other_inception=is_stand_in,
-        num_bootstrap=options.num_bootstrap,
+        num_bootstrap=min(num_bootstrap, STAND_IN_BOOTSTRAP) if is_stand_in else num_bootstrap,
         cache=out / "features",
     )
     metrics = {**scored.metrics, "parameters": float(preset.num_parameters)}
@@ -345,10 +325,10 @@ def _measure(
                 "inception": sha256_of(inception),
             },
             settings={
-                "num_images": options.num_images,
+                "num_images": config.num_images,
                 "published Inception weights": not is_stand_in,
                 "sampler": json.loads(json.dumps(described)),
-                "randomness": options.randomness,
+                "randomness": config.randomness,
                 "labels": config.labels or "balanced",
                 "published": model.system.evaluation.published,
                 "notes": list(model.system.evaluation.notes),

@@ -26,7 +26,7 @@ from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_workbench
 from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, measured_by, trend_cells
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
-from tokenbridge.utils import provenance
+from tokenbridge.utils import files, provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of, write_text
@@ -86,7 +86,7 @@ def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
 def measure_discrepancies(
     scale: Scale,
     *,
-    weights: Path | str,
+    weights: Path | str | None = None,
     out: Path | str,
     latents: Path | None = None,
     num_images: int = 1000,
@@ -96,7 +96,7 @@ def measure_discrepancies(
 
     Args:
         scale: whose models and images.
-        weights: folder of the scale's models.
+        weights: folder of the scale's models; the shipped ones by default.
         out: folder for what is made.
         latents: real latents to quantise, .npz (see `read_latents`); rows about them are not run without.
         num_images: samples of each seed, spread evenly over the classes.
@@ -111,6 +111,7 @@ def measure_discrepancies(
         raise UserError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
     if latents is not None:
         read_latents(latents)  # first: a bad file must not cost minutes
+    weights = Path(weights or files.reference_folder() / scale.name / "weights")
     bench = open_workbench(scale, weights)
     study = Study(bench, num_images, seed, latents)
     rows = []
@@ -131,7 +132,7 @@ def measure_discrepancies(
             weights_sha256={
                 f"{name}/{file.name}": sha256_of(file)
                 for name in ("vae", "vq", "classifier", MAIN_SYSTEM, "givt", "llamagen")
-                for file in (Path(weights) / name / "config.json", Path(weights) / name / WEIGHTS_FILE)
+                for file in (weights / name / "config.json", weights / name / WEIGHTS_FILE)
                 if file.is_file()
             },
             settings={
