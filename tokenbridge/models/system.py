@@ -106,6 +106,8 @@ def read_settings(owner: str, settings: Any, words: Mapping[str, str]) -> Any:
     for name, word in words.items():
         try:
             changes[name] = TypeAdapter(types.get(name, Any)).validate_python(yaml.safe_load(word))
-        except (ValidationError, yaml.YAMLError) as error:
+        except ValidationError as error:
+            raise UserError(f"The setting {name} of {owner} cannot be {word!r}: {error.errors()[0]['msg']}.") from error
+        except yaml.YAMLError as error:
             raise UserError(f"The setting {name} of {owner} cannot be {word!r}.") from error
     return change_settings(owner, settings, changes)
