@@ -1,1 +1,1 @@
-"""Tokenizers: pixels to latents to tokens, and back."""
+"""Tokenizers, which map pixels to latents and tokens, and back."""

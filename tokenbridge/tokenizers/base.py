@@ -1,8 +1,9 @@
-"""Image tokenizers: pixels to tokens and back.
+"""Image tokenizers, which encode images to tokens and decode tokens to images.
 
-- `LatentTokenizer`: any diffusers autoencoder with a scalar quantiser put on its latents after training; the
-  paper's tokenizer is KL-16 with a Gaussian quantiser of 64 levels.
-- `VQTokenizer`: a VQ autoencoder (diffusers' VQModel), whose codebook is trained with it: the counterpart.
+- `LatentTokenizer` puts a scalar quantiser on the latents of any diffusers autoencoder after training. The paper's
+  tokenizer is KL-16 with a Gaussian quantiser of 64 levels.
+- `VQTokenizer` is a VQ autoencoder (diffusers' VQModel), whose codebook is trained with it. The paper compares the
+  two.
 
 Both take and return images [B, 3 or 1, H, W] in [-1, 1].
 Shape letters: B batch, C latent channels, h, w latent height and width.
@@ -24,11 +25,11 @@ from tokenbridge.utils.errors import UserError
 
 
 class Tokenizer(Protocol):
-    """What `reconstruct` and the tables need of a tokenizer."""
+    """The methods of a tokenizer that reconstruction and the tables call."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where images and tokens must be."""
+        """The device of the model, on which images and tokens must be."""
         ...
 
     def encode(self, images: Tensor) -> Tensor:
@@ -44,19 +45,19 @@ class Tokenizer(Protocol):
         ...
 
     def bits_per_image(self, tokens: Tensor) -> float:
-        """Return what storing one image's tokens takes, without entropy coding."""
+        """Return how many bits one image's tokens take without entropy coding."""
         ...
 
 
 class LatentTokenizer:
-    """A continuous autoencoder, and a quantiser on its scaled latents.
+    """A continuous autoencoder with a quantiser on its scaled latents.
 
-    The latents' scale travels with the autoencoder (`scaling_factor`, `shift_factor` in its diffusers
-    configuration): latents here are (autoencoder latents - shift) * scale, of about unit variance.
+    The autoencoder's diffusers configuration holds the scale of the latents (`scaling_factor`, `shift_factor`). The
+    latents here are (autoencoder latents - shift) * scale and have about unit variance.
 
     Args:
         autoencoder: AutoencoderKL, AutoencoderTiny or another diffusers autoencoder with `encode` and `decode`.
-        quantizer: acts on the scaled latents; None keeps them continuous (then only `reconstruct` works).
+        quantizer: the quantiser of the scaled latents. With None they stay continuous, and there are no tokens.
     """
 
     def __init__(self, autoencoder: Any, quantizer: ScalarQuantizer | None = None) -> None:
@@ -67,12 +68,12 @@ class LatentTokenizer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.autoencoder.parameters()).device
 
     @torch.inference_mode()
     def latents(self, images: Tensor) -> Tensor:
-        """Return the scaled latents [B, C, h, w] of images; the posterior's mean where there is a posterior."""
+        """Return the scaled latents [B, C, h, w] of images: the mean, if the autoencoder has a posterior."""
         output = self.autoencoder.encode(images.to(self.autoencoder.dtype))
         if hasattr(output, "latent_dist"):
             raw = output.latent_dist.mode()
@@ -87,7 +88,7 @@ class LatentTokenizer:
         return self.autoencoder.decode(raw).sample.float().clamp(-1, 1)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Return the uint8 pixels of images that `images` made."""
+        """Convert the output of `images` to uint8 pixels."""
         return images_to_pixels(images)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -99,12 +100,12 @@ class LatentTokenizer:
         return self.images(self._quantizer().decode(tokens))
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Encode and decode images, through the quantiser if there is one."""
+        """Encode and decode images, with quantisation if there is a quantiser."""
         latents = self.latents(images)
         return self.images(latents if self.quantizer is None else self.quantizer(latents))
 
     def bits_per_image(self, tokens: Tensor) -> float:
-        """Return log2(levels) for each of an image's tokens."""
+        """Return how many bits one image's tokens take, log2(levels) each."""
         return tokens[0].numel() * math.log2(self._quantizer().num_levels)
 
     def _quantizer(self) -> ScalarQuantizer:
@@ -113,11 +114,7 @@ class LatentTokenizer:
 
 
 class VQTokenizer:
-    """A VQ autoencoder: one token per position, an index into its trained codebook.
-
-    Args:
-        model: diffusers' VQModel.
-    """
+    """A VQ autoencoder (diffusers' VQModel), whose tokens are indices into its trained codebook, one per position."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
@@ -125,7 +122,7 @@ class VQTokenizer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     @torch.inference_mode()
@@ -140,7 +137,7 @@ class VQTokenizer:
         """Return the images of tokens [B, h, w], clamped to [-1, 1].
 
         Raises:
-            UserError: tokens outside the codebook.
+            UserError: a token is outside the codebook.
         """
         if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.num_codes):
             raise UserError(f"Tokens must be in [0, {self.num_codes}).")
@@ -148,11 +145,11 @@ class VQTokenizer:
         return self.model.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
 
     def images(self, codes: Tensor) -> Tensor:
-        """Return the images of codes [B, h, w], as `decode`."""
+        """Return the images of codes [B, h, w]; this is `decode` by the name that `LatentTokenizer` has for it."""
         return self.decode(codes)
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Return the uint8 pixels of images that `images` made."""
+        """Convert the output of `images` to uint8 pixels."""
         return images_to_pixels(images)
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -160,7 +157,7 @@ class VQTokenizer:
         return self.decode(self.encode(images))
 
     def bits_per_image(self, tokens: Tensor) -> float:
-        """Return log2(codes) for each of an image's tokens."""
+        """Return how many bits one image's tokens take, log2(codes) each."""
         return tokens[0].numel() * math.log2(self.num_codes)
 
 
@@ -170,7 +167,7 @@ def autoencoder_loss(model: Any, images: Tensor, *, kl_weight: float) -> Tensor:
     Args:
         model: diffusers' AutoencoderKL.
         images: [B, C, H, W] in [-1, 1].
-        kl_weight: small values leave all latent channels in use, large ones shut most of them.
+        kl_weight: with a small weight all latent channels stay in use; with a large one most of them collapse.
     """
     posterior = model.encode(images).latent_dist
     reconstruction = model.decode(posterior.sample()).sample
@@ -179,7 +176,7 @@ def autoencoder_loss(model: Any, images: Tensor, *, kl_weight: float) -> Tensor:
 
 
 def vq_loss(model: Any, images: Tensor) -> Tensor:
-    """Return the loss of a VQ autoencoder: squared error per pixel, codebook and commitment terms."""
+    """Return the loss of diffusers' VQModel: squared error per pixel plus the codebook and commitment terms."""
     output = model(images)
     return F.mse_loss(output.sample, images) + output.commit_loss.mean()
 
@@ -187,7 +184,7 @@ def vq_loss(model: Any, images: Tensor) -> Tensor:
 def sample_posterior(moments: Tensor) -> Tensor:
     """Draw latents [B, C, h, w] from moments [B, 2C, h, w] (mean, log-variance) of a KL autoencoder.
 
-    The generators are trained on posterior samples, as the official engine does. The log-variance is clamped to
-    [-30, 20] by diffusers, as in the official class.
+    The generators are trained on posterior samples, as in the official engine. diffusers clamps the log-variance to
+    [-30, 20], as the official class does.
     """
     return DiagonalGaussianDistribution(moments).sample()

@@ -1,4 +1,4 @@
-"""Operations of the autoencoders; see `utils/flop.py` for what counts."""
+"""The operations that decoding an image takes; `utils/flop.py` says what is counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def decoder_flop(autoencoder: Any, latent_size: int) -> int:
     """Return the operations of decoding one image.
 
     Args:
-        autoencoder: on the meta device; of diffusers, `GivtVAE` or `LlamaGenVQ`.
+        autoencoder: an autoencoder of diffusers, a `GivtVAE` or a `LlamaGenVQ`, on the meta device.
         latent_size: height and width of the latents.
     """
     config = autoencoder.config

@@ -1,4 +1,4 @@
-"""What a quantiser costs on given latents."""
+"""The distortion that a quantiser causes on given latents."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from tokenbridge.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Distortion:
-    """What quantising given latents costs; squared errors in squared latent units."""
+    """The distortion that a quantiser causes on given latents; errors are in squared latent units."""
 
     num_levels: int
     mse: float  # mean squared error
-    variance: float  # of the latents
+    variance: float  # variance of the latents
     relative_mse: float  # mse / variance
     snr_db: float  # 10 log10(variance / mse)
     entropy_bits: float  # empirical entropy of the tokens, bits per dimension
-    bits_per_dimension: float  # log2 V, what storing a token takes
-    lloyd_max_relative_mse: float  # the best V levels on these latents
-    rate_distortion_relative_mse: float  # 2^(-2 log2 V): no code at this rate does better on Gaussian latents
+    bits_per_dimension: float  # log2 V, the storage of a token
+    lloyd_max_relative_mse: float  # of the best V levels for these latents
+    rate_distortion_relative_mse: float  # 2^(-2 log2 V), the least at this rate on Gaussian latents
 
 
 def measure_distortion(quantizer: ScalarQuantizer, latents: Tensor) -> Distortion:
-    """Measure what `quantizer` does to `latents`, beside the Lloyd-Max optimum and the rate-distortion bound.
+    """Measure the distortion of `latents`, beside the Lloyd-Max optimum and the rate-distortion bound.
 
-    The Lloyd-Max codebook is fitted to these very latents.
+    The Lloyd-Max codebook is fitted to these same latents.
+
+    Raises:
+        UserError: all latents are equal.
     """
     latents = latents.detach().to("cpu", torch.float32)
-    quantizer = copy.deepcopy(quantizer).to("cpu")  # the caller's stays where it is
+    quantizer = copy.deepcopy(quantizer).to("cpu")  # a copy, since the caller's must stay on its device
     tokens = quantizer.encode(latents)
     variance = latents.double().var(correction=0).item()
     if variance == 0:

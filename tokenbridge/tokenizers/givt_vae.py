@@ -1,8 +1,8 @@
-"""GIVT's VAE: a convolutional autoencoder with a Gaussian posterior.
+"""GIVT's VAE, a convolutional autoencoder with a Gaussian posterior.
 
 Source: google-research/big_vision at 0127fb6, models/proj/givt (cnn.py, vae.py), after MaskGIT's VQ-GAN. diffusers'
-autoencoders cannot be made to compute it (other residual blocks, pooling), but it answers like one: `encode` gives
-a posterior, `decode` a sample, so that `LatentTokenizer` takes it.
+autoencoders cannot compute it, because their residual blocks and their pooling differ. It has the interface of one,
+so that `LatentTokenizer` accepts it: `encode` returns a posterior, and `decode` a sample.
 
 Shape letters: B batch, C channels of the latents, H, W height and width of images, h, w of latents.
 """
@@ -28,12 +28,12 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"swish": nn.SiLU, "relu": nn.ReLU}
 
 
 def group_norm(width: int) -> nn.GroupNorm:
-    """Return the normalisation: 32 groups, flax's epsilon."""
+    """Return a group normalisation with 32 groups and the epsilon of Flax."""
     return nn.GroupNorm(32, width, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """Residual block of two convolutions; it may change the width."""
+    """A residual block of two convolutions, which may change the width."""
 
     def __init__(self, width_in: int, width: int, activation: type[nn.Module]) -> None:
         super().__init__()
@@ -50,26 +50,25 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x [B, C, H, W].
 
-        Quirk kept: where the width changes, what is added to the branch is a projection of the BRANCH, not of x
-        (cnn.py, ResBlock), so that there is no path around the convolutions.
+        Quirk kept: where the width changes, a projection of the BRANCH is added to the branch, not one of x (cnn.py,
+        ResBlock), so that no path leads around the convolutions.
         """
         y = self.branch(x)
         return y + (x if self.mix is None else self.mix(y))
 
 
 class GivtVAE(ModelMixin, ConfigMixin):
-    """Autoencoder of images [B, 3, H, W] in [-1, 1], latents [B, C, h, w].
+    """The autoencoder of images [B, 3, H, W] in [-1, 1], with latents [B, C, h, w].
 
     Args:
         latent_channels: C.
-        width: of the first level.
-        width_multipliers: width of each level, from the finest; each but the last halves height and width.
-        num_res_blocks: residual blocks of a level, and of the middle.
-        image_channels: channels of an image.
-        activation: ``"swish"`` or ``"relu"``.
-        conv_downsample: halve by a 4 × 4 convolution instead of the mean of 2 × 2.
-        unit_images: map images to [0, 1] and back inside, and limit the posterior's log-variance to [-30, 20]
-            (official `malib_ckpt`, of the published weights).
+        width: channels that a multiplier of 1 stands for.
+        width_multipliers: the width of each level over `width`, finest first. Every level but the last halves height
+            and width.
+        num_res_blocks: residual blocks of each level, and of the middle of the encoder and of the decoder.
+        conv_downsample: whether a 4 × 4 convolution halves the size, instead of the mean of 2 × 2.
+        unit_images: whether images are mapped to [0, 1] and back inside, and the posterior's log-variance is limited
+            to [-30, 20] (official `malib_ckpt`; the published weights need it).
     """
 
     @register_to_config
@@ -94,7 +93,7 @@ class GivtVAE(ModelMixin, ConfigMixin):
 
         down: list[nn.Module] = [nn.Conv2d(image_channels, width, 3, padding=1, bias=False), *blocks(width, widths[0])]
         for finer, coarser in pairwise(widths):
-            # At an odd edge the mean is of the pixels that are there.
+            # At an odd edge the mean is taken over the pixels that exist.
             pool = nn.Conv2d(finer, finer, 4, 2, 1) if conv_downsample else nn.AvgPool2d(2, ceil_mode=True)
             down += [pool, *blocks(finer, coarser)]
         last = widths[-1]
@@ -108,7 +107,7 @@ class GivtVAE(ModelMixin, ConfigMixin):
         self.decoder = nn.Sequential(*up)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Return the posterior's mean and log-variance [B, 2 C, h, w] of images, the latter without limits."""
+        """Return the posterior's mean and log-variance [B, 2 C, h, w]; the log-variance is not limited."""
         return self.encoder((images + 1) / 2 if self.unit_images else images)
 
     def encode(self, images: Tensor) -> AutoencoderKLOutput:
@@ -134,12 +133,12 @@ def create_givt_vae(**changes: Any) -> GivtVAE:
 
 
 def givt_vae_layout(vae: GivtVAE) -> Layout:
-    """Return how the official tensors map to the parameters; Flax counts the modules of a kind as they come."""
+    """Return the layout of the official tensors. Flax numbers the modules of each kind in the order of their calls."""
     mappings: dict[str, ParamMapping] = {}
     for side in ("encoder", "decoder"):
         for theirs, ours, module in _numbered(f"cnn_{side}", side, vae.get_submodule(side)):
             if isinstance(module, ResBlock):
-                # The projection of the branch is made last: Conv_2.
+                # The projection of the branch is called last, so its name is Conv_2.
                 parts = [*_numbered(theirs, f"{ours}.branch", module.branch)]
                 if module.mix is not None:
                     parts.append((f"{theirs}/Conv_2", f"{ours}.mix", module.mix))
@@ -151,7 +150,7 @@ def givt_vae_layout(vae: GivtVAE) -> Layout:
 
 
 def _numbered(theirs: str, ours: str, modules: nn.Module) -> list[tuple[str, str, nn.Module]]:
-    """Return the official name and ours of the modules with parameters in a sequence."""
+    """Return (official name, our name, module) of every module in a sequence that has parameters."""
     kinds: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.GroupNorm: "GroupNorm", ResBlock: "ResBlock"}
     counts: Counter[str] = Counter()
     named = []
@@ -178,18 +177,19 @@ def load_givt_vae(path: Path | str, *, ema: bool = True) -> GivtVAE:
     """Load the published VAE (`vae_imagenet_2012_beta_5e-5_params`), in evaluation mode.
 
     Args:
-        path: the published file, Flax's msgpack of a whole training state; or an .npz file of the VAE's parameters.
-        ema: of a training state, take the moving average of the weights, as the published configuration does;
-            otherwise the weights themselves.
+        path: the published file, which is the msgpack of a whole training state, or an .npz file of the VAE's
+            parameters.
+        ema: whether to take the moving average of the weights from a training state, as the published configuration
+            does, instead of the weights themselves.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: as `read_tree` and `load_tree`; the message begins with the path.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged, or its tensors do not fit; the message begins with the path.
     """
     vae, tree = create_givt_vae(), read_tree(path)
     if any(name.startswith(("ema_params/", "g_params/")) for name in tree):
         prefix = "ema_params/" if ema else "g_params/"
-        # Names of the training code, without `cnn_` (cnn.py, load).
+        # The training code names the parameters without `cnn_` (cnn.py, load).
         tree = {"cnn_" + n.removeprefix(prefix): value for n, value in tree.items() if n.startswith(prefix)}
     load_tree(vae, tree, givt_vae_layout(vae), path)
     return vae

@@ -1,4 +1,4 @@
-"""KL-16, LDM's VAE as MAR trained it, in diffusers' AutoencoderKL."""
+"""KL-16, the VAE of LDM with MAR's weights, as diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tokenbridge.weights.official import Layout, ParamMapping
 from tokenbridge.weights.torch_files import load_checkpoint
 
 KL16 = "kl16"
-KL16_SCALE = 0.2325  # latents are multiplied by it before quantisation (engine_tokenbridge.py)
+KL16_SCALE = 0.2325  # factor of the latents before quantisation (engine_tokenbridge.py)
 
 
 def load_kl16(path: Path | str) -> AutoencoderKL:
     """Load the published VAE (`kl16.ckpt`) into diffusers' AutoencoderKL, in evaluation mode.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: as `load_checkpoint`.
+        MissingFileError: the file does not exist.
+        UserError: the file is not a checkpoint of this VAE.
     """
     vae = create_kl16()
     load_checkpoint(vae, path, kl16_layout(vae), ema=False)
@@ -38,8 +38,8 @@ def create_kl16(
 ) -> AutoencoderKL:
     """Build KL-16, or another size of LDM's VAE, as diffusers' AutoencoderKL on the meta device.
 
-    Arguments are the official Encoder's (models/vae.py). Which of the encoder's levels have attention follows
-    from the nominal `resolution`, not from an image's size; the decoder has it in the middle only.
+    The arguments are those of the official Encoder (models/vae.py). The nominal `resolution`, not the size of an
+    image, decides which levels of the encoder have attention. The decoder has attention only in the middle.
     """
     levels = range(len(ch_mult))
     down = [resolution // 2**i in attn_resolutions for i in levels]
@@ -56,7 +56,7 @@ def create_kl16(
         ).eval()
 
 
-LDM_WORDS = (  # diffusers' and LDM's, applied in this order
+LDM_WORDS = (  # parts of names in diffusers and in LDM; they are replaced in this order
     ("down_blocks.", "down."),
     ("mid_block.resnets.0.", "mid.block_1."),
     ("mid_block.resnets.1.", "mid.block_2."),
@@ -76,15 +76,15 @@ LDM_WORDS = (  # diffusers' and LDM's, applied in this order
 
 
 def kl16_layout(vae: AutoencoderKL) -> Layout:
-    """Return where the tensors of `kl16.ckpt` go in diffusers' AutoencoderKL."""
+    """Return the layout of `kl16.ckpt` in diffusers' AutoencoderKL."""
     mappings: dict[str, ParamMapping] = {}
     last = len(vae.config.block_out_channels) - 1
     for name, parameter in vae.named_parameters():
-        # LDM counts the decoder's levels from the finest, diffusers in the order they run.
+        # LDM counts the decoder's levels from the finest, diffusers in the order in which they run.
         official = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", name)
         for ours, theirs in LDM_WORDS:
             official = official.replace(ours, theirs)
-        # LDM's attention projections are 1 × 1 convolutions.
+        # The attention projections of LDM are 1 × 1 convolutions.
         ones = (1, 1) if re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", official) else ()
         assert official not in mappings, "two parameters share an official name"
         mappings[official] = ParamMapping(name, (*parameter.shape, *ones))

@@ -1,7 +1,7 @@
-"""LlamaGen's VQ tokenizers: VQ-16 (the published models' own) and VQ-8, on diffusers' encoder and decoder.
+"""LlamaGen's VQ tokenizers VQ-16, which the published models use, and VQ-8, on diffusers' encoder and decoder.
 
 Official code: FoundationVision/LlamaGen at ce98ec4, tokenizer/tokenizer_image/vq_model.py. diffusers' VQModel has
-neither the l2-normalised codebook nor sides of different depth; its Encoder and Decoder fit.
+neither an l2-normalised codebook nor an encoder and decoder of different depth; its Encoder and Decoder fit.
 
 Shape letters: B batch, C channels of a code, V codes, h, w height and width of the token grid.
 """
@@ -27,15 +27,17 @@ from tokenbridge.weights.torch_files import read_weights
 
 
 class LlamaGenVQ(ModelMixin, ConfigMixin):
-    """VQ autoencoder: one token per position, the code nearest in direction. It is a `Tokenizer` (base.py).
+    """A VQ autoencoder, whose token at a position is the code nearest in direction. It is a `Tokenizer` (base.py).
 
     Args:
         num_codes: V.
         code_channels: C.
-        l2_norm: compare directions: latents and codes are normalised whenever they are used; stored codes are not.
-        encoder_multipliers: width of each encoder level over 128; a level halves height and width, the last does not.
-        decoder_multipliers: the same for the decoder, which runs them from the last.
-        latent_channels: between encoder or decoder and the codes.
+        l2_norm: whether latents and codes are normalised whenever they are used, so that directions are compared.
+            The stored codes are not normalised.
+        encoder_multipliers: the width of each encoder level over 128. Every level but the last halves height and
+            width.
+        decoder_multipliers: the width of each decoder level over 128; the decoder runs the last one first.
+        latent_channels: the width between the encoder or decoder and the codes.
     """
 
     @register_to_config
@@ -70,12 +72,12 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         self.embedding = nn.Parameter(self.normalise(codes, dim=-1))
 
     def normalise(self, x: Tensor, *, dim: int) -> Tensor:
-        """Scale to length 1 along `dim`, if this tokenizer does."""
+        """Scale x to length 1 along `dim` if this tokenizer has `l2_norm`."""
         return F.normalize(x, dim=dim) if self.l2_norm else x
 
     @property
     def codebook(self) -> Tensor:
-        """The codes [V, C] as they are used."""
+        """The codes [V, C], normalised if this tokenizer has `l2_norm`."""
         return self.normalise(self.embedding, dim=-1)
 
     def latents(self, images: Tensor) -> Tensor:
@@ -83,10 +85,10 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         return self.quant_conv(self.encoder(images))
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Return the tokens [B, h, w] of latents [B, C, h, w]: the nearest code, of equally near ones the first."""
+        """Return the tokens [B, h, w] of latents [B, C, h, w]: the nearest code, or the first of equally near ones."""
         x = self.normalise(latents.movedim(1, -1), dim=-1)
         codes = self.codebook
-        # Squared distances, the sum in the official order: what rounding decides, it decides alike.
+        # The squared distances are summed in the official order, so that rounding decides near ties alike.
         distances = x.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * (x @ codes.T)
         return distances.argmin(-1)
 
@@ -95,7 +97,7 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         return F.embedding(tokens, self.codebook).movedim(-1, 1)
 
     def raw_images(self, codes: Tensor) -> Tensor:
-        """Decode codes [B, C, h, w] to images, not clamped."""
+        """Decode codes [B, C, h, w] to images, which are not clamped."""
         return self.decoder(self.post_quant_conv(codes))
 
     @torch.inference_mode()
@@ -108,17 +110,17 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         """Return the images of tokens [B, h, w], clamped to [-1, 1].
 
         Raises:
-            UserError: tokens outside the codebook.
+            UserError: a token is outside the codebook.
         """
         return self._decode(tokens).clamp(-1, 1)
 
     @torch.inference_mode()
     def images(self, codes: Tensor) -> Tensor:
-        """Return the images of codes [B, h, w] of the codebook, float32 and not clamped: see `to_pixels`."""
+        """Return the images of tokens [B, h, w], float32. `to_pixels` clamps them, after it has scaled them."""
         return self.raw_images(self.lookup(codes)).float()
 
     def to_pixels(self, images: Tensor) -> Tensor:
-        """Return the uint8 pixels of images that `images` made, scaled down to 256 if they are larger."""
+        """Convert the output of `images` to uint8 pixels, scaled down to 256 × 256 if it is larger."""
         return official_pixels(images, min(images.shape[-1], EVALUATED_SIZE))
 
     @torch.inference_mode()
@@ -126,7 +128,7 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         """Return the uint8 pixels [B, 3, size, size] of generated tokens, as the published evaluations made them.
 
         Raises:
-            UserError: as `decode`.
+            UserError: a token is outside the codebook.
         """
         return official_pixels(self._decode(tokens), size)
 
@@ -135,7 +137,7 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         return self.decode(self.encode(images))
 
     def bits_per_image(self, tokens: Tensor) -> float:
-        """Return log2(codes) for each of an image's tokens."""
+        """Return how many bits one image's tokens take, log2(codes) each."""
         return tokens[0].numel() * math.log2(self.num_codes)
 
     def _decode(self, tokens: Tensor) -> Tensor:
@@ -144,7 +146,8 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         return self.raw_images(self.lookup(tokens)).float()
 
 
-# diffusers' words and LlamaGen's where these are not LDM's. Both count the decoder's levels in the order they run.
+# Parts of names in diffusers and in LlamaGen, where LlamaGen differs from LDM. Both count the decoder's levels in the
+# order in which they run.
 _WORDS = (
     ("down_blocks.", "conv_blocks."),
     ("up_blocks.", "conv_blocks."),
@@ -159,8 +162,9 @@ _WORDS = (
 def official_pixels(images: Tensor, size: int) -> Tensor:
     """Scale images [B, 3, H, W] to [size, size] and map them to uint8 pixels, as the official evaluation does.
 
-    Quirks kept (sample_c2i_ddp.py): bicubic scaling without anti-aliasing, of images that were not clamped; then
-    127.5 x + 128, cut off: what `data.images_to_pixels` rounds to, but where x lies half-way, always up.
+    Quirks kept (sample_c2i_ddp.py): images are scaled bicubically without anti-aliasing before they are clamped, and
+    127.5 x + 128 is truncated. `data.images.images_to_pixels` rounds to the same value, except that half-way values
+    always go up here.
     """
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic")
@@ -170,7 +174,7 @@ def official_pixels(images: Tensor, size: int) -> Tensor:
 # ------------------------------------------------------------------------- published models and their files
 
 EVALUATED_SIZE = 256  # larger images are scaled down to it (sample_c2i_ddp.py, --image-size-eval)
-USAGE = "quantize.codebook_used"  # buffer of the official class: the last codes of its training, of no further use
+USAGE = "quantize.codebook_used"  # buffer of the official class with the last codes of its training
 USAGE_SIZE = 65536
 
 # README.md of FoundationVision/LlamaGen at ce98ec4, table "VQ-VAE models".
@@ -194,14 +198,13 @@ PRESETS: dict[str, Preset] = {
 
 
 def create_vq(name: str = "llamagen-vq16", **changes: Any) -> LlamaGenVQ:
-    """Build a preset on the meta device, in evaluation mode: sizes without memory.
+    """Build a preset on the meta device, which takes no memory, in evaluation mode.
 
     Args:
-        name: of the preset.
-        changes: keyword arguments of `LlamaGenVQ` that replace the preset's.
+        changes: keyword arguments of `LlamaGenVQ` that replace those of the preset.
 
     Raises:
-        UserError: an unknown name.
+        UserError: no preset is called `name`.
     """
     if name not in PRESETS:
         raise UserError(f"Unknown tokenizer {name!r}; there are {', '.join(PRESETS)}.")
@@ -210,13 +213,13 @@ def create_vq(name: str = "llamagen-vq16", **changes: Any) -> LlamaGenVQ:
 
 
 def vq_layout(vq: LlamaGenVQ) -> Layout:
-    """Return how the official tensors map to the parameters."""
+    """Return the layout of the official tensors."""
     mappings = {}
     for name, parameter in vq.named_parameters():
         official = name
         for ours, theirs in (*_WORDS, *LDM_WORDS):
             official = official.replace(ours, theirs)
-        # Their attention projections are 1 x 1 convolutions.
+        # The official attention projections are 1 × 1 convolutions.
         ones = (1, 1) if official.endswith((".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")) else ()
         mappings[official] = ParamMapping(name, (*parameter.shape, *ones))
     return Layout(mappings, "LlamaGenVQ")
@@ -225,11 +228,11 @@ def vq_layout(vq: LlamaGenVQ) -> Layout:
 def load_vq(path: Path | str, name: str = "llamagen-vq16") -> LlamaGenVQ:
     """Load a published tokenizer (`vq_ds16_c2i.pt`), in evaluation mode.
 
-    The official class's record of the codes used in training may be in the file, and is not kept.
+    The file may hold the official class's record of the codes used in training, which is dropped.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: as `read_weights` and `load_state`; a record of used codes of another size.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged, its tensors do not fit, or the record of used codes has another size.
     """
     vq, state = create_vq(name), read_weights(path)
     usage = state.pop(USAGE, None)

@@ -19,14 +19,14 @@ from tokenbridge.weights.official import Layout
 
 @dataclass(frozen=True)
 class PublishedTokenizer:
-    """A published autoencoder, which makes images of a model's latents or tokens."""
+    """A published autoencoder, which decodes the latents or tokens of a generator to images."""
 
-    key: str  # of its file, in weights/artifacts.py; its name for `convert`
-    part: str  # what it is, for messages
-    model: Any  # class
-    create: Callable[[], Any]  # on the meta device
-    load: Callable[[Path], Any]  # from the published file
-    layout: Callable[[Any], Layout]  # official names of a module of the class
+    key: str  # key of its file in `weights.artifacts.ARTIFACTS`, and its name for `tokenbridge convert`
+    part: str  # how messages call it
+    model: Any  # its class
+    create: Callable[[], Any]  # builds it on the meta device
+    load: Callable[[Path], Any]  # loads it from the published file
+    layout: Callable[[Any], Layout]  # returns the layout of the official tensors in a module of the class
 
 
 KL16 = PublishedTokenizer(KL16_VAE, "VAE", AutoencoderKL, create_kl16, load_kl16, kl16_layout)

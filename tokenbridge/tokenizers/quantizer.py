@@ -1,14 +1,14 @@
 """Dimension-wise post-training quantisation of continuous latents (paper section 3.1, equations 1-5).
 
 Every latent value is replaced, on its own, by the nearest of `num_levels` codebook values; its token is the index
-of that value. Nothing is trained. Three ways to make the codebook:
+of that value. Nothing is trained. There are three ways to make the codebook:
 
-- `gaussian_quantizer`: equal-probability bins of a Gaussian, each replaced by its conditional mean (the paper);
-- `uniform_quantizer`: the middles of bins of equal width (the paper's robustness remark);
-- `lloyd_max_quantizer`: the codebook of least squared error on calibration latents.
+- `gaussian_quantizer` takes the conditional means of equal-probability bins of a Gaussian (the paper);
+- `uniform_quantizer` takes the midpoints of bins of equal width (the paper's robustness remark);
+- `lloyd_max_quantizer` takes the codebook of least squared error on calibration latents.
 
-All three are a `ScalarQuantizer`, which encodes by searching the midpoints between sorted codebook values: the
-official code (models/tokenbridge.py, `quantize`) forms all distances and takes the smallest, which gives the same
+All three return a `ScalarQuantizer`, which encodes by searching the midpoints between sorted codebook values. The
+official code (models/tokenbridge.py, `quantize`) computes all distances and takes the smallest, which gives the same
 tokens but needs `num_levels` times the memory.
 
 Shape letters: V levels.
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 GAUSSIAN_RANGE = 5.0  # a latent of this size is mapped to GAUSSIAN_SIGMAS before binning (official default)
 GAUSSIAN_SIGMAS = 3.0  # the outermost bins are cut here, in standard deviations (official `std_range`)
 
-SEARCH_BLOCK = 1 << 14  # values looked up at a time on the CPU, so that what a block needs stays in its cache
-MAX_CELLS = 1 << 16  # of the table for the look-up; 64 Gaussian levels need about 130
+SEARCH_BLOCK = 1 << 14  # values that the CPU looks up at a time, so that a block stays in its cache
+MAX_CELLS = 1 << 16  # cells of the look-up table at most; 64 Gaussian levels need about 130
 
 
 class ScalarQuantizer(nn.Module):
     """Map latents to tokens and back by the nearest value of a sorted codebook.
 
-    Buffers (saved with `state_dict`): `codebook`, float32 [V].
+    The buffer `codebook`, float32 [V], is saved with `state_dict`.
 
     Args:
         codebook: strictly increasing values [V >= 2] in latent units.
 
     Raises:
-        UserError: values that are not finite or do not strictly increase.
+        UserError: the values are not finite or do not strictly increase.
     """
 
     codebook: Tensor
@@ -61,25 +61,26 @@ class ScalarQuantizer(nn.Module):
 
     @property
     def num_levels(self) -> int:
-        """Number of codebook values V."""
+        """The number of codebook values, V."""
         return len(self.codebook)
 
     @property
     def midpoints(self) -> Tensor:
-        """Where one level ends and the next begins, [V - 1]."""
+        """The boundaries [V - 1] between neighbouring levels."""
         return (self.codebook[:-1] + self.codebook[1:]) / 2
 
     def encode(self, latents: Tensor) -> Tensor:
-        """Return the tokens of latents: same shape, int64, in [0, V).
+        """Return the tokens of latents, int64 in [0, V) and of the same shape.
 
-        Values outside the codebook's span get its first or last token; a value half-way between two codebook
-        values gets the lower token (as the official argmin over distances does).
+        Values outside the span of the codebook get the first or last token. A value half-way between two codebook
+        values gets the lower token, as from the official argmin over distances.
 
         Args:
-            latents: float tensor of any layout, in latent units; compared in float32 (or float64 if it is).
+            latents: float tensor of any shape, in latent units. float64 is compared in float64, every other type in
+                float32.
 
         Raises:
-            UserError: NaN or infinite latents.
+            UserError: a latent is NaN or infinite.
         """
         assert latents.is_floating_point(), f"latents must be floating point, not {latents.dtype}"
         if latents.numel() and not all(torch.isfinite(end) for end in latents.aminmax()):
@@ -88,14 +89,14 @@ class ScalarQuantizer(nn.Module):
         return self.nearest(latents)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """`encode` without its checks, for loops that must not wait for the device."""
+        """Return the tokens without the checks of `encode`, for loops that must not wait for the device."""
         return _search(self.midpoints, latents)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return the codebook values of tokens: same shape, the codebook's dtype, in latent units.
+        """Return the codebook values of tokens, float32 in latent units and of the same shape.
 
         Raises:
-            UserError: tokens outside [0, V).
+            UserError: a token is outside [0, V).
         """
         is_integer = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
         assert is_integer, f"tokens must be integers, not {tokens.dtype}"
@@ -105,22 +106,22 @@ class ScalarQuantizer(nn.Module):
         return self.lookup(tokens)
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """`decode` without its checks, for loops that must not wait for the device."""
+        """Return the values without the checks of `decode`, for loops that must not wait for the device."""
         return self.codebook[tokens]
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return the de-quantised latents: `decode(encode(latents))`."""
+        """Return the de-quantised latents, `decode(encode(latents))`."""
         return self.lookup(self.encode(latents))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> ScalarQuantizer:
-        """Move with the model, but stay in float32: a codebook in half precision gives other tokens."""
+        """Move the codebook with the model but keep float32, since half precision would give other tokens."""
         codebook = self.codebook
         super()._apply(fn, *args)
         self.codebook = codebook.to(self.codebook.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Refuse a codebook that is not one."""
+        """Refuse a stored codebook that is not finite and strictly increasing."""
         if (codebook := state_dict.get(prefix + "codebook")) is not None:
             _check_codebook(codebook)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -147,16 +148,17 @@ def _search(midpoints: Tensor, latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Equal cells over the midpoints, at most one midpoint in each, so that one comparison finds a token.
+    """Equal cells with at most one midpoint in each, so that one comparison finds a token.
 
-    On a CPU several times faster than a binary search, which mispredicts its branches on random values. Exact: the
-    cell of a value never falls when the value rises, rounding included, and midpoints get theirs the same way.
+    On a CPU this is several times faster than a binary search, which mispredicts its branches on random values. It is
+    exact: the cell of a value never falls when the value rises, even with rounding, and the midpoints get their cells
+    in the same way.
     """
 
     low: float
     scale: float  # cells per latent unit
     below: Tensor  # [cells] int64, number of midpoints in lower cells
-    midpoint: Tensor  # [cells], the cell's own; infinite if it has none
+    midpoint: Tensor  # [cells], the midpoint in the cell; infinite if it has none
 
     def of(self, x: Tensor) -> Tensor:
         """Return the cell of each value, int32."""
@@ -166,7 +168,7 @@ class _Cells:
 
 
 def _make_cells(midpoints: Tensor) -> _Cells | None:
-    """Return the cells of midpoints [V - 1] on the CPU; None if there are fewer than two or they are too uneven."""
+    """Return the cells of midpoints [V - 1] on the CPU; None if the midpoints are fewer than two or too uneven."""
     if len(midpoints) < 2:
         return None
     low, gap = midpoints[0].item(), midpoints.diff().min().item()
@@ -185,19 +187,19 @@ def _make_cells(midpoints: Tensor) -> _Cells | None:
 def gaussian_quantizer(
     num_levels: int, *, value_range: float = GAUSSIAN_RANGE, num_sigmas: float = GAUSSIAN_SIGMAS
 ) -> ScalarQuantizer:
-    """Return the paper's quantiser: conditional means of equal-probability bins of N(0, 1).
+    """Return the paper's quantiser, whose levels are conditional means of equal-probability bins of N(0, 1).
 
-    The outermost bins are cut at ±`num_sigmas`, and ±`num_sigmas` is mapped to ±`value_range`: in latent units
-    the bins are fitted to a standard deviation of `value_range / num_sigmas`, 5/3 by default.
+    The outermost bins are cut at ±`num_sigmas`, and ±`num_sigmas` is mapped to ±`value_range`. In latent units the
+    bins thus fit a standard deviation of `value_range / num_sigmas`, 5/3 by default.
     Source: equations 1-5; official models/tokenbridge.py, `_init_gaussian_quantization`.
 
     Args:
         num_levels: V, at least 2.
-        value_range: latents beyond ± this are clamped to the outermost levels.
-        num_sigmas: where the Gaussian is cut.
+        value_range: latents beyond ± this value get the outermost levels.
+        num_sigmas: standard deviations at which the Gaussian is cut.
 
     Raises:
-        UserError: arguments that are not positive, or so many levels that the codebook degenerates: with 3
+        UserError: an argument is not positive, or the levels are so many that the codebook degenerates. With 3
             sigmas, float32 means leave their bins from 727 levels on, and from 741 on whole bins lie beyond the cut
             (the official code then puts a wrong value, 0, into its codebook).
     """
@@ -211,8 +213,8 @@ def gaussian_codebook(num_levels: int, *, value_range: float, num_sigmas: float)
     edges = gaussian_bin_edges(num_levels, num_sigmas=num_sigmas)
     density = torch.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi)
     cumulative = 0.5 * (1 + torch.erf(edges / math.sqrt(2)))
-    # E[x | a < x < b], equation 4. Deliberately in float32, as models/tokenbridge.py computes it: the published
-    # codebooks carry its rounding (about 1e-5 at 64 levels, growing with the number of levels).
+    # E[x | a < x < b], equation 4. It is computed in float32 on purpose, as in models/tokenbridge.py, because the
+    # published codebooks carry that rounding (about 1e-5 at 64 levels, more with more levels).
     means = -density.diff() / cumulative.diff()
     if not ((means > edges[:-1]) & (means < edges[1:])).all():
         raise UserError(
@@ -224,15 +226,15 @@ def gaussian_codebook(num_levels: int, *, value_range: float, num_sigmas: float)
 
 def gaussian_bin_edges(num_levels: int, *, num_sigmas: float) -> Tensor:
     """Return the edges [V + 1] float32 of equal-probability bins of N(0, 1), cut at ±`num_sigmas` (equation 2)."""
-    # Device and type are named, so that a model built on the meta device (presets.create_model) or while another
-    # type is the default (from_pretrained with torch_dtype) has its codebook all the same.
+    # Device and type are named, so that a model has its codebook even if it is built on the meta device
+    # (weights.published.build_preset) or while another type is the default (from_pretrained with torch_dtype).
     probabilities = torch.linspace(0, 1, num_levels + 1, device="cpu", dtype=torch.float32)
     edges = torch.from_numpy(stats.norm.ppf(probabilities.numpy())).to(torch.float32)
     return edges.clamp(-num_sigmas, num_sigmas)
 
 
 def uniform_quantizer(num_levels: int, *, value_range: float = GAUSSIAN_RANGE) -> ScalarQuantizer:
-    """Return a quantiser with the middles of `num_levels` equal bins of [-`value_range`, `value_range`]."""
+    """Return a quantiser whose levels are the midpoints of equal bins of [-`value_range`, `value_range`]."""
     _check_levels(num_levels)
     _check_positive(value_range=value_range)
     places = (torch.arange(num_levels, dtype=torch.float64) + 0.5) / num_levels
@@ -242,17 +244,17 @@ def uniform_quantizer(num_levels: int, *, value_range: float = GAUSSIAN_RANGE) -
 def lloyd_max_quantizer(latents: Tensor, num_levels: int, *, num_iterations: int = 500) -> ScalarQuantizer:
     """Return the quantiser of least squared error on calibration latents (Lloyd 1982, Max 1960).
 
-    Alternates nearest-value assignment and cell means, from quantiles and from Gaussian bins, and keeps the best: on
-    the calibration data it is never worse than `gaussian_quantizer` with its defaults. Sorted data and running sums
-    make one iteration cost a search of the V midpoints.
+    Lloyd's iteration alternates between cells of nearest values and cell means. It starts from quantiles and from
+    Gaussian bins, and the best result is kept, which on the calibration data is never worse than `gaussian_quantizer`
+    with its defaults. Because the data is sorted and summed once, an iteration costs only a search of the V midpoints.
 
     Args:
-        latents: calibration latents, any shape.
+        latents: calibration latents of any shape.
         num_levels: V; the data must have at least as many distinct values.
-        num_iterations: upper limit; stops when no cell changes.
+        num_iterations: iterations at most; the search ends when no cell changes.
 
     Raises:
-        UserError: latents that are not finite, or have fewer distinct values than levels.
+        UserError: the latents are not finite, or have fewer distinct values than levels.
     """
     _check_levels(num_levels)
     assert latents.is_floating_point(), f"latents must be floating point, not {latents.dtype}"
@@ -267,9 +269,9 @@ def _fit_lloyd_max(values: Tensor, num_levels: int, num_iterations: int) -> Tens
     distinct = values.unique_consecutive()
     if distinct.numel() < num_levels:
         raise UserError(f"{num_levels} levels need at least as many distinct calibration values.")
-    # Lloyd's iteration finds the optimum near its start, and a level that starts without values keeps none. Quantiles
-    # start every level with values, whatever the distribution; Gaussian bins are near the optimum of most latents,
-    # and starting from the paper's own codebook makes sure never to be worse than it.
+    # Lloyd's iteration finds the optimum near its start, and a level that starts without values never gets any. With
+    # quantiles every level starts with values, whatever the distribution. Gaussian bins are near the optimum of most
+    # latents, and a start from the paper's own codebook ensures that the result is never worse than it.
     places = (torch.arange(num_levels) + 0.5) * distinct.numel() / num_levels
     starts = [distinct[places.long()], *_gaussian_starts(values, num_levels)]
     fitted = [_iterate_lloyd(values, start, num_iterations) for start in starts]
@@ -302,7 +304,7 @@ def _squared_error(values: Tensor, levels: Tensor) -> float:
 
 
 def _gaussian_starts(values: Tensor, num_levels: int) -> list[Tensor]:
-    """Return the paper's codebook as it is and fitted to the data; nothing where there are too many levels."""
+    """Return the paper's codebook, plain and fitted to the data; an empty list if there are too many levels for it."""
     try:
         unit = gaussian_codebook(num_levels, value_range=GAUSSIAN_RANGE, num_sigmas=GAUSSIAN_SIGMAS).double()
     except UserError:
