@@ -630,7 +630,7 @@ def test_sample_refuses(
         ("mini/nonsense", "Unknown recipe 'nonsense' at scale mini"),
         ("tokenbridge-xl", "Unknown model 'tokenbridge-xl'; there are tokenbridge-b, tokenbridge-l"),
         ("tokenbridge-b", "No sampling settings were published for tokenbridge-b"),
-        (".", "is a path: say with --preset which model is there"),
+        (".", "is a path: name the model that it holds with --preset"),
     ],
 )
 def test_sample_wants_a_generator(run: Callable[..., tuple[int, str, str]], model: str, message: str) -> None:

@@ -165,8 +165,8 @@ def test_names_and_numbers_go_together() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("golden retreiver", r"no class 'golden retreiver'; near it: 'golden retriever'"),
-        ("retriever", r"near it: 'flat-coated retriever', 'curly-coated retriever', 'golden retriever'"),
+        ("golden retreiver", r"no class 'golden retreiver'; similar: 'golden retriever'"),
+        ("retriever", r"similar: 'flat-coated retriever', 'curly-coated retriever', 'golden retriever'"),
         ("qqqqq", r"There is no class 'qqqqq'\.$"),
         ("", r"There is no class ''\.$"),
         ("CARDIGAN", r"'CARDIGAN' may mean class 264 \(Cardigan\) or class 474 \(cardigan\); give the number"),
@@ -200,7 +200,7 @@ def test_a_name_of_two_classes_is_refused() -> None:
         ({"class_labels": 0, "num_iterations": 17}, r"in \[1, 16\], not 17"),
         ({"class_labels": 0, "num_iterations": 0}, "at least 1, not 0"),
         ({"class_labels": [0, 1], "seed": [1]}, "1 seeds for 2 images"),
-        ({"class_labels": 0, "seed": -1}, "seed is at least 0"),
+        ({"class_labels": 0, "seed": -1}, "seed must be at least 0"),
         ({"class_labels": 0, "output_type": "latent"}, "Unknown output type 'latent'"),
     ],
 )

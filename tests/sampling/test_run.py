@@ -410,7 +410,7 @@ def test_other_recipe_in_the_same_folder(tmp_path: Path, sampler: Flat, config: 
 
 def test_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds no run \(notes.txt is there\)"):
+    with pytest.raises(ValueError, match=r"holds no run \(notes.txt is in it\)"):
         quiet(Flat(), RunConfig(2), tmp_path)
     (tmp_path / "run.json").write_text('{"recipe"')
     with pytest.raises(ValueError, match="damaged"):
@@ -424,7 +424,7 @@ def test_folder_of_something_else(tmp_path: Path) -> None:
         ({"num_images": 0}, "number of images must be at least 1, not 0"),
         ({"num_images": -3}, "number of images must be at least 1, not -3"),
         ({"batch_size": 0}, "batch size"),
-        ({"seed": -1}, "seed is at least 0"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"randomness": "none"}, "Unknown randomness"),
         ({"format": "gif"}, "Unknown format"),
         ({"labels": (1, 2)}, "2 labels for 4 images"),
@@ -491,7 +491,7 @@ def test_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.Monke
         plain(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match=r"no space left for .* stay: make room"):
+    with pytest.raises(OSError, match=r"no space left for .* are kept: make room"):
         quiet(SMALL, config, tmp_path / "run")
     monkeypatch.undo()
     folder = tmp_path / "run" / ("images" if file_format == "png" else "parts")
@@ -594,7 +594,7 @@ def test_unknown_names(published: Callable[..., Any], tmp_path: Path) -> None:
         ({"name": "tokenbridge-xl"}, "Unknown model 'tokenbridge-xl'"),
         ({"name": str(tmp_path / "none")}, "Unknown model"),
         ({"preset": "huge"}, "Unknown preset 'huge'"),
-        ({}, "say with --preset"),
+        ({}, "holds with --preset"),
         ({"preset": "mini", "weights": tmp_path}, "given twice"),
         ({"name": "mini", "variant": "mine"}, "no sampling settings 'mine'"),
         ({"name": "mini", "preset": "mini"}, "no path 'mini'"),

@@ -21,7 +21,7 @@ class PerImage:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise UserError(f"A seed is at least 0, not {self.seed}.")
+            raise UserError(f"The seed must be at least 0, not {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class GlobalNoise:
 def image_streams(seed: int, image_indices: Sequence[int]) -> list[np.random.Generator]:
     """Return the random stream of each image, which is seeded with (seed, image index)."""
     if seed < 0:
-        raise UserError(f"A seed is at least 0, not {seed}.")
+        raise UserError(f"The seed must be at least 0, not {seed}.")
     return [np.random.default_rng((seed, index)) for index in image_indices]
 
 

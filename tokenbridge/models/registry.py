@@ -38,7 +38,7 @@ def find_preset(name: str) -> tuple[System, Preset]:
         return known[name]
     found = [(system, preset) for system, preset in known.values() if preset.official_name == name]
     if len(found) > 1:
-        raise UserError(f"{name!r} may be {' or '.join(preset.name for _, preset in found)}: say which.")
+        raise UserError(f"{name!r} may mean {' or '.join(preset.name for _, preset in found)}; give the full name.")
     if not found:
         raise UserError(f"Unknown preset {name!r}; there are {', '.join(known)}.")
     return found[0]

@@ -1,1 +1,1 @@
-"""Sampling runs: a model by name, many images, many processes, resumable."""
+"""Sampling runs, which make many images with a model, in one or several processes, and can be resumed."""

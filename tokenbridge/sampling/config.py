@@ -1,4 +1,4 @@
-"""What a sampling run makes: how many images, of which classes, by which random numbers."""
+"""The configuration of a sampling run: number of images, labels, random numbers and format."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Format = Literal["png", "npz"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run makes, beside the sampler's own settings."""
+    """The configuration of a run, apart from the sampling settings of the model."""
 
     num_images: int
-    # One an image; balanced if None (`balanced_labels`); or drawn at random, every class as likely as another.
+    # One label for each image; or "random", with all classes equally likely; or None for balanced labels.
     labels: tuple[int, ...] | Literal["random"] | None = None
     seed: int = 0
     randomness: Randomness = "per-image"
-    batch_size: int = 16  # images at a time in each process
+    batch_size: int = 16  # in each process
     format: Format = "png"
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class RunConfig:
         if self.batch_size < 1:
             raise UserError(f"The batch size must be at least 1, not {self.batch_size}.")
         if self.seed < 0:
-            raise UserError(f"A seed is at least 0, not {self.seed}.")
+            raise UserError(f"The seed must be at least 0, not {self.seed}.")
         if self.randomness not in get_args(Randomness):
             raise UserError(f"Unknown randomness {self.randomness!r}; there are {', '.join(get_args(Randomness))}.")
         if self.format not in get_args(Format):
@@ -43,40 +43,40 @@ class RunConfig:
 
     @property
     def draws_labels(self) -> bool:
-        """Whether labels come from the stream that the images come from, and are not known beforehand."""
+        """Whether labels are drawn from the same stream as the images, so that they are not known beforehand."""
         return self.labels == "random" and self.randomness == "official"
 
     @property
     def num_batches(self) -> int:
-        """How many batches the run is cut into."""
+        """The number of batches in the run."""
         return -(-self.num_images // self.batch_size)
 
     def batch(self, number: int) -> range:
-        """Return the image numbers of a batch."""
+        """Return the numbers of the images in a batch."""
         start = number * self.batch_size
         return range(start, min(start + self.batch_size, self.num_images))
 
 
 def balanced_labels(num_images: int, num_classes: int) -> tuple[int, ...]:
-    """Return the labels of the official evaluation: every class equally often, class after class.
+    """Return the labels of the official evaluation, which has equally many images of every class, class after class.
 
-    The official engine (engine_tokenbridge.py) wants a multiple of the classes; for other numbers, counts here differ
-    by 1 at most.
+    The official engine (engine_tokenbridge.py) accepts only a multiple of the number of classes. For other numbers of
+    images, the counts of two classes differ by at most 1 here.
     """
     return tuple(i * num_classes // num_images for i in range(num_images))
 
 
 def random_labels(num_images: int, num_classes: int, seed: int) -> tuple[int, ...]:
-    """Return independent random labels, from a stream of the seed's own: no image's stream is this one."""
+    """Return independent random labels, drawn from a stream of the seed that no image has."""
     stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
     return tuple(stream.integers(num_classes, size=num_images).tolist())
 
 
 def run_labels(config: RunConfig, num_classes: int) -> Tensor | None:
-    """Return the labels [N] of a run; None if they are drawn as the images are (`RunConfig.draws_labels`).
+    """Return the labels [N] of a run; None if they are drawn together with the images (`RunConfig.draws_labels`).
 
     Raises:
-        ValueError: labels that are no classes of the system.
+        UserError: a label is not in [0, num_classes).
     """
     if config.draws_labels:
         return None

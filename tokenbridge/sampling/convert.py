@@ -1,4 +1,4 @@
-"""Published files as model folders of diffusers."""
+"""Conversion of published files to model folders of diffusers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from tokenbridge.weights.diffusers import check_replaceable
 
 
 def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True) -> None:
-    """Write a published file as a diffusers model folder: config.json and one safetensors, in the file's number type.
+    """Write a published file as a model folder of diffusers: config.json and one safetensors file.
+
+    The weights keep the number type of the published file.
 
     Args:
-        path: the official file, or its folder.
-        folder: what to write; whole or not at all, replacing what is there.
-        name: of a preset of any system, or of a tokenizer (`TOKENIZERS`).
-        ema: take the moving average of the weights, as published, where a file has one; or the last ones.
+        path: the official file, or the folder that holds it.
+        folder: the model folder, which is written atomically and replaces an earlier one.
+        name: a preset of any system, or a tokenizer (`TOKENIZERS`).
+        ema: convert the moving average of the weights, which the published evaluations used, and not the last weights.
+            LlamaGen, GIVT and the tokenizers have only one set of weights.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: an unknown name; a file that is damaged or of another model; `check_replaceable`.
+        MissingFileError: the official file does not exist.
+        UserError: the name is unknown, the file is damaged, or `folder` holds something else.
+        WrongStateError: the file holds another model.
     """
     check_replaceable(folder, "config.json")
     path = Path(path)
@@ -32,5 +36,5 @@ def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True
         system, preset = find_preset(name)
         model = load_published(system, weights_file(path, preset.name), preset.name, ema=ema)
     with replacing_folder(folder) as temporary:
-        # One file whatever its size: what `load_model` reads.
+        # `load_model` reads one file, so the weights must not be split, whatever their size is.
         model.save_pretrained(temporary, safe_serialization=True, max_shard_size="1TB")

@@ -1,8 +1,8 @@
-"""Models by name: every preset of every system, and every generator of a scale, before and after loading.
+"""Finding models by name and loading them: the presets of all systems, and the generators of all scales.
 
-A name is a preset (`mar-l`), a recipe of a scale (`tiny/parallel-64`), or a path, with the preset it holds.
+A name is a preset (`mar-l`), a recipe of a scale (`tiny/parallel-64`), or a path together with a preset.
 
-Shape letters: B batch, C colour channels, H height, W width.
+Shape letters: B batch, C color channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from tokenbridge.weights.published import Preset
 from tokenbridge.weights.rule import RULE, rule_state
 from tokenbridge.weights.torch_files import CHECKPOINT
 
-STAND_IN_IMAGES = 2  # as few as prove the path
+STAND_IN_IMAGES = 2  # the smallest number of images that tests the whole path
 STAND_IN_RULE = {"rule": RULE, "salt": "stand-in"}
-AUTOENCODERS: dict[str, Any] = {"vae": AutoencoderKL, "vq": VQModel}  # of the scales that are trained here
+AUTOENCODERS: dict[str, Any] = {"vae": AutoencoderKL, "vq": VQModel}  # by name of their recipe at every scale
 
 
 # ------------------------------------------------------------------------------------------------ not loaded yet
@@ -59,75 +59,83 @@ AUTOENCODERS: dict[str, Any] = {"vae": AutoencoderKL, "vq": VQModel}  # of the s
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model by name: its sizes and settings, and where its weights are; nothing is loaded yet."""
+    """A model that is not loaded yet: its sizes, its sampling settings, and the paths of its weights."""
 
     name: str
     system: System
-    model: Mapping[str, Any]  # keyword arguments of its class
-    settings: Any  # of sampling
-    create_decoder: Callable[[], Any]  # the tokenizer's autoencoder, on the meta device
+    model: Mapping[str, Any]  # keyword arguments of the model's class
+    settings: Any  # sampling settings
+    create_decoder: Callable[[], Any]  # () -> the tokenizer's autoencoder on the meta device
     decoder_layout: Callable[[Any], Layout]
     load_model: Callable[[Path], Any]
     load_decoder: Callable[[Path], Any]
-    weights: Path | None  # None: nobody said where they are
-    vae: Path | None  # the tokenizer's; likewise
+    weights: Path | None  # the generator's file or folder; None if the user did not name one
+    vae: Path | None  # the tokenizer's file or folder; None if the user did not name one
 
-    is_published: bool  # evaluated by its authors
+    is_published: bool  # the model was evaluated by its authors
 
     @property
     def num_positions(self) -> int:
-        """Positions of an image."""
+        """The number of positions of an image."""
         if "num_positions" in self.model:
             return int(self.model["num_positions"])
         return int((self.model["latent_size"] // self.model.get("patch_size", 1)) ** 2)
 
     @property
     def num_iterations(self) -> int:
-        """Passes of the model for an image: a masked model's iterations, or one for each position."""
+        """The number of passes for an image: the iterations of a masked model, or one pass for each position."""
         masked = isinstance(self.settings, MaskedSampling)
         return self.settings.num_iterations if masked else self.num_positions
 
     @property
     def labels(self) -> Literal["random"] | None:
-        """Labels of the published evaluation, for `RunConfig`; None: balanced."""
+        """The labels of the published evaluation (`RunConfig.labels`); None means balanced labels."""
         return self.system.evaluation.labels if self.is_published else None
 
     @property
     def channels(self) -> int:
-        """Colour channels of the images."""
+        """The number of color channels of the images."""
         return image_channels(self.create_decoder())
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images."""
+        """The height and width of the images."""
         side = math.isqrt(self.num_positions) * self.model.get("patch_size", 1)
         return image_size(side, self.create_decoder())
 
     def sampled(self, **changes: Any) -> NamedModel:
-        """Return the same model with other sampling settings; errors as `change_settings`."""
+        """Return the same model with some sampling settings replaced.
+
+        Raises:
+            UserError: a setting does not exist, or its value is out of range.
+        """
         return replace(self, settings=change_settings(self.name, self.settings, changes))
 
     def for_stand_in(self) -> NamedModel:
-        """Return the same model with settings that make a stand-in quick."""
+        """Return the same model with settings that make sampling with stand-in weights quick."""
         return self.sampled(**self.system.quick)
 
     def check(self, config: RunConfig) -> None:
-        """Check settings and run against the model, before anything is loaded.
+        """Check that the model can make the images of a run, before anything is loaded.
 
         Raises:
-            UserError: more iterations than positions, labels without a class, or randomness that torch cannot make.
+            UserError: there are more iterations than positions, a label is out of range, or the official randomness is
+                asked for and torch cannot reproduce it.
         """
         if isinstance(self.settings, MaskedSampling):
             masked_counts(self.num_positions, self.settings.num_iterations)
         run_labels(config, self.model["num_classes"])
         if config.randomness == "official" and not self.system.has_official_noise:
             raise UserError(
-                f"{self.name} has no official randomness here: its official code draws with JAX, whose numbers torch "
-                "cannot make. Take per-image randomness."
+                f"{self.name} has no official randomness, because its official code draws with JAX, whose random "
+                "numbers torch cannot reproduce. Use per-image randomness."
             )
 
     def dtype(self, name: str | None, device: torch.device) -> Dtype:
-        """Return the precision called `name`; if None the official one on GPUs, and float32 for all else."""
+        """Return the precision called `name`.
+
+        None means the precision of the published evaluation for a published model on a GPU, and otherwise float32.
+        """
         if name is None:
             return self.system.evaluation.dtype if self.is_published and device.type == "cuda" else "fp32"
         if name not in get_args(Dtype):
@@ -135,13 +143,13 @@ class NamedModel:
         return cast("Dtype", name)
 
     def flop_per_image(self) -> FLOP:
-        """Count the operations of one image by part: those of the generator, and the tokenizer's decoder."""
+        """Count the operations of one image by part: those of the generator's parts and of the tokenizer's decoder."""
         model = on_meta(self.system.model, self.model)
         decoder = {f"{self.system.recipe.upper()} decoder": decoder_flop(self.create_decoder(), model.latent_size)}
         return {**self.system.count_flop(model, self.settings), **decoder}
 
     def missing(self) -> list[str]:
-        """Return what is not there, one line each: what, where it was looked for, how to name it."""
+        """Return a line for each missing file, which says where it was looked for or how to name it."""
         options = (("generator", "--weights", self.weights), (self.system.tokenizer.part, "--vae", self.vae))
         return [
             f"{part} of {self.name}: " + (f"there is no {path}" if path else f"name its file or folder with {option}")
@@ -150,10 +158,12 @@ class NamedModel:
         ]
 
     def with_artifacts(self) -> NamedModel:
-        """Return the same published model with the files that nobody named, from the usual places or by download.
+        """Return the same published model with the paths of the files that the user did not name.
+
+        They are looked for in the usual places and otherwise downloaded (see `weights.artifacts.resolve`).
 
         Raises:
-            MissingArtifactsError: files cannot be had; the message lists all of them.
+            MissingArtifactsError: files are missing and cannot be downloaded; the message lists all of them.
         """
         if not (self.is_published and self.missing() and (self.weights is None or self.vae is None)):
             return self
@@ -162,11 +172,11 @@ class NamedModel:
         return replace(self, weights=found[self.name], vae=found[tokenizer])
 
     def load(self, device: torch.device, *, dtype: Dtype = "fp32", compiled: bool = False) -> ModelSampler:
-        """Load the weights.
+        """Load the weights of the generator and of the tokenizer.
 
         Raises:
-            MissingFileError: some are missing; the message lists them all.
-            UserError: files that are damaged or of another model; compilation of a model that gains nothing by it.
+            MissingFileError: files are missing; the message lists all of them.
+            UserError: a file is damaged or holds another model, or the model cannot be compiled.
         """
         self._check_compiled(compiled)
         if missing := self.missing():
@@ -181,7 +191,7 @@ class NamedModel:
         return self._sampler(model, decoder, read, device, dtype, compiled)
 
     def stand_in(self, device: torch.device, *, dtype: Dtype = "fp32", compiled: bool = False) -> ModelSampler:
-        """Draw all weights by the golden rule: the same model in size and work, and no result."""
+        """Return a sampler with random weights (`draw_rule`), which costs as much as the model and gives no result."""
         self._check_compiled(compiled)
         model, decoder = on_meta(self.system.model, self.model), self.create_decoder()
         for module, layout_of in ((model, self.system.layout), (decoder, self.decoder_layout)):
@@ -191,17 +201,17 @@ class NamedModel:
 
     def _check_compiled(self, compiled: bool) -> None:
         if compiled and self.system.compiled_part is None:
-            raise UserError(f"{self.name} cannot be compiled: it would be compiled anew for every token.")
+            raise UserError(f"{self.name} cannot be compiled, because it would be compiled again for every token.")
 
     def _sampler(
         self, model: Any, decoder: Any, files: Mapping[str, Path], device: torch.device, dtype: Dtype, compiled: bool
     ) -> ModelSampler:
-        # nn.Module's own: diffusers' method warns of a list of modules that is empty here.
+        # diffusers' own `to` would warn about a list of modules that is empty here, so nn.Module's is called.
         nn.Module.to(model, device, DTYPES[dtype] if self.system.casts_weights else torch.float32)
         nn.Module.to(decoder, device, torch.float32)
         if compiled:
             assert self.system.compiled_part is not None
-            # The number of visible positions grows, so shapes are dynamic.
+            # The number of visible positions grows from iteration to iteration, so shapes are dynamic.
             model.get_submodule(self.system.compiled_part).compile(dynamic=True)
             decoder.decoder.compile()
         name = self.name if files else f"{self.name}, stand-in weights, no result"
@@ -216,28 +226,30 @@ def find_model(
     weights: Path | None = None,
     vae: Path | None = None,
 ) -> NamedModel:
-    """Return the model called `name`.
+    """Return the model called `name`, which is not loaded yet.
 
     Args:
-        name: a preset, SCALE/RECIPE, or the path of a checkpoint or model folder.
-        preset: which model is at the path `name`.
-        variant: of the preset's sampling settings; the default one if None.
-        weights: of a preset, the official file, its folder, or a converted folder; of a scale, its folder of models.
-        vae: the tokenizer's official file or a converted folder; of a scale, the one among its models by default.
+        name: a preset, SCALE/RECIPE, or the path of a checkpoint or of a model folder.
+        preset: the preset of the model at the path `name`.
+        variant: name of the preset's sampling settings; None means the default ones.
+        weights: for a preset, the official file, the folder that holds it, or a converted folder; for SCALE/RECIPE,
+            the folder that holds all models of the scale.
+        vae: the tokenizer's official file or a converted folder; for SCALE/RECIPE, None means the tokenizer in the
+            folder of the scale's models.
 
     Raises:
-        UserError: an unknown name or variant, a recipe that does not generate, a path without a preset.
+        UserError: the name or the variant is unknown, the recipe is not a generator, or a path has no preset.
     """
     known = all_presets()
     if name not in known and _recipe_of(name) is None and Path(name).exists():
         if preset is None:
-            raise UserError(f"{name} is a path: say with --preset which model is there ({', '.join(known)}).")
+            raise UserError(f"{name} is a path: name the model that it holds with --preset ({', '.join(known)}).")
         if weights is not None:
             raise UserError("Weights are given twice: as the model's path, and with --weights.")
         found = find_model(find_preset(preset)[1].name, variant=variant, vae=vae)
         return replace(found, weights=Path(name))
     if preset is not None:
-        raise UserError(f"--preset says which model a path holds, but there is no path {name!r}.")
+        raise UserError(f"--preset names the model that a path holds, but there is no path {name!r}.")
     if name in known and name not in SHIPPED_PRESETS:
         return _published(*known[name], variant, weights, vae)
     recipe_of = _recipe_of(SHIPPED_PRESETS.get(name, name))
@@ -255,7 +267,7 @@ def find_model(
 
 
 def scale_model(scale: Scale, recipe: Recipe, weights: Path) -> NamedModel:
-    """Return a generator of a scale, whose models are in the folder `weights`."""
+    """Return a generator of a scale; the folder `weights` holds all models of the scale."""
     system = SYSTEMS[recipe.kind]
     decoder, decoder_class = scale.recipe(system.recipe), AUTOENCODERS[system.recipe]
     return NamedModel(
@@ -304,7 +316,11 @@ def _published(
 
 
 def weights_file(path: Path, key: str) -> Path:
-    """Return the file that holds the weights of a path: an official file, a folder of it, or a diffusers folder."""
+    """Return the file that holds the weights of the preset or tokenizer `key`.
+
+    Args:
+        path: an official file, a folder that holds one, or a model folder of diffusers.
+    """
     if not path.is_dir():
         return path
     if (path / "config.json").is_file():
@@ -313,13 +329,13 @@ def weights_file(path: Path, key: str) -> Path:
 
 
 def on_meta(model_class: Any, arguments: Mapping[str, Any]) -> Any:
-    """Build a model of these keyword arguments on the meta device, in evaluation mode."""
+    """Build a model from keyword arguments, on the meta device and in evaluation mode."""
     with torch.device("meta"):
         return model_class(**arguments).eval()
 
 
 def _recipe_of(name: str) -> tuple[Scale, Recipe] | None:
-    """Return the recipe called SCALE/RECIPE, or None if there is no such scale.
+    """Return the scale and the recipe that `name` = SCALE/RECIPE stands for; None if no scale has this name.
 
     Raises:
         UserError: the scale has no such recipe.
@@ -339,41 +355,41 @@ def _generators() -> Iterable[str]:
 
 @dataclass(frozen=True)
 class ModelSampler:
-    """A generator and its tokenizer, with weights, ready to make images: a `run.Sampler` of any system."""
+    """A generator of any system with its tokenizer, both loaded: the `run.Sampler` that makes images."""
 
     name: str
     system: System
     model: Any
     tokenizer: Any  # `LatentTokenizer`, `VQTokenizer` or `LlamaGenVQ`
-    settings: Any  # of sampling
+    settings: Any  # sampling settings
     dtype: Dtype
-    files: Mapping[str, Path]  # that the weights were read from, by part; none for stand-ins
+    files: Mapping[str, Path]  # the files that the weights were read from, by part; empty for stand-in weights
     compiled: bool = False
 
     @property
     def stand_in(self) -> bool:
-        """Whether the weights were drawn by rule."""
+        """Whether the weights are stand-ins, drawn by a rule."""
         return not self.files
 
     @property
     def num_classes(self) -> int:
-        """Number of class labels."""
+        """The number of class labels."""
         return int(self.model.num_classes)
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images."""
+        """The height and width of the images."""
         return image_size(self.model.latent_size, decoder_of(self.tokenizer))
 
     @property
     def channels(self) -> int:
-        """Colour channels of the images."""
+        """The number of color channels of the images."""
         return image_channels(decoder_of(self.tokenizer))
 
     @torch.inference_mode()
     def images(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
-        """Make a batch of images (see `run.Sampler`)."""
-        with self.autocast():  # around the VAE too, as the official evaluations of TokenBridge and MAR
+        """Make a batch of images (see `run.Sampler.images`)."""
+        with self.autocast():  # the official evaluations of TokenBridge and MAR run the VAE under autocast too
             latents = self.system.to_latents(self.model, self.generate(labels, indices, seed))
             images = self.tokenizer.images(latents)
         refuse(images.flatten(1).isnan().any(dim=1), "has NaN pixels")
@@ -381,10 +397,10 @@ class ModelSampler:
         return pixels.cpu()
 
     def generate(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
-        """Return the tokens or latents of a batch of images, as `System.generate`.
+        """Return the tokens or latents of a batch of images (see `System.generate`).
 
         Raises:
-            BadImageError: an image's logits are NaN.
+            BadImageError: the logits of an image are NaN.
         """
         noise = Official() if seed is None else PerImage(seed, list(indices))
         generated = self.system.generate(self.model, labels, self.settings, noise)
@@ -393,7 +409,7 @@ class ModelSampler:
         return generated
 
     def describe(self) -> dict[str, Any]:
-        """Return settings, precision and the weights' SHA-256."""
+        """Return settings, precision and the SHA-256 of the weights (see `run.Sampler.describe`)."""
         return {
             "system": self.system.name,
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -405,29 +421,29 @@ class ModelSampler:
         }
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the precision that the model runs in; nothing is cast if its weights are in it already."""
+        """Return the autocast context of the model, which does nothing if the weights themselves were cast."""
         enabled = self.dtype != "fp32" and not self.system.casts_weights
         return torch.autocast(self.model.device.type, DTYPES[self.dtype], enabled=enabled)
 
 
 def as_tokenizer(decoder: Any) -> Any:
-    """Return an autoencoder as the tokenizer that samplers take."""
+    """Return the tokenizer of an autoencoder."""
     if isinstance(decoder, LlamaGenVQ):
         return decoder
     return VQTokenizer(decoder) if isinstance(decoder, VQModel) else LatentTokenizer(decoder)
 
 
 def decoder_of(tokenizer: Any) -> Any:
-    """Return the autoencoder in a tokenizer; the inverse of `as_tokenizer`."""
+    """Return the autoencoder of a tokenizer; this is the inverse of `as_tokenizer`."""
     if isinstance(tokenizer, LatentTokenizer):
         return tokenizer.autoencoder
     return tokenizer.model if isinstance(tokenizer, VQTokenizer) else tokenizer
 
 
 def image_size(latent_size: int, decoder: Any) -> int:
-    """Return height and width of the images, of an autoencoder on any device.
+    """Return the height and width of the images that an autoencoder decodes, which may be on the meta device.
 
-    It doubles the latents' at every level but one; what LlamaGen's makes is scaled down to 256 if it is larger.
+    Every level but one doubles the size of the latents. LlamaGen's images are scaled down to 256 if they are larger.
     """
     names = ("block_out_channels", "width_multipliers", "decoder_multipliers")
     levels = next(decoder.config[name] for name in names if name in decoder.config)
@@ -436,6 +452,6 @@ def image_size(latent_size: int, decoder: Any) -> int:
 
 
 def image_channels(decoder: Any) -> int:
-    """Return the colour channels of an autoencoder's images; LlamaGen's has always three."""
+    """Return the number of color channels of an autoencoder's images; LlamaGen's always have three."""
     config = decoder.config
     return int(config.get("out_channels") or config.get("image_channels") or 3)

@@ -1,7 +1,7 @@
-"""TokenBridge as a diffusers pipeline: from class names and seeds to PIL images, saved as one folder.
+"""TokenBridge as a diffusers pipeline, which makes images from class names and seeds and is saved as one folder.
 
-The top of the library: weights, loop and decoder are those of `generator`, `sampling` and `tokenizers`; an image is
-the one that `sampling.sample_images` makes from the same seed and label.
+The pipeline makes the same image as a sampling run with per-image randomness does from the same seed, image number and
+label.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ from tokenbridge.utils.files import replacing_folder
 from tokenbridge.weights.diffusers import check_replaceable
 from tokenbridge.weights.published import find_preset
 
-NUM_SUGGESTED = 5  # class names in an error message
+NUM_SUGGESTED = 5  # an error message suggests at most this many class names
 
 
 class TokenBridgePipeline(DiffusionPipeline):
     """Class-conditional image generation.
 
-    `save_pretrained` and `from_pretrained` go through a folder with the sub-folders `transformer` and `vae`; the
-    class names and the default sampling settings lie in its `model_index.json`.
+    `save_pretrained` writes a folder with the sub-folders `transformer` and `vae`, which `from_pretrained` reads. The
+    folder's `model_index.json` holds the class names and the default sampling settings.
 
     Args:
-        transformer: generates the tokens.
-        vae: decodes the latents; its `scaling_factor` is that of the latents.
-        id2label: names by class number, synonyms separated by commas; None takes numbers only.
-        sampling: fields of `TokenBridgeSampling`: the defaults of a call, and what a call cannot change (guidance
-            schedule, position order, first element); None takes those of `TokenBridgeSampling` itself.
+        transformer: the model that generates the tokens.
+        vae: the autoencoder that decodes the latents; its `scaling_factor` is that of the latents.
+        id2label: class number to name, with synonyms separated by commas. If None, calls accept only numbers.
+        sampling: fields of `TokenBridgeSampling`. They are the defaults of a call, and a call cannot change the
+            guidance schedule, the position order and the first element. None means the defaults of
+            `TokenBridgeSampling`.
 
     Raises:
-        ValueError: components that do not fit each other or lack weights, names of classes that are not there.
+        UserError: the components do not fit each other or lack weights, or a class that does not exist has a name.
     """
 
     transformer: TokenBridge
@@ -61,29 +62,29 @@ class TokenBridgePipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         for name, module in (("transformer", transformer), ("vae", vae)):
-            # diffusers only warns of tensors that a folder lacks, and leaves them on the meta device.
+            # If a folder lacks tensors, diffusers only prints a warning and leaves them on the meta device.
             if absent := [key for key, value in module.named_parameters() if value.is_meta]:
                 raise UserError(f"The {name} lacks {len(absent)} weights: {', '.join(absent[:3])}.")
         if vae.config.latent_channels != transformer.num_channels:
             raise UserError(
                 f"The VAE has {vae.config.latent_channels} latent channels, the transformer {transformer.num_channels}."
             )
-        names = {int(number): name for number, name in (id2label or {}).items()}  # JSON has made them text
+        names = {int(number): name for number, name in (id2label or {}).items()}  # JSON turned the numbers into text
         if unknown := sorted(set(names) - set(range(transformer.num_classes))):
             raise UserError(f"Class {unknown[0]} has a name; the transformer has {transformer.num_classes} classes.")
         self.register_modules(transformer=transformer.eval(), vae=vae.eval())
         self.register_to_config(id2label=names, sampling=asdict(TokenBridgeSampling(**(sampling or {}))))
 
     def register_modules(self, **modules: Any) -> None:
-        """Record the components' classes by names that do not depend on where the code lies in this package."""
+        """Record the classes of the components under names that do not depend on the layout of this package."""
         super().register_modules(**modules)
         self.register_to_config(transformer=("tokenbridge", "TokenBridge"))
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
-        """Read a saved configuration, whose class names may be of this or of an earlier layout of the package.
+        """Read a saved configuration, whose class names may come from this or an earlier layout of the package.
 
-        diffusers looks for a class in the module that the configuration names, and needs `ModelMixin` beside it.
+        diffusers looks for a class in the module that the configuration names, which must also contain `ModelMixin`.
         """
         loaded = super().load_config(*arguments, **options)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -96,19 +97,20 @@ class TokenBridgePipeline(DiffusionPipeline):
     def from_preset(
         cls, name: str, checkpoint: Path | str, vae: Path | str, *, variant: str | None = None, ema: bool = True
     ) -> TokenBridgePipeline:
-        """Build the pipeline of a published model from its official files.
+        """Build the pipeline of the preset `name` from its official files.
 
         Args:
-            name: of the preset.
-            checkpoint: `checkpoint-last.pth`, or its folder.
+            checkpoint: `checkpoint-last.pth`, or the folder that holds it.
             vae: `kl16.ckpt`.
-            variant: of the preset's sampling settings, as `Preset.sampling_config`. Where none were published
-                (tokenbridge-b), those of `TokenBridgeSampling` itself.
-            ema: see `torch_files.read_checkpoint`.
+            variant: name of the preset's sampling settings; None means the default ones, or those of
+                `TokenBridgeSampling` if none were published (tokenbridge-b).
+            ema: load the moving average of the weights, which the published evaluations used, and not the last
+                weights.
 
         Raises:
-            FileNotFoundError: a file is not there.
-            ValueError: an unknown preset or variant, or as `official.load_tokenbridge` and `load_kl16`.
+            MissingFileError: a file does not exist.
+            UserError: the preset or the variant is unknown, or a file is damaged.
+            WrongStateError: a file holds another model.
         """
         preset = find_preset(name, PRESETS)
         published = variant is not None or preset.sampling
@@ -131,23 +133,26 @@ class TokenBridgePipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput:
         """Generate one image for each label, all in one batch.
 
-        Randomness does not come from a `torch.Generator`: every image has a stream of its own, made from
-        (seed, index), so that it is the same in any batch and on any device, beyond float rounding.
+        Random numbers do not come from a `torch.Generator`. Every image has a stream of its own, seeded with (seed,
+        index), so it is the same in every batch and on every device, apart from rounding.
 
         Args:
-            class_labels: numbers, or names (see `class_number`).
-            seed: image i has the stream (seed, i). With a seed for each image, image i has (seed[i], 0): the image
-                that this seed gives alone.
-            guidance_scale: at least 0; 1 is no guidance. This and the next two: the pipeline's own if None.
-            num_iterations: between 1 and the number of positions.
-            temperature: at least 0; 0 takes the likeliest token.
-            output_type: ``"pil"``; or floats in [0, 1], not rounded: ``"np"`` [B, H, W, C], ``"pt"`` [B, C, H, W].
+            class_labels: class numbers or names (see `class_number`).
+            seed: one seed, with which image i has the stream (seed, i). Or one seed for each image, with which image i
+                has the stream (seed[i], 0), which is the stream of an image that is made alone.
+            guidance_scale: at least 0, where 1 turns guidance off; the pipeline's own if None.
+            num_iterations: from 1 to the number of positions; the pipeline's own if None.
+            temperature: at least 0, where 0 chooses the most likely token; the pipeline's own if None.
+            output_type: ``"pil"``, or floats in [0, 1] that are not rounded: ``"np"`` [B, H, W, C] or ``"pt"``
+                [B, C, H, W].
 
         Returns:
-            `images`, in the order of the labels.
+            The `images`, in the order of the labels.
 
         Raises:
-            ValueError: no labels, unknown, ambiguous or out of range, settings out of range, seeds of another number.
+            UserError: there are no labels, a label is unknown, ambiguous or out of range, a setting is out of range,
+                or the number of seeds is not that of the labels.
+            UnusableImageError: the logits of an image are NaN.
         """
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"Unknown output type {output_type!r}; there are 'pil', 'np' and 'pt'.")
@@ -161,7 +166,7 @@ class TokenBridgePipeline(DiffusionPipeline):
         with self.progress_bar(total=config.num_iterations) as bar:
             tokens = generate_tokens(self.transformer, torch.tensor(labels), config, noise, on_iteration=bar.update)
         if int(tokens.min()) < 0:
-            raise UnusableImageError("The logits are NaN: these weights or this precision do not work.")
+            raise UnusableImageError("The logits are NaN, so the weights are damaged or need a higher precision.")
         images = LatentTokenizer(self.vae).images(self.transformer.to_latents(tokens))
         if output_type == "pil":
             return ImagePipelineOutput(to_pil(images_to_pixels(images)))
@@ -169,11 +174,7 @@ class TokenBridgePipeline(DiffusionPipeline):
         return ImagePipelineOutput(images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy())
 
     def class_numbers(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
-        """Return class numbers for labels, of which each may be a number or a name.
-
-        Raises:
-            ValueError: as `class_number`.
-        """
+        """Return the class numbers of labels, each of which may be a number or a name (see `class_number`)."""
         labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
         names = self.config.id2label
         return [class_number(label, names) if isinstance(label, str) else operator.index(label) for label in labels]
@@ -191,14 +192,14 @@ class TokenBridgePipeline(DiffusionPipeline):
 def class_number(name: str, id2label: Mapping[int, str]) -> int:
     """Return the number of the class called `name`.
 
-    Case matters only where two classes differ by nothing else: of ImageNet's, "Cardigan" (a dog) and "cardigan".
+    Case matters only if two names differ in nothing else. In ImageNet these are "Cardigan" (a dog) and "cardigan".
 
     Args:
         name: a class name or one of its synonyms.
-        id2label: names by class number, synonyms separated by commas.
+        id2label: class number to name, with synonyms separated by commas.
 
     Raises:
-        ValueError: there is no such class; the message has names like it. Or there are several.
+        UserError: no class has this name, in which case the message suggests similar names, or several classes do.
     """
     name = name.strip()
     synonyms = [(synonym.strip(), number) for number, label in id2label.items() for synonym in label.split(",")]
@@ -215,11 +216,11 @@ def class_number(name: str, id2label: Mapping[int, str]) -> int:
     within = [spelling for spelling in spellings if name and name.casefold() in spelling]
     near = within + difflib.get_close_matches(name.casefold(), spellings, n=NUM_SUGGESTED)
     suggested = [repr(spellings[spelling]) for spelling in dict.fromkeys(near)][:NUM_SUGGESTED]
-    raise UserError(f"There is no class {name!r}" + (f"; near it: {', '.join(suggested)}." if suggested else "."))
+    raise UserError(f"There is no class {name!r}" + (f"; similar: {', '.join(suggested)}." if suggested else "."))
 
 
 def imagenet_labels() -> dict[int, str]:
-    """Return the names of ImageNet's 1,000 classes, as torchvision ships them: one for each, all different."""
+    """Return the names of ImageNet's 1,000 classes from torchvision, which has one name for each, all different."""
     from torchvision.models import ResNet50_Weights
 
     return dict(enumerate(ResNet50_Weights.IMAGENET1K_V1.meta["categories"]))
@@ -228,18 +229,18 @@ def imagenet_labels() -> dict[int, str]:
 def convert_pipeline(
     checkpoint: Path | str, vae: Path | str, folder: Path | str, name: str, *, ema: bool = True
 ) -> None:
-    """Write published files as one pipeline folder, which `TokenBridgePipeline.from_pretrained` reads.
+    """Write the published files of the preset `name` as a pipeline folder for `TokenBridgePipeline.from_pretrained`.
 
     Args:
-        checkpoint: `checkpoint-last.pth`, or its folder.
+        checkpoint: `checkpoint-last.pth`, or the folder that holds it.
         vae: `kl16.ckpt`.
-        folder: what to write; whole or not at all, replacing what is there.
-        name: of the preset.
-        ema: see `torch_files.read_checkpoint`.
+        folder: the pipeline folder, which is written atomically and replaces an earlier one.
+        ema: convert the moving average of the weights, which the published evaluations used, and not the last weights.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: as `TokenBridgePipeline.from_preset` and `check_replaceable`.
+        MissingFileError: a file does not exist.
+        UserError: the preset is unknown, a file is damaged, or `folder` holds something else.
+        WrongStateError: a file holds another model.
     """
     check_replaceable(folder, TokenBridgePipeline.config_name)
     pipeline = TokenBridgePipeline.from_preset(name, checkpoint, vae, ema=ema)

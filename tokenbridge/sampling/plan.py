@@ -1,4 +1,4 @@
-"""What a sampling run will take, before it runs: operations, hours, disk."""
+"""Estimates of the operations, the hours and the disk space of a sampling run, made before it starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenbridge.utils.devices import DTYPES
 
 @dataclass(frozen=True)
 class Plan:
-    """A sampling run, estimated."""
+    """The estimate of a sampling run."""
 
     name: str
     num_images: int
@@ -29,13 +29,13 @@ class Plan:
     dtype: str
     num_processes: int
     matmul_flop_per_second: float  # measured now, in one process
-    disk_bytes: int  # at most, uncompressed
+    disk_bytes: int  # an upper bound, for uncompressed images
     free_bytes: int
-    missing: tuple[str, ...]  # what must be had before the run can start
+    missing: tuple[str, ...]  # a line for each file that the run needs and that is missing
 
     @property
     def hours(self) -> float:
-        """Hours at the speed of a large matrix product: a lower bound, since sampling is slower than that."""
+        """The hours at the speed of a large matrix product, a lower bound because sampling is slower than that."""
         flop = sum(self.flop_per_image.values()) * self.num_images
         return flop / self.matmul_flop_per_second / self.num_processes / 3600
 
@@ -60,7 +60,7 @@ class Plan:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the plan as lines of a table: what, and how much."""
+        """Return the plan as rows of a table, each with a name and a value."""
         tflop = {part: f"{flop / 1e12:.3g}" for part, flop in self.flop_per_image.items()}
         total = sum(self.flop_per_image.values()) / 1e12
         speed = f"{self.matmul_flop_per_second / 1e12:.3g} TFLOP/s"
@@ -69,8 +69,8 @@ class Plan:
             ("images", f"{self.num_images:,}"),
             ("iterations", str(self.num_iterations)),
             ("TFLOP per image", f"{total:.4g} ({', '.join(f'{part} {n}' for part, n in tflop.items())})"),
-            ("device", f"{self.num_processes} × {self.device}, {self.dtype}: {speed} in a large product, measured now"),
-            ("hours, estimated", f"at least {self.hours:.3g}, at that speed; sampling reaches a part of it"),
+            ("device", f"{self.num_processes} × {self.device}, {self.dtype}: {speed} measured in a matrix product"),
+            ("hours, estimated", f"at least {self.hours:.3g} at that speed, which sampling does not reach"),
             ("disk", f"at most {self.disk_bytes / 2**30:.3g} GiB; {self.free_bytes / 2**30:.3g} GiB are free{enough}"),
             *(("missing", line) for line in self.missing),
             *([] if self.missing else [("missing", "nothing")]),
@@ -87,21 +87,19 @@ def plan_run(
     num_processes: int,
     missing: Sequence[str],
 ) -> Plan:
-    """Estimate a run; nothing is loaded or written.
+    """Estimate a run without loading or writing anything.
 
     Args:
-        model: what will make the images.
-        config: of the run.
-        folder: where the images will go.
-        device: where it will run; a matrix product is timed there.
-        dtype: fp32, bf16 or fp16, of that product.
-        num_processes: that share the work.
-        missing: what must be had before the run can start, a line each.
+        folder: the folder of the run, which need not exist yet; the free space of its disk is reported.
+        device: the device of the run; a matrix product is timed on it.
+        dtype: precision of the run and of that product: fp32, bf16 or fp16.
+        num_processes: number of processes that share the work.
+        missing: a line for each file that the run needs and that is missing.
     """
     there = folder.absolute()
     while not there.exists():
         there = there.parent
-    # An .npz has three channels, and while it is put together its parts are there too.
+    # An .npz has three channels, and its parts exist until it is assembled.
     copies = 2 * 3 // model.channels if config.format == "npz" else 1
     return Plan(
         name=model.name,
@@ -118,9 +116,9 @@ def plan_run(
     )
 
 
-@functools.cache  # the plans of one command are compared with each other
+@functools.cache  # all plans of one command use the same speed, so that they can be compared
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations per second of a large square matrix product: the best of a few, after a warm-up."""
+    """Return the operations per second of a large square matrix product, the best of several runs."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")

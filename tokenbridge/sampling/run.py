@@ -1,19 +1,20 @@
-"""A sampling run: N images of any system into a folder, by one or many processes, killed and resumed at will.
+"""A sampling run: it makes N images of any system in a folder, in one or several processes, and can be resumed.
 
-The work is cut into fixed batches of image numbers, dealt to the processes in turn. What is finished is known from
-the disk: a batch whose images are all there is never made again. `run.json` holds the run's recipe; a folder never
+The images are divided into fixed batches, which are dealt to the processes in turn. The files on the disk show what is
+finished: a batch whose images all exist is never made again. `run.json` holds the recipe of the run, and a folder never
 holds images of two recipes.
 
-Two kinds of randomness:
+There are two kinds of randomness:
 
-- ``"per-image"``: every image has a stream of its own, made from (seed, image number), so that it depends neither on
-  the batch nor on the process that made it, beyond the rounding of sums in batches of other sizes.
-- ``"official"``: as engine_tokenbridge.py draws: numpy's and torch's global streams, seeded with seed + rank, run on
-  through all batches of a process (the last one is filled up with label 0; random labels are drawn before each batch,
-  as LlamaGen's sample_c2i_ddp.py does). Images depend on batch size and number
-  of processes, so both belong to the recipe; the streams' state is saved with every batch, so a resumed run goes on
-  where it was. This is the order of the official draws, on the device the official code runs on; whether the very
-  same images come out hangs on the rounding of the logits too, and nobody promises it across devices or versions.
+- ``"per-image"``: every image has a stream of its own, seeded with (seed, image number). It depends neither on its
+  batch nor on its process, apart from the rounding of sums in batches of other sizes.
+- ``"official"``: random numbers are drawn as in engine_tokenbridge.py. numpy's and torch's global streams are seeded
+  with seed + rank and run on through all batches of a process. The last batch is filled up with label 0, and random
+  labels are drawn before each batch (LlamaGen's sample_c2i_ddp.py). Images depend on the batch size and on the number
+  of processes, so both belong to the recipe. The state of the streams is saved with every batch, so that a resumed run
+  continues them. The draws have the order of the official ones, and happen on the device that the official code uses.
+  Whether the images are identical also depends on the rounding of the logits, which no one guarantees across devices
+  or versions.
 
 Shape letters: N images of the run, B batch, C channels, H height, W width.
 """
@@ -47,35 +48,35 @@ from tokenbridge.utils.errors import StorageError, UnusableImageError, UserError
 from tokenbridge.utils.files import replacing, write_json
 
 RECIPE_FILE = "run.json"
-NUM_LISTED = 8  # differences in an error message
+NUM_LISTED = 8  # an error message lists at most this many differences
 
 
 class Sampler(Protocol):
-    """A system that makes images of classes: a model with its settings."""
+    """What a run needs of a model that makes images of classes."""
 
     @property
     def name(self) -> str:
-        """What runs and pictures are called; says so if the weights are stand-ins."""
+        """The name of the model in titles and messages, which mentions stand-in weights."""
         ...
 
     @property
     def stand_in(self) -> bool:
-        """Whether the weights are drawn by a rule: the images prove the path, and are no result."""
+        """Whether the weights were drawn by a rule, so that the images test the path but are not a result."""
         ...
 
     @property
     def num_classes(self) -> int:
-        """Labels are 0 to `num_classes` - 1."""
+        """The number of classes; labels are in 0 .. `num_classes` - 1."""
         ...
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images."""
+        """The height and width of the images."""
         ...
 
     @property
     def channels(self) -> int:
-        """Colour channels of the images: 1 or 3."""
+        """The number of color channels of the images, 1 or 3."""
         ...
 
     def images(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
@@ -83,24 +84,25 @@ class Sampler(Protocol):
 
         Args:
             labels: [B].
-            indices: numbers of the images in the run, B of them.
-            seed: image i is drawn from the stream (seed, i); None draws from the global streams of numpy and torch.
+            indices: for each image of the batch, its number in the run.
+            seed: image i is drawn from the stream (seed, i). If None, images are drawn from the global streams of numpy
+                and torch.
 
         Returns:
-            uint8 pixels [B, C, H, W] on the CPU, rounded after clamping (`data.images_to_pixels`).
+            Pixels, uint8 [B, C, H, W] on the CPU.
 
         Raises:
-            BadImageError: an image is NaN before it is rounded.
+            BadImageError: an image has NaN logits or pixels.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return, as JSON values, all that the images depend on: settings, precision, the weights' SHA-256."""
+        """Return all that the images depend on as JSON values: settings, precision, and SHA-256 of the weights."""
         ...
 
 
 class BadImageError(FloatingPointError):
-    """An image that cannot be one; `row` is its place in the batch."""
+    """An image of a batch is NaN or black; `row` is its index in the batch."""
 
     def __init__(self, row: int, what: str) -> None:
         super().__init__(what)
@@ -108,25 +110,25 @@ class BadImageError(FloatingPointError):
 
 
 def refuse(bad: Tensor, what: str) -> None:
-    """Raise BadImageError for the first row where `bad` [B] is true; `what` follows "image 7 "."""
+    """Raise BadImageError for the first row where `bad` [B] is true; the message becomes "Image 7 ... `what`"."""
     if bool(bad.any()):
         raise BadImageError(int(bad.nonzero()[0]), what)
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run left, and what it took this time."""
+    """The images of a run, and what the last call took to make them."""
 
     samples: Path  # a folder of PNG files, or an .npz
     num_images: int
-    num_made: int  # by this call; the others were there
-    seconds: float  # for these
-    images_per_second: float | None  # None if there was nothing to make
-    peak_memory_gib: float  # of this process: of its accelerator if it has one
+    num_made: int  # number of images that this call made; the others existed already
+    seconds: float  # time that this call took
+    images_per_second: float | None  # None if this call made no images
+    peak_memory_gib: float  # peak memory of this process, on its GPU if it has one
 
 
 def run_recipe(sampler: Sampler, config: RunConfig, num_processes: int = 1) -> dict[str, Any]:
-    """Return, as JSON values, all that decides which images a run makes."""
+    """Return all that determines the images of a run as JSON values."""
     labels = ",".join(map(str, config.labels)) if isinstance(config.labels, tuple) else config.labels or "balanced"
     recipe = {"sampler": {"name": sampler.name, **sampler.describe()}, **asdict(config), "labels": labels}
     if config.randomness == "official":
@@ -137,24 +139,23 @@ def run_recipe(sampler: Sampler, config: RunConfig, num_processes: int = 1) -> d
 
 
 def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, show_progress: bool = True) -> RunReport:
-    """Make the images of a run in `folder`, or those that a killed run left undone.
+    """Make the images of a run in `folder`, except those that exist already.
 
-    Every process of a distributed run calls this. Images go to `images/000000.png`, ..., or, by way of
-    `parts/`, to `samples.npz` in the format of ADM's evaluation: `arr_0` uint8 [N, H, W, 3] (a grey channel three
-    times) and, unless they were drawn with the images, the labels `arr_1` [N]. Stand-ins go to `no-result/` or
-    `no-result.npz` instead.
+    Every process of a distributed run calls this function. The format "png" writes `images/000000.png` and so on. The
+    format "npz" writes parts to `parts/` and assembles them to `samples.npz` in the format of ADM's evaluation: `arr_0`
+    is uint8 [N, H, W, 3], where grey images repeat their channel, and `arr_1` [N] holds the labels unless they were
+    drawn together with the images. Images of stand-in weights go to `no-result/` or `no-result.npz` instead.
 
     Args:
-        sampler: what makes the images; it must be the same in every process.
-        config: how many, of which classes, and how.
-        folder: empty or new, or that of the same run.
-        show_progress: tell images/s, time left and peak memory on stderr.
+        sampler: makes the images; it must be the same in every process.
+        folder: a folder that is new or empty, or that holds the same run.
+        show_progress: show images per second, time left and peak memory on stderr.
 
     Raises:
-        ValueError: labels that are no classes; a folder that holds something else, or a run of another recipe; a
-            batch too large for the accelerator's memory.
-        FloatingPointError: an image is NaN or black; what was made before stays.
-        OSError: the folder cannot be written to, or the disk is full; what was made before stays.
+        UserError: a label is out of range, the folder holds something else or a run of another recipe, or a batch is
+            too large for the memory.
+        UnusableImageError: an image is NaN or black; the finished images are kept.
+        StorageError: the folder cannot be written to, or the disk is full; the finished images are kept.
     """
     folder = Path(folder)
     labels = run_labels(config, sampler.num_classes)
@@ -166,7 +167,7 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
             _claim(folder, run_recipe(sampler, config, state.num_processes))
             _clear_leftovers(folder, store.pieces)
             left = [store.present()]
-        # One process looks at the disk, and all go by what it saw; others might look while a first one writes.
+        # One process looks at the disk for all, because another might look when a third one has begun to write.
         present: set[int] = broadcast_object_list(left)[0]
         progress = console.progress(
             f"sample {sampler.name}",
@@ -200,7 +201,7 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
 
 
 def save_overview(path: Path, samples: Path, title: str, *, num_images: int = 100) -> None:
-    """Draw the first images of a finished run as one picture, ten in a row."""
+    """Write a picture of the first images of a finished run, ten in a row."""
     if samples.suffix == ".npz":
         pixels = read_first_images(samples, num_images)
     else:
@@ -218,16 +219,16 @@ def _make(
     seed: int | None,
     device: torch.device,
 ) -> Tensor:
-    """Return the pixels of a batch, looked at."""
+    """Sample one batch and validate it; return its pixels, uint8 [B, C, H, W]."""
     indices = config.batch(number)
     full = range(indices.start, indices.start + config.batch_size)
-    if labels is None:  # for the whole of a last batch too, as the official script
+    if labels is None:  # the official script draws as many labels for an incomplete last batch
         wanted = torch.randint(0, sampler.num_classes, (len(full),), device=device).cpu()
     else:
         wanted = labels[indices.start : indices.stop]
     try:
         if seed is None:
-            # Quirk kept: the official engine fills up its last batch with class 0, which takes random numbers too.
+            # Quirk kept: the official engine fills up its last batch with class 0, which uses up random numbers.
             padding = wanted.new_zeros(len(full) - len(wanted))
             pixels = sampler.images(torch.cat([wanted, padding]), full, None)[: len(indices)]
         else:
@@ -236,10 +237,10 @@ def _make(
     except BadImageError as error:
         raise UnusableImageError(
             f"Image {indices.start + error.row} (seed {config.seed}, class {int(wanted[error.row])}) "
-            f"of {sampler.name} {error}. The images made before stay."
+            f"of {sampler.name} {error}. The images made before it are kept."
         ) from error
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{config.batch_size} images at a time need too much memory: lower the batch size.") from error
+        raise UserError(f"{config.batch_size} images at a time need too much memory; lower the batch size.") from error
     shape = (len(indices), sampler.channels, sampler.image_size, sampler.image_size)
     assert pixels.dtype == torch.uint8, pixels.dtype
     assert tuple(pixels.shape) == shape, (pixels.shape, shape)
@@ -252,14 +253,17 @@ def _make(
 def _batches(
     config: RunConfig, present: set[int], state: PartialState, folder: Path
 ) -> Iterator[tuple[int, int | None]]:
-    """Yield this process's batches, and the seed of each: None for the global streams, set as they must be."""
+    """Yield the batches of this process with the seed of each.
+
+    With official randomness, the seed is None and the global streams are in the state that the batch needs.
+    """
     rank, world_size = state.process_index, state.num_processes
     undone = [number for number in range(config.num_batches) if not present.issuperset(config.batch(number))]
     if config.randomness == "per-image":
         for number in undone[rank::world_size]:
             yield number, config.seed
         return
-    # The streams run on through a process's batches, so these are dealt out once and for all, as official.
+    # The streams run on through the batches of a process, so each process always has the same batches (as official).
     own = range(rank, config.num_batches, world_size)
     if not (mine := [number for number in own if number in undone]):
         return
@@ -267,7 +271,7 @@ def _batches(
     first = own.start
     if streams.exists():
         saved = torch.load(streams, weights_only=True)
-        if saved["next"] <= mine[0]:  # or else an image was lost that only the whole stream makes again
+        if saved["next"] <= mine[0]:  # otherwise an image was lost, and the streams must run from their start again
             first = saved["next"]
     if first == own.start:
         torch.manual_seed(config.seed + rank)
@@ -301,35 +305,35 @@ def _set_streams(saved: Mapping[str, Any]) -> None:
 
 
 def _claim(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Make the folder this recipe's, unless it is another's."""
+    """Write the recipe into a new or empty folder, or check that the folder has the same recipe already."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECIPE_FILE
     if not path.exists():
         if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
-            raise UserError(f"{folder} is not empty and holds no run ({others[0]} is there). Name another folder.")
+            raise UserError(f"{folder} is not empty and holds no run ({others[0]} is in it). Name another folder.")
         write_json(path, {"recipe": recipe, "command": provenance.command(), **provenance.origin()})
         return
     try:
         there = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged, or no run's recipe. Name another folder.") from error
+        raise UserError(f"{path} is damaged or is not the recipe of a run. Name another folder.") from error
     if differences := _differences(there, recipe):
         more = f"; and {len(differences) - NUM_LISTED} more" if len(differences) > NUM_LISTED else ""
         raise UserError(
             f"{folder} holds a run of another recipe: {'; '.join(differences[:NUM_LISTED])}{more}. Images of two "
-            "recipes must not mix: name another folder, or ask for the same images."
+            "recipes must not be mixed, so name another folder or ask for the same images."
         )
 
 
 def _clear_leftovers(*folders: Path) -> None:
-    """Remove what killed processes had begun to write (see `files.replacing`)."""
+    """Remove the temporary files that killed processes have left (see `files.replacing`)."""
     begun = re.compile(r"\.(run|streams-\d+|samples|no-result|grid|\d+)-\w{8}\.\w+")
     for folder in folders:
         remove(path for path in folder.glob(".*") if begun.fullmatch(path.name))
 
 
 def _differences(there: Any, now: Any, name: str = "") -> list[str]:
-    """Name the leaves in which two JSON values differ."""
+    """Describe the leaves in which two JSON values differ, a text for each."""
     if isinstance(there, dict) and isinstance(now, dict):
         keys = [*there, *(key for key in now if key not in there)]
         prefix = f"{name}." if name else ""
@@ -340,14 +344,14 @@ def _differences(there: Any, now: Any, name: str = "") -> list[str]:
 
 @contextmanager
 def _storage_errors(folder: Path) -> Iterator[None]:
-    """Say what the disk refused, and that what is there stays."""
+    """Within the block, turn errors of a full or read-only disk into a StorageError that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
-                f"There is no space left for {folder}. The images that are there stay: make room, and the same command "
-                "goes on with the others."
+                f"There is no space left for {folder}. The finished images are kept: make room, and the same command "
+                "makes the others."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"{folder} cannot be written to: {error.strerror} ({error.filename}).") from error

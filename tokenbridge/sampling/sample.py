@@ -1,4 +1,4 @@
-"""Images of a model by name, into a folder: what `tokenbridge sample` does and every table starts from."""
+"""Sampling with a model by name: `tokenbridge sample` and the tables call these functions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ NUM_IMAGES = 100
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a sampling run left, and the sampler that made it."""
+    """The result of a sampling run, and the sampler that made it."""
 
     sampler: ModelSampler
     report: RunReport
-    overview: Path  # a picture of the first images
+    overview: Path  # picture of the first images
 
 
 def sample(
@@ -46,27 +46,29 @@ def sample(
     show_progress: bool = True,
     **settings: Any,
 ) -> RunReport:
-    """Generate images with a model by name; a run that was killed goes on where it was.
+    """Generate images with a model by name; a run that was killed makes only the images that are still missing.
 
     Args:
         model: a preset (`tokenbridge-l`) or a recipe of a scale (`tiny/parallel-64`).
-        out: folder of the run; images go to `out/images`, an overview to `out/grid.png`.
-        num_images: how many.
-        labels: a class for each image, or random ones; None takes those of the model's own evaluation.
-        seed: an image is a function of seed, number and label.
-        randomness: of each image, or the official code's global streams.
-        batch_size: images at a time.
-        dtype: fp32, bf16 or fp16; by default as published on a GPU, and otherwise float32.
-        compiled: compile the backbone and the VAE's decoder.
-        format: a folder of PNG files, or one .npz.
-        weights: the generator's file; the usual places by default.
-        vae: the tokenizer's file.
-        show_progress: on stderr.
-        settings: of sampling, as `guidance_scale`; the model's own by default.
+        out: folder of the run; images go to `out/images`, and an overview to `out/grid.png`.
+        num_images: number of images of the whole run.
+        labels: a label for each image, or "random"; None means those of the model's published evaluation.
+        seed: non-negative number; with per-image randomness, an image is a function of seed, number and label.
+        randomness: one stream for each image ("per-image"), or the global streams of the official code ("official").
+        batch_size: number of images at a time in each process.
+        dtype: fp32, bf16 or fp16; None means the precision of the published evaluation on a GPU, otherwise float32.
+        compiled: compile the backbone and the decoder of the VAE.
+        format: "png" for a folder of PNG files, or "npz" for one file.
+        weights: the generator's file or folder; None means the usual places, or a download.
+        vae: the tokenizer's file or folder; None means the usual places, or a download.
+        show_progress: show the progress on stderr.
+        settings: sampling settings such as `guidance_scale` that replace the model's own.
 
     Raises:
-        MissingArtifactsError: files cannot be had; the message lists all of them.
-        UserError: an unknown model or setting, or one out of range.
+        MissingArtifactsError: files are missing and cannot be downloaded; the message lists all of them.
+        UserError: the model or a setting is unknown, a value is out of range, or `out` holds another run.
+        UnusableImageError: an image is NaN or black; the finished images are kept.
+        StorageError: the disk is full or cannot be written to; the finished images are kept.
     """
     named = find_model(model, weights=weights, vae=vae).sampled(**settings)
     config = RunConfig(num_images, named.labels if labels is None else labels, seed, randomness, batch_size, format)
@@ -85,20 +87,17 @@ def sample_model(
     stand_in: bool = False,
     show_progress: bool = True,
 ) -> Sampled:
-    """Check a run, load its model and make its images; every process of a distributed run calls this.
+    """Check a run, load its model and make its images; every process of a distributed run calls this function.
+
+    It raises the errors of `sample`.
 
     Args:
-        model: not loaded yet; files that nobody named are looked for, and downloaded.
-        config: of the run.
+        model: the model before loading. Files that the user did not name are looked for and otherwise downloaded.
         out: folder of the run.
-        overview: picture of the first images; `grid.png` in `out` by default.
-        dtype: as for `sample`.
-        compiled: as for `sample`.
-        stand_in: take weights drawn by a rule: the images are no result.
-        show_progress: on stderr.
-
-    Raises:
-        UserError: as `sample` and `run.sampling_run`.
+        overview: path of the picture of the first images; None means `grid.png` in `out`.
+        dtype: fp32, bf16 or fp16; None means the precision of the published evaluation on a GPU, otherwise float32.
+        compiled: compile the backbone and the decoder of the VAE.
+        stand_in: use weights that are drawn by a rule; the images are then not a result.
     """
     model.check(config)
     state = process_state()
@@ -106,7 +105,7 @@ def sample_model(
     if stand_in:
         sampler = model.stand_in(state.device, dtype=precision, compiled=compiled)
     else:
-        with state.main_process_first():  # one process downloads, the others find
+        with state.main_process_first():  # one process downloads the files, and the others find them
             model = model.with_artifacts()
         sampler = model.load(state.device, dtype=precision, compiled=compiled)
     report = sampling_run(sampler, config, out, show_progress=show_progress)
@@ -119,21 +118,13 @@ def sample_model(
 def sample_pixels(
     sampler: ModelSampler, labels: Tensor, seed: int, *, batch_size: int = 250, show_progress: bool = True
 ) -> Tensor:
-    """Return uint8 pixels [N, C, H, W] on the CPU of one image for each label [N], without writing them.
-
-    Raises:
-        UserError: there are no labels, or labels without a class; a negative seed.
-    """
+    """Return one image for each of the labels [N], as uint8 pixels [N, C, H, W] on the CPU, without writing files."""
     batches = image_batches(len(labels), batch_size, show_progress=show_progress)
     return torch.cat([sampler.images(labels[indices], indices, seed) for indices in batches])
 
 
 def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> Iterator[list[int]]:
-    """Yield the indices of each batch of images, with a progress bar on stderr.
-
-    Raises:
-        ValueError: there are no images.
-    """
+    """Yield the indices of each batch of images, and show a progress bar on stderr."""
     if num_images < 1:
         raise UserError("The number of images must be at least 1.")
     starts = range(0, num_images, batch_size)

@@ -650,7 +650,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_bad_requests_are_refused(tokenizer: LatentTokenizer) -> None:
     with pytest.raises(ValueError, match=r"span \[0, 5\], but the model has the classes 0 to 4"):
         sample_images("givt", MODEL, tokenizer, GUIDED, torch.tensor([0, 5]), seed=0)
-    with pytest.raises(ValueError, match="A seed is at least 0"):
+    with pytest.raises(ValueError, match="The seed must be at least 0"):
         sample_images("givt", MODEL, tokenizer, GUIDED, LABELS, seed=-1)
     with pytest.raises(ValueError, match="at least 1"):
         sample_images("givt", MODEL, tokenizer, GUIDED, LABELS[:0], seed=0)

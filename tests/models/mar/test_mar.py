@@ -405,7 +405,7 @@ def test_noise_is_each_images_own_and_drawn_in_turn() -> None:
         assert ours.shape == (7, 2, num_drawn, C)
         assert torch.equal(ours[:, 1], theirs[:, 0])
         assert not torch.equal(ours[:, 0], ours[:, 1])
-    with pytest.raises(ValueError, match="seed is at least 0"):
+    with pytest.raises(ValueError, match="seed must be at least 0"):
         latent_noise(-1, [0], L, C)
 
 
