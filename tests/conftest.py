@@ -28,6 +28,7 @@ REAL_DATA = ROOT.parent / "shared" / "data"  # CIFAR-10 and real latents: not ou
 
 Run = Callable[..., tuple[int, str, str]]  # what `run_command` returns
 
+pytest.register_assert_rewrite("scored_images")
 torch.set_num_threads(1)  # the models here are tiny, and test processes run side by side
 settings.register_profile("tokenbridge", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("tokenbridge")

@@ -29,6 +29,7 @@ from tokenbridge.audit.findings import Audit, Finding
 from tokenbridge.audit.report import counts, to_junit, to_markdown, write_report
 from tokenbridge.evaluation import evaluate as evaluation
 from tokenbridge.reproduction import table3
+from tokenbridge.results import score
 from tokenbridge.results.ledger import Claim
 from tokenbridge.results.schema import Row, digest_of, read, write
 from tokenbridge.results.tolerances import Tolerance
@@ -791,7 +792,8 @@ def test_samples_judge_a_row(
     shipped: Path, samples: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, run_command: Run
 ) -> None:
     """The number of images that decides is made small; the rest is what 50,000 go through."""
-    monkeypatch.setattr(table3, "NUM_IMAGES", FEW_IMAGES)
+    for module in (score, table3):
+        monkeypatch.setattr(module, "NUM_IMAGES", FEW_IMAGES)
     monkeypatch.setattr(evaluation, "FEW", FEW_IMAGES)
     done = audit_samples(samples, "table3/tokenbridge-l/FID", out="out", folder=folder, num_bootstrap=3, checks=CHECKS)
     found = {f.claim.id.rpartition("/")[2]: f for f in done.findings}

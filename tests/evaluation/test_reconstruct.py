@@ -10,30 +10,34 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import skimage
 import sklearn.datasets
 import torch
+import torch_fidelity
 from conftest import REAL_DATA
 from diffusers import UNet2DModel
 from official_files import write_quick_inception
 from PIL import Image
 from safetensors.torch import save_file
+from scored_images import ImageDataset
 from tiny_autoencoders import tiny_kl, tiny_taesd, tiny_vq
 from torch import Tensor
 
 from tokenbridge.data.images import load_images, pixels_of
 from tokenbridge.evaluation import reconstruct as reconstruction
 from tokenbridge.evaluation.classifier import Classifier
-from tokenbridge.evaluation.inception import InceptionWeights, load_inception
-from tokenbridge.evaluation.metrics import frechet_distance_by_singular_values, psnr, ssim
+from tokenbridge.evaluation.inception import Inception, load_inception
+from tokenbridge.evaluation.metrics import psnr, ssim
 from tokenbridge.evaluation.reconstruct import (
     inception_rfid,
     load_tokenizer_model,
     reconstruct,
     reconstruct_with,
-    reconstruction_metrics,
+    reconstruction_scores,
 )
+from tokenbridge.results.score import Score, to_metrics
 from tokenbridge.results.tolerances import metric
 from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
@@ -302,6 +306,10 @@ def test_batches_change_nothing(pixels: Tensor) -> None:
     assert bits == same_bits == 6 * 8 * 8 * 3
 
 
+def reconstruction_metrics(*arguments: Any, **options: Any) -> dict[str, float]:
+    return to_metrics(reconstruction_scores(*arguments, **options))
+
+
 def test_metrics_have_the_names_of_the_tables(pixels: Tensor) -> None:
     torch.manual_seed(0)
     noisy = (pixels.int() + torch.randint(-9, 10, pixels.shape)).clamp(0, 255).byte()
@@ -350,12 +358,39 @@ def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inception_rfid_is_the_frechet_distance_of_its_features(random_inception: Path, pixels: Tensor) -> None:
     grey = pixels[:4, :1]
     coarse = grey // 64 * 64
-    network = load_inception(InceptionWeights(random_inception, "", published=False))
-    features = (network(x.expand(-1, 3, -1, -1))[0].double().numpy() for x in (coarse, grey))
-    expected = frechet_distance_by_singular_values(*features)
+    inception = load_inception(random_inception, allow_other=True)
+    with torch.no_grad():
+        features = [inception.network(x.expand(-1, 3, -1, -1))[0].double().numpy() for x in (coarse, grey)]
+    # |mean - mean|² + tr S_a + tr S_b - 2 tr sqrt(S_a S_b), from the singular values of the centred features.
+    means = [x.mean(axis=0) for x in features]
+    roots = [(x - mean) / np.sqrt(len(x) - 1) for x, mean in zip(features, means, strict=True)]
+    trace = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    expected = ((means[0] - means[1]) ** 2).sum() + sum((root**2).sum() for root in roots) - 2 * trace
     # Four images span 3 of 512 dimensions; rounding in the other 509 costs torch-fidelity some thousandths.
-    assert inception_rfid(grey, coarse, random_inception) == pytest.approx(expected, rel=1e-2)
+    found = inception_rfid(grey, coarse, inception)
+    assert found == Score("rFID", found.value, "other-inception")
+    assert found.value == pytest.approx(expected, rel=1e-2)
     assert expected > 0.01
+
+
+def test_inception_rfid_is_torch_fidelitys(random_inception: Path, pixels: Tensor) -> None:
+    """What this package once called: torch-fidelity's own extraction and distance, by the same weights."""
+    grey = pixels[:4, :1]
+    coarse = grey // 64 * 64
+    theirs = torch_fidelity.calculate_metrics(
+        input1=ImageDataset(coarse.expand(-1, 3, -1, -1)),
+        input2=ImageDataset(grey.expand(-1, 3, -1, -1)),
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(random_inception),
+        fid=True,
+        cuda=False,
+        save_cpu_ram=True,
+        cache=False,
+        verbose=False,
+    )["frechet_inception_distance"]
+    inception = load_inception(random_inception, allow_other=True)
+    # Its statistics are float32, ours float64, and four images leave them singular.
+    assert inception_rfid(grey, coarse, inception).value == pytest.approx(theirs, rel=1e-2)
 
 
 def test_rfid_fills_its_column(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,11 +399,17 @@ def test_rfid_fills_its_column(models: dict[str, str], tmp_path: Path, monkeypat
     declared = replace(artifacts.ARTIFACTS[INCEPTION], size=7, sha256=sha256_of(weights))
     monkeypatch.setitem(artifacts.ARTIFACTS, INCEPTION, declared)
     settings: dict[str, Any] = {"tokenizer": models["grey"], "levels": (8,), "inception_weights": weights}
-    with patch.object(reconstruction, "inception_rfid", side_effect=[1.25, 2.5]) as rfid:
+    network = Inception(lambda x: (x,), "", published=True)
+    scores = [Score("rFID", 1.25), Score("rFID", 2.5)]
+    with (
+        patch.object(reconstruction, "load_inception", return_value=network) as load,
+        patch.object(reconstruction, "inception_rfid", side_effect=scores) as rfid,
+    ):
         report = reconstruct("digits", limit=4, out=tmp_path, **settings)
         single = reconstruct("digits", limit=1, out=tmp_path / "single", **settings)
     assert [row.metrics["rFID"] for row in report.rows] == [1.25, 2.5]
-    assert rfid.call_args.args[2] == weights
+    assert load.call_args.args == (weights,)
+    assert rfid.call_args.args[2] is network
     assert any("rFID is of 4 images" in note for note in report.notes)
     assert "rFID" not in single.rows[0].metrics
     assert any("rFID not run" in note for note in single.notes)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenbridge.configs.tiny import TINY
-from tokenbridge.data.images import images_to_pixels, load_images
+from tokenbridge.data.images import images_to_pixels, llamagen_pixels, load_images, truncated_pixels
 from tokenbridge.models.givt import model as givt
 from tokenbridge.models.givt import sampling as givt_sampling
 from tokenbridge.models.givt.density import Gaussian, GuidedDensity
@@ -267,10 +267,7 @@ def test_coarser_numbers_flip_more_tokens(study: Study) -> None:
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=50))
 def test_llamagen_rounds_and_cutting_loses_up_to_one(values: list[float]) -> None:
     images = torch.tensor(values)
-    rounded, theirs, cut = (
-        rule(images).int()
-        for rule in (images_to_pixels, discrepancies_sampling.llamagen_pixels, discrepancies_sampling.truncated_pixels)
-    )
+    rounded, theirs, cut = (rule(images).int() for rule in (images_to_pixels, llamagen_pixels, truncated_pixels))
     exact = (images.double() + 1) * 127.5
     near_tie = ((exact - exact.floor()) - 0.5).abs() < 1e-4
     assert torch.equal(theirs[~near_tie], rounded[~near_tie])

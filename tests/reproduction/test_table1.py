@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,26 @@ from official_files import write_quick_inception
 from official_names import load_official, rule_state
 from PIL import Image
 from published import published_numbers
+from scored_images import ImageDataset
 from torch import Tensor
 
 from tokenbridge.cli import main as cli
 from tokenbridge.data.images import load_images, pixels_of, pixels_to_images
-from tokenbridge.evaluation.inception import InceptionWeights, find_inception, load_inception
-from tokenbridge.evaluation.metrics import ImageDataset
+from tokenbridge.evaluation.inception import load_inception
+from tokenbridge.evaluation.reference import read_statistics
 from tokenbridge.reproduction import table1
 from tokenbridge.reproduction.options import PHOTOGRAPHS, Options
-from tokenbridge.reproduction.table1 import RECIPES, choose_images, judge, read_statistics, sample_latents
+from tokenbridge.reproduction.table1 import RECIPES, choose_images, judge, sample_latents
+from tokenbridge.results import score
 from tokenbridge.results.schema import STAND_IN, Results, read
+from tokenbridge.results.score import score_of, to_metrics
 from tokenbridge.results.tolerances import METRICS
 from tokenbridge.tokenizers import kl16
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import create_kl16
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import MissingArtifactsError
 from tokenbridge.weights.rule import RULE
@@ -49,19 +52,19 @@ SMALL_KL16 = functools.partial(create_kl16, ch=32, ch_mult=(1, 1, 1, 1, 1), num_
 
 
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory: pytest.TempPathFactory) -> InceptionWeights:
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("inception") / "random.pth"
     write_quick_inception(file)
-    return find_inception(other=file)
+    return file
 
 
 @pytest.fixture(autouse=True)
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception: InceptionWeights) -> None:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception: Path) -> None:
     """Make every model and image small; stand in an empty folder, with empty caches and no network."""
     for module in (table1, kl16):
         monkeypatch.setattr(module, "create_kl16", SMALL_KL16)
     monkeypatch.setattr(table1, "IMAGE_SIZE", SIZE)
-    monkeypatch.setattr(table1, "write_random_inception", lambda path: path.symlink_to(inception.path))
+    monkeypatch.setattr(table1, "write_random_inception", lambda path: path.symlink_to(inception))
     for name in ("cwd", "hub", "torch"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -241,9 +244,9 @@ def replace_quantizer(tokenizer: LatentTokenizer) -> LatentTokenizer:
 # Scores
 
 
-def test_scores_are_torch_fidelitys(inception: InceptionWeights, tmp_path: Path) -> None:
+def test_scores_are_torch_fidelitys(inception: Path, tmp_path: Path) -> None:
     first, second = some_pixels(6), some_pixels(8, seed=1) // 2
-    network = load_inception(inception)
+    network = load_inception(inception, allow_other=True)
     features, _ = table1.inception_outputs(network, second)
     np.savez(
         tmp_path / "statistics.npz",
@@ -252,11 +255,12 @@ def test_scores_are_torch_fidelitys(inception: InceptionWeights, tmp_path: Path)
         arr_0=np.zeros(3),  # as ADM's reference batch, which has images beside its statistics
     )
     outputs = [table1.inception_outputs(network, batch) for batch in first.split(4)]
-    ours = table1.score(outputs, read_statistics(tmp_path / "statistics.npz"), "other")
+    scores = table1.score(outputs, read_statistics(tmp_path / "statistics.npz"), network.extractor)
+    ours = to_metrics(scores)
     theirs = torch_fidelity.calculate_metrics(
         input1=ImageDataset(first),
         input2=ImageDataset(second),
-        feature_extractor_weights_path=str(inception.path),
+        feature_extractor_weights_path=str(inception),
         fid=True,
         isc=True,
         isc_splits=6,
@@ -266,26 +270,9 @@ def test_scores_are_torch_fidelitys(inception: InceptionWeights, tmp_path: Path)
         verbose=False,
     )
     # torch-fidelity takes float32 means and covariances; few images leave the covariances singular.
-    assert ours["rFID-other"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-2)
-    assert ours["IS-other"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-    assert ours["rFID-other"] > 0.01
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"mu": np.zeros(2048)}, "no .npz file with mu and sigma"),
-        ({"mu": np.zeros(64), "sigma": np.eye(64)}, "statistics of other features"),
-        ({"mu": np.zeros(2048), "sigma": np.full((2048, 2048), np.nan, np.float16)}, "not finite"),
-    ],
-)
-def test_bad_statistics(arrays: Mapping[str, Any], message: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "s.npz", **arrays)
-    with pytest.raises(ValueError, match=message):
-        read_statistics(tmp_path / "s.npz")
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "s.npz").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"no \.npz file with mu and sigma"):
-        read_statistics(tmp_path / "cut.npz")
+    assert ours["rFID-other-inception (6 images)"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-2)
+    assert ours["IS-other-inception (6 images)"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert ours["rFID-other-inception (6 images)"] > 0.01
 
 
 # Verdicts
@@ -331,30 +318,32 @@ def test_tolerances_tell_the_table_s_own_differences_apart() -> None:
 
 
 def test_run_on_stand_in_files(
-    folder: Path, fewer_rows: tuple[table1.Recipe, ...], tmp_path: Path, inception: InceptionWeights
+    folder: Path, fewer_rows: tuple[table1.Recipe, ...], tmp_path: Path, inception: Path
 ) -> None:
     out = tmp_path / "out"
-    chosen = Options(num_images=3, batch_size=2, folder=folder, other_inception=inception.path)
+    chosen = Options(num_images=3, batch_size=2, folder=folder, other_inception=inception)
     results, judged = table1.reproduce_table1(chosen, out=out)
     assert [row.id for row in results.rows] == [recipe.id for recipe in fewer_rows]
     by_id = {row.id: row.metrics for row in results.rows}
     assert by_id["table1a/vae"] == by_id["table1b/vae"]
     assert by_id["table1a/ptq-64"] == by_id["table1b/range-5"]
-    assert len({metrics["rFID-other"] for metrics in by_id.values()}) == 3
+    assert len({score_of(metrics, "rFID") for metrics in by_id.values()}) == 3
     assert by_id["table1a/ptq-8"]["images"] == 3
     assert {verdict for verdict, _ in judged.values()} == {"not compared"}
 
     # One row once more, image by image, and by clean code.
     tokenizer = table1.make_tokenizers(folder / "kl16.ckpt", torch.device("cpu"))[8, 5.0]
     pixels = pixels_of(load_images(str(folder / "imagenet"), "train"), size=SIZE)
-    network = load_inception(inception)
+    network = load_inception(inception, allow_other=True)
     with torch.inference_mode():
         outputs = []
         for i in range(3):
             latents = sample_latents(tokenizer, pixels[i : i + 1], range(i, i + 1), seed=0)
             outputs.append(table1.inception_outputs(network, table1.reconstruct(tokenizer, latents)))
-    again = table1.score(outputs, read_statistics(folder / "adm_in256_stats.npz"), "other")
-    assert again["rFID-other"] == pytest.approx(by_id["table1a/ptq-8"]["rFID-other"], rel=1e-2)  # a pixel may flip
+    again, _ = table1.score(outputs, read_statistics(folder / "adm_in256_stats.npz"), network.extractor)
+    measured = score_of(by_id["table1a/ptq-8"], "rFID")
+    assert measured.name == again.name == "rFID-other-inception (3 images)"
+    assert again.value == pytest.approx(measured.value, rel=1e-2)  # a pixel may flip
 
     assert read(out / "results.json") == results
     assert results.provenance.weights_sha256.keys() == {"kl16", "inception", "adm-statistics"}
@@ -368,16 +357,17 @@ def test_run_on_stand_in_files(
 
 @pytest.mark.usefixtures("fewer_rows")
 def test_only_the_published_inception_weights_give_rfid_50k(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception: InceptionWeights
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception: Path
 ) -> None:
     declared = artifacts.ARTIFACTS["inception"]
     file = folder / declared.file
-    file.write_bytes(inception.path.read_bytes())
+    file.write_bytes(inception.read_bytes())
     with pytest.raises(ValueError, match="not the published inception"):
         table1.reproduce_table1(Options(num_images=3, folder=folder), out=tmp_path / "out")
-    known = replace(declared, size=file.stat().st_size, sha256=inception.sha256)
+    known = replace(declared, size=file.stat().st_size, sha256=sha256_of(inception))
     monkeypatch.setitem(artifacts.ARTIFACTS, "inception", known)
-    monkeypatch.setattr(table1, "NUM_IMAGES", 3)  # as if these were the paper's images
+    for module in (score, table1):
+        monkeypatch.setattr(module, "NUM_IMAGES", 3)  # as if these were the paper's images
     results, judged = table1.reproduce_table1(Options(num_images=3, folder=folder), out=tmp_path / "out")
     assert set(results.rows[0].metrics) == {"images", "rFID-50K", "IS-50K"}
     assert {verdict for verdict, _ in judged.values()} == {"not reproduced"}
@@ -450,7 +440,7 @@ def test_stand_in_is_marked_as_no_result(command: Any, tmp_path: Path) -> None:
     assert "a stand-in's numbers mean nothing" in out
     results = read(tmp_path / "out" / "results.json")
     assert results.scale == STAND_IN
-    assert all("rFID-other" in row.metrics for row in results.rows)
+    assert all("rFID-other-inception (2 images)" in row.metrics for row in results.rows)
     assert list((tmp_path / "cwd").iterdir()) == []  # a stand-in's hashes are not recorded
 
 
@@ -487,3 +477,8 @@ def test_download_needs_names(command: Any) -> None:
     code, _, err = command("artifacts", "kl16", "--download")
     assert code == 2
     assert "HF_HUB_OFFLINE is set" in err
+
+
+def test_one_file_of_inceptions_weights(tmp_path: Path, inception: Path) -> None:
+    with pytest.raises(UserError, match="not both"):
+        table1.reproduce_table1(Options(inception=inception, other_inception=inception), out=tmp_path)

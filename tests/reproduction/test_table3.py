@@ -22,6 +22,7 @@ from tokenbridge.reproduction import options as reproduction_options
 from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.options import Options
 from tokenbridge.reproduction.table3 import judge, published_row, reproduce_table3
+from tokenbridge.results import score
 from tokenbridge.results.compare import compare_published
 from tokenbridge.results.ledger import published_metrics
 from tokenbridge.results.schema import STAND_IN, Results, Row, read
@@ -61,7 +62,8 @@ def preset(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(ARTIFACTS, name, replace(ARTIFACTS["tokenbridge-l"], key=name))
     small = replace(KL16, create=lambda: create_kl16(**SMALL_VAE))
     monkeypatch.setitem(registry.SYSTEMS, "tokenbridge", replace(registry.SYSTEMS["tokenbridge"], tokenizer=small))
-    monkeypatch.setattr(table3, "NUM_IMAGES", NUM_IMAGES)
+    for module in (score, table3):
+        monkeypatch.setattr(module, "NUM_IMAGES", NUM_IMAGES)
     monkeypatch.setattr(evaluation, "FEW", NUM_IMAGES)
     return name
 

@@ -18,11 +18,9 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenbridge.evaluation.inception import find_inception, load_inception, write_random_inception
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import (
     ARTIFACTS,
@@ -566,48 +564,3 @@ def test_nothing_to_accept(folder: Path) -> None:
         accept("kl16")
     with pytest.raises(ValueError, match="imagenet is a data set"):
         accept("imagenet")
-
-
-# Inception's weights
-
-
-def test_other_inception_weights_are_marked_as_such(tmp_path: Path) -> None:
-    file = tmp_path / "other.pth"
-    write_random_inception(file)
-    weights = find_inception(other=file)
-    assert not weights.published
-    features, logits = load_inception(weights)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
-    assert (features.shape, logits.shape) == ((2, 2048), (2, 1008))
-    assert features.isfinite().all()
-    assert features.std() > 0.01
-    with pytest.raises(ValueError, match="not the published inception"):
-        find_inception(file)
-    with pytest.raises(ValueError, match="not both"):
-        find_inception(file, other=file)
-
-
-def test_random_inception_follows_its_seed(tmp_path: Path) -> None:
-    state = torch.get_rng_state()
-    files = [tmp_path / name for name in ("a", "b", "c")]
-    for file, seed in zip(files, (0, 0, 1), strict=True):
-        write_random_inception(file, seed)
-    assert torch.equal(torch.get_rng_state(), state)
-    first, again, other = (torch.load(file, weights_only=True)["fc.weight"] for file in files)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-class _Code:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path("executed"),)
-
-
-def test_other_inception_weights_never_run_code(tmp_path: Path) -> None:
-    file = tmp_path / "bad.pth"
-    torch.save({"fc.weight": _Code()}, file)
-    with pytest.raises(ValueError, match="holds no weights of Inception"):
-        find_inception(other=file)
-    assert not Path("executed").exists()
-    torch.save({"fc.weight": torch.zeros(2)}, file)
-    with pytest.raises(ValueError, match="does not hold the weights of torch-fidelity's Inception"):
-        load_inception(find_inception(other=file))

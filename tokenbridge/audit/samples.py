@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenbridge.data.image_sets import open_images
-from tokenbridge.evaluation import bootstrap
+from tokenbridge.evaluation.inception import load_inception
+from tokenbridge.evaluation.metrics import SEED
 from tokenbridge.reproduction import table3
 from tokenbridge.results.ledger import Claim
 from tokenbridge.results.schema import Provenance, Results, Row
+from tokenbridge.results.score import Score, to_metrics
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
-from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, REFERENCE_BATCH, STATISTICS
+from tokenbridge.weights.artifacts import INCEPTION, REFERENCE_BATCH, STATISTICS
 
 
 def score_samples(
@@ -49,45 +50,44 @@ def score_samples(
     stopwatch = provenance.Stopwatch()
     wanted = {key for other in (claim, *siblings) for key in other.needs}
     known = [key for key in (STATISTICS, REFERENCE_BATCH) if key in wanted]
-    scores = {f"{name}-50K": name for name in table3.SCORES}
-    if claim.scale != "paper" or claim.row is None or claim.metric not in scores or not known:
-        raise UserError(f"{claim.id} is no claim that samples decide: those are about {', '.join(scores)}.")
+    decided = [Score(name, 0, num_images=table3.NUM_IMAGES).name for name in table3.SCORES]
+    if claim.scale != "paper" or claim.row is None or claim.metric not in decided or not known:
+        raise UserError(f"{claim.id} is no claim that samples decide: those are about {', '.join(decided)}.")
     there = {s.artifact.key for s in artifacts.status(known, folder=folder, given=given) if s.state != "missing"}
     keys = [key for key in known if key in claim.needs or key in there]
     inception_keys = [INCEPTION] if other_inception is None else []
     files = artifacts.resolve([*inception_keys, *keys], folder=folder, given=given)
-    inception = files[INCEPTION] if other_inception is None else Path(other_inception)
     images = open_images(samples)
     if images.size != (table3.IMAGE_SIZE, table3.IMAGE_SIZE):
         raise UserError(
             f"The images in {samples} are of {' x '.join(map(str, images.size))} pixels, those of the claim of "
             f"{table3.IMAGE_SIZE} x {table3.IMAGE_SIZE}: resizing changes scores, so do it knowingly and before."
         )
+    inception = load_inception(other_inception or files[INCEPTION], allow_other=other_inception is not None)
     scored = table3.score(
         samples,
         [files[key] for key in keys],
         inception=inception,
         num_images=len(images),
-        allow_other_inception=other_inception is not None,
         num_bootstrap=num_bootstrap,
         batch_size=batch_size,
         cache=cache,
     )
-    published = sha256_of(inception) == ARTIFACTS[INCEPTION].sha256
+    scores = [Score("images", len(images)), *scored.scores]
     return Results(
-        scale="paper" if published and len(images) == table3.NUM_IMAGES else "evaluation",
+        scale="paper" if inception.published and len(images) == table3.NUM_IMAGES else "evaluation",
         provenance=Provenance(
             **stopwatch.record(),
-            seed=bootstrap.SEED,
+            seed=SEED,
             data_sha256=scored.data_sha256,
-            weights_sha256={INCEPTION: sha256_of(inception)},
+            weights_sha256={INCEPTION: inception.sha256},
             settings={
                 "num_images": len(images),
-                "published Inception weights": published,
+                "published Inception weights": inception.published,
                 "samples": f"{samples}, made elsewhere: judged as images, not how they were made",
                 "not run": scored.not_run,
             },
         ),
-        rows=[Row(id=claim.row, label=f"samples in {Path(samples).name}", metrics=scored.metrics)],
+        rows=[Row(id=claim.row, label=f"samples in {Path(samples).name}", metrics=to_metrics(scores))],
         trends=[],
     )

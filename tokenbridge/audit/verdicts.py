@@ -20,7 +20,7 @@ from tokenbridge.weights.artifacts import Status
 
 
 def interval_of(row: Row, metric: str) -> tuple[float, float] | None:
-    """Return the bootstrap interval that a row has for a metric, as `evaluation.evaluate` stores it."""
+    """Return the bootstrap interval that a row has for a metric, given by its name in the row."""
     score = next((score for score in to_scores(row.metrics) if score.name == metric), None)
     return None if score is None or score.low is None or score.high is None else (score.low, score.high)
 

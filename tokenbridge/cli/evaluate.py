@@ -96,17 +96,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
-    from tokenbridge.evaluation.evaluate import evaluate as run
-    from tokenbridge.evaluation.inception import find_inception
+    from tokenbridge.evaluation.inception import find_inception, load_cleanfid_inception, load_inception
+    from tokenbridge.reproduction.evaluation import measure_evaluation
     from tokenbridge.results.markdown import cell, columns_of
     from tokenbridge.results.schema import write
 
-    measured = run(
+    measured = measure_evaluation(
         samples,
         reference,
-        inception=inception or find_inception().path,
-        cleanfid_inception=cleanfid_inception,
-        allow_other_inception=allow_other_inception,
+        inception=load_inception(inception or find_inception(), allow_other=allow_other_inception),
+        cleanfid_inception=None
+        if cleanfid_inception is None
+        else load_cleanfid_inception(cleanfid_inception, allow_other=allow_other_inception),
         allow_few=allow_few,
         num_bootstrap=num_bootstrap,
         seed=seed,
@@ -149,17 +150,16 @@ def reference(
     as_json: Json = False,
 ) -> None:
     """Make the reference statistics of a data set: mean and covariance of Inception's features."""
-    from tokenbridge.evaluation.inception import find_inception
+    from tokenbridge.evaluation.inception import find_inception, load_inception
     from tokenbridge.evaluation.reference import make_reference
 
     meta = make_reference(
         source,
         out,
-        inception=inception or find_inception().path,
+        inception=load_inception(inception or find_inception(), allow_other=allow_other_inception),
         split=split,
         image_size=image_size,
         keep_images=keep_images,
-        allow_other_inception=allow_other_inception,
         seed=seed,
         batch_size=batch_size,
     )

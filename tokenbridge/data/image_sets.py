@@ -145,7 +145,10 @@ class CroppedImages(Dataset[Tensor]):
         return to_pixels([self.dataset[index]["image"]], size=self.size[0])[0]
 
 
-def open_images(path: Path | str) -> ImageFiles | ImageArray:
+ImageSet = ImageFiles | ImageArray
+
+
+def open_images(path: Path | str) -> ImageSet:
     """Open a folder of images, or an .npz in ADM's format.
 
     Raises:

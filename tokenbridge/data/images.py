@@ -193,9 +193,31 @@ def pixels_to_images(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
+# Three rules turn images into 8 bits. Which one an evaluation uses moves its scores, so each is called by its name.
+
+
 def images_to_pixels(images: Tensor) -> Tensor:
-    """Map float images in [-1, 1] to uint8 pixels, clamped and rounded (the official evaluation's rule)."""
+    """Map float images in [-1, 1] to uint8 pixels, clamped and rounded, halves to even.
+
+    It is the rule where no other is named, and that of MAR's and TokenBridge's evaluation (engine_mar.py, `evaluate`).
+    """
     return ((images.float() + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def llamagen_pixels(images: Tensor) -> Tensor:
+    """Map float images in [-1, 1] to uint8 pixels by LlamaGen's rule: 127.5 x + 128, clamped, then cut off.
+
+    That is rounding with halves up (autoregressive/sample/sample_c2i_ddp.py).
+    """
+    return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
+
+
+def truncated_pixels(images: Tensor) -> Tensor:
+    """Map float images in [-1, 1] to uint8 pixels by cutting 255 y off, y in [0, 1], as torchvision's ToPILImage does.
+
+    TokenBridge's reconstruction.py (`save_image`) does so, where its sampler rounds.
+    """
+    return ((images + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
 
 
 def pixels_of(dataset: Dataset, *, size: int | None = None, channels: int = 3) -> Tensor:

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenbridge.evaluation import metrics
-from tokenbridge.evaluation.features import _device
-from tokenbridge.evaluation.metrics import Statistics
+from tokenbridge.evaluation.metrics import SEED, Statistics
+from tokenbridge.results.score import Score
 from tokenbridge.utils.console import track
+from tokenbridge.utils.devices import best_device
 
-SEED = 2020  # torch-fidelity's default, and so the official evaluation's: shuffle of IS, subsets of KID
 INTERVAL = (0.025, 0.975)  # quantiles of the bootstrap
 
 
-def fid_interval(features: Tensor, reference: Statistics, num_bootstrap: int, seed: int = SEED) -> dict[str, float]:
-    """Return the bootstrap's interval and bias of FID: `FID-low`, `FID-high`, `FID-bias`.
+def with_interval(fid: Score, features: Tensor, reference: Statistics, num_bootstrap: int, seed: int = SEED) -> Score:
+    """Return the FID of a set of images with the bootstrap's interval and bias.
 
     A resample has fewer different images than the set, and FID grows as images become fewer: resampled FIDs lie
-    above the FID of the set. That difference, `FID-bias`, is the bootstrap's estimate of how far FID of N images lies
+    above the FID of the set. That difference, the bias, is the bootstrap's estimate of how far FID of N images lies
     above that of infinitely many. The interval is that of the resampled FIDs, moved down by it.
 
     Args:
+        fid: of the features against the reference.
         features: [N, F].
         reference: taken as exact.
         num_bootstrap: resamples, at least 2.
         seed: of the draws.
     """
     resampled = bootstrap_fid(features, reference, num_bootstrap, seed)
-    fid = metrics.fidelity_distance(metrics.statistics_of(features), reference)
-    bias = resampled.mean() - fid
+    bias = resampled.mean() - fid.value
     low, high = np.quantile(resampled - bias, INTERVAL)
-    return {"FID-low": float(low), "FID-high": float(high), "FID-bias": float(bias)}
+    return replace(fid, low=float(low), high=float(high), bias=float(bias))
 
 
 def bootstrap_fid(features: Tensor, reference: Statistics, num_bootstrap: int, seed: int = SEED) -> np.ndarray:
@@ -42,10 +43,10 @@ def bootstrap_fid(features: Tensor, reference: Statistics, num_bootstrap: int, s
     Gram matrix of the projected features: no feature is extracted, and no root taken, twice.
     """
     num_images, num_features = features.shape
-    device = _device()
+    device = best_device()
     x = features.double().to(device)
     mean_r = torch.from_numpy(reference.mean).to(device)
-    projected = x @ torch.from_numpy(metrics.root_of(reference.covariance)).to(device).T
+    projected = x @ torch.from_numpy(_root_of(reference.covariance)).to(device).T
     norms = x.square().sum(dim=1)
     generator = torch.Generator().manual_seed(seed)
     distances = []
@@ -59,3 +60,9 @@ def bootstrap_fid(features: Tensor, reference: Statistics, num_bootstrap: int, s
         root = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
         distances.append((mean - mean_r).square().sum() + variance - 2 * root)
     return torch.stack(distances).cpu().numpy() + np.trace(reference.covariance)
+
+
+def _root_of(covariance: np.ndarray) -> np.ndarray:
+    """Return R [F, F] with RᵀR = covariance [F, F]."""
+    values, vectors = np.linalg.eigh(covariance)
+    return np.sqrt(np.maximum(values, 0))[:, None] * vectors.T

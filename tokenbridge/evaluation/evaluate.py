@@ -14,69 +14,96 @@ Shape letters: N samples, M reference images, F features, K classes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from tokenbridge.data.image_sets import open_images
+from tokenbridge.data.image_sets import ImageSet, open_images
 from tokenbridge.evaluation import metrics
-from tokenbridge.evaluation.bootstrap import SEED, fid_interval
-from tokenbridge.evaluation.features import (
-    CACHE,
-    CLEANFID_FILE,
-    CLEANFID_URL,
-    NUM_FEATURES,
-    OTHER,
-    ImageSet,
-    Inception,
-    _device,
-    _forward,
-    inception_features,
-    load_cleanfid_inception,
-    load_inception,
-)
-from tokenbridge.evaluation.metrics import Statistics
+from tokenbridge.evaluation.bootstrap import with_interval
+from tokenbridge.evaluation.features import CACHE, forward, inception_features
+from tokenbridge.evaluation.inception import CLEANFID_FILE, CLEANFID_URL, NUM_FEATURES, Inception
+from tokenbridge.evaluation.metrics import SEED, Statistics
 from tokenbridge.evaluation.reference import Reference, load_reference
-from tokenbridge.results.schema import Provenance, Results, Row
-from tokenbridge.utils import provenance
+from tokenbridge.results.score import Score, to_metrics
 from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 FEW = NUM_FEATURES  # with fewer images than features the covariance has no full rank: FID then says little
+CLEANFID_MODES = ("FID-cleanfid-legacy", "FID-cleanfid-clean")
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """The scores of one set of samples."""
+
+    name: str
+    num_images: int
+    scores: tuple[Score, ...]  # by torch-fidelity's Inception
+    cleanfid: tuple[Score, ...] = ()  # by clean-fid's own features
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The scores by name, as a row of results holds them."""
+        return to_metrics(self.scores) | to_metrics(self.cleanfid)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sets of samples, scored against one reference."""
+
+    sets: tuple[ScoredSet, ...]  # several are seeds of one system
+    not_run: dict[tuple[str, ...], str]  # metrics that were not computed, and why
+    notes: tuple[str, ...]  # what a reader must know to judge the scores
+    data_sha256: dict[str, str]  # of samples and reference, by name
+    weights_sha256: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def mean(self) -> tuple[Score, ...]:
+        """The mean of each score over the sets."""
+        return self._over_sets(lambda values: float(np.mean(values)))
+
+    @property
+    def deviation(self) -> tuple[Score, ...]:
+        """The standard deviation of each score over the sets, over n - 1."""
+        return self._over_sets(lambda values: float(np.std(values, ddof=1)))
+
+    def _over_sets(self, summary: Callable[[list[float]], float]) -> tuple[Score, ...]:
+        """Summarise each score; spreads and bounds within one set have no summary."""
+        columns = zip(*([*one.scores, *one.cleanfid] for one in self.sets), strict=True)
+        return tuple(replace(column[0].bare, value=summary([score.value for score in column])) for column in columns)
 
 
 def evaluate(
     samples: Sequence[Path | str],
     reference: Path | str,
     *,
-    inception: Path | str,
-    cleanfid_inception: Path | str | None = None,
-    allow_other_inception: bool = False,
+    inception: Inception,
+    cleanfid_inception: Inception | None = None,
     allow_few: bool = False,
     num_bootstrap: int = 100,
     seed: int = SEED,
     batch_size: int = 64,
     cache: Path | str = CACHE,
-) -> Results:
-    """Score one or more sets of samples against a reference.
+) -> Evaluation:
+    """Score one or more sets of samples against a reference, on the GPU if there is one.
 
-    Runs on the GPU if there is one. Several sets are seeds of one system: each has its row, then follow mean and
-    standard deviation (over n - 1). What cannot be computed is a row with the reason. With few images the settings
-    shrink to what is there: Inception Score splits to N, KID subsets and neighbours to the smaller set.
+    With few images the settings shrink to what is there, see `metrics.scores_of`.
 
     Args:
         samples: folders of images, or .npz files with uint8 `arr_0` [N, H, W, 3]; all of one N, H and W.
         reference: a folder of images, or .npz with `mu` [F] and `sigma` [F, F], with `arr_0` [M, H, W, 3], or both.
-        inception: torch-fidelity's file of weights (`inception.find_inception` finds it).
-        cleanfid_inception: clean-fid's file inception-2015-12-05.pt, for FID by its own features.
-        allow_other_inception: take other weights than the published ones and label all scores with it.
+        inception: torch-fidelity's; scores by other weights than the published ones are labelled.
+        cleanfid_inception: clean-fid's, for FID by its own features.
         allow_few: take fewer than 2,048 images and label all scores with their number.
         num_bootstrap: resamples behind the interval of FID; 0 leaves it out.
         seed: of Inception Score's shuffle, KID's subsets and the bootstrap.
@@ -84,67 +111,58 @@ def evaluate(
         cache: folder for features, under the hash of images and weights.
 
     Raises:
-        ValueError: images, statistics or weights that cannot be used, or that are not what was asked for.
+        UserError: images or statistics that cannot be used, or that are not what was asked for.
     """
-    stopwatch = provenance.Stopwatch()
     if num_bootstrap < 0 or num_bootstrap == 1 or batch_size < 1:
         raise UserError("The batch size is at least 1, the bootstrap takes at least 2 resamples (or 0: none).")
-    extract = load_inception(inception, allow_other=allow_other_inception)  # first: bad files must not cost hours
-    extract_cleanfid = None
-    if cleanfid_inception is not None:
-        extract_cleanfid = load_cleanfid_inception(cleanfid_inception, allow_other=allow_other_inception)
     sets = open_samples(samples, allow_few=allow_few)
-    target = load_reference(reference, extract, batch_size=batch_size, cache=cache)
+    target = load_reference(reference, inception, batch_size=batch_size, cache=cache)
     _check_reference(target, sets[0], allow_few)
+    num_images = len(sets[0]) if len(sets[0]) < FEW else None  # few must be said
 
-    def labelled(scores: dict[str, float], published: bool) -> dict[str, float]:
-        suffix = "" if published else f"-{OTHER}"
-        count = f" ({len(sets[0]):,} images)" if len(sets[0]) < FEW else ""
-        return {f"{name}{suffix}{count}": value for name, value in scores.items()}
-
-    rows: list[Row] = []
-    scores_of_sets: list[dict[str, float]] = []
-    not_run: dict[str, str] = {}
-    for i, images in enumerate(sets, start=1):
-        features, logits = inception_features(images, extract, batch_size=batch_size, cache=cache)
-        intervals = fid_interval(features, target.statistics, num_bootstrap, seed) if num_bootstrap else {}
-        scores = score_features(features, logits, target, seed) | intervals
-        values = labelled(scores, extract.published)
-        if extract_cleanfid is not None:
-            whole, reasons = cleanfid_scores(images, target, extract_cleanfid, batch_size)
-            values |= labelled(whole, extract_cleanfid.published)
-            not_run |= reasons
-        scores_of_sets.append(values)
-        rows.append(Row(id=f"evaluation/{i}", label=images.name, metrics={"images": len(images), **values}))
-    if len(sets) > 1:
-        rows += _rows_over_sets(scores_of_sets)
-    not_run |= _missing(target, cleanfid_inception)
-    rows += [Row(id=f"evaluation/{name}", label=name, metrics={}, not_run=why) for name, why in not_run.items()]
-
-    weights = {"inception": extract.sha256}
-    if extract_cleanfid is not None:
-        weights["clean-fid's inception"] = extract_cleanfid.sha256
-    return Results(
-        scale="evaluation",
-        provenance=Provenance(
-            **stopwatch.record(),
+    scored: list[ScoredSet] = []
+    not_run: dict[tuple[str, ...], str] = {}
+    for images in sets:
+        features, logits = inception_features(images, inception, batch_size=batch_size, cache=cache)
+        scores = metrics.scores_of(
+            features,
+            logits,
+            target.statistics,
+            target.features,
             seed=seed,
-            data_sha256={images.name: images.sha256 for images in sets} | {target.name: target.sha256},
-            weights_sha256=weights,
-            settings={
-                "samples": {"sets": len(sets), "images": len(sets[0]), "size": list(sets[0].size)},
-                "reference": {
-                    "statistics": "computed here" if target.from_images else "read",
-                    "images behind the statistics": target.num_images,
-                    "images": 0 if target.images is None else len(target.images),
-                },
-                "published weights": extract.published,
-                "bootstrap": num_bootstrap,
-                "notes": _notes(sets, target, num_bootstrap),
+            extractor=inception.extractor,
+            num_images=num_images,
+        )
+        if num_bootstrap:
+            scores = [
+                with_interval(s, features, target.statistics, num_bootstrap, seed) if s.metric == "FID" else s
+                for s in scores
+            ]
+        cleanfid: list[Score] = []
+        if cleanfid_inception is not None:
+            found, reasons = cleanfid_scores(images, target, cleanfid_inception, batch_size)
+            cleanfid = [replace(score, num_images=num_images) for score in found]
+            not_run |= reasons
+        scored.append(ScoredSet(images.name, len(images), tuple(scores), tuple(cleanfid)))
+    weights = {"inception": inception.sha256}
+    if cleanfid_inception is not None:
+        weights["clean-fid's inception"] = cleanfid_inception.sha256
+    return Evaluation(
+        sets=tuple(scored),
+        not_run=not_run | _missing(target, cleanfid_inception),
+        notes=tuple(_notes(sets, target, num_bootstrap)),
+        data_sha256={images.name: images.sha256 for images in sets} | {target.name: target.sha256},
+        weights_sha256=weights,
+        settings={
+            "samples": {"sets": len(sets), "images": len(sets[0]), "size": list(sets[0].size)},
+            "reference": {
+                "statistics": "computed here" if target.from_images else "read",
+                "images behind the statistics": target.num_images,
+                "images": 0 if target.images is None else len(target.images),
             },
-        ),
-        rows=rows,
-        trends=[],
+            "published weights": inception.published,
+            "bootstrap": num_bootstrap,
+        },
     )
 
 
@@ -173,54 +191,29 @@ def open_samples(samples: Sequence[Path | str], *, allow_few: bool = False) -> l
     return sets
 
 
-def score_features(features: Tensor, logits: Tensor, reference: Reference, seed: int = SEED) -> dict[str, float]:
-    """Return the scores of one set of samples by name; those that need reference images only if there are any.
-
-    Args:
-        features: [N, F].
-        logits: [N, K].
-        reference: what `load_reference` returns.
-        seed: of Inception Score's shuffle and KID's subsets.
-    """
-    statistics = metrics.statistics_of(features)
-    inception_score, inception_score_std = metrics.inception_score(logits, seed)
-    scores = {
-        "FID": metrics.fidelity_distance(statistics, reference.statistics),
-        "FID-cleanfid": metrics.cleanfid_distance(statistics, reference.statistics),
-        "IS": inception_score,
-        "IS-std": inception_score_std,
-    }
-    if reference.features is None:
-        return scores
-    samples, references = features.double(), reference.features.double()
-    device = _device()
-    precision, recall = metrics.precision_and_recall(samples.to(device), references.to(device))
-    kid, kid_std = metrics.kernel_distance(samples, references, seed)
-    return scores | {"precision": precision, "recall": recall, "KID": kid, "KID-std": kid_std}
-
-
 def cleanfid_scores(
     images: ImageSet, reference: Reference, inception: Inception, batch_size: int
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[list[Score], dict[tuple[str, ...], str]]:
     """Return FID by clean-fid's own features, in both its modes, and the reasons for what was not run.
 
     `FID-cleanfid-legacy` (mode legacy_tensorflow) resizes as TensorFlow 1 did, as torch-fidelity does: it should be
     the FID. `FID-cleanfid-clean` resizes with antialiasing; other numbers come out, which only compare with their like.
     """
+    legacy_name, clean_name = CLEANFID_MODES
     legacy = _cleanfid_statistics(images, inception, "legacy_tensorflow", batch_size)
     if not reference.from_images:
         why = f"{reference.name} has statistics of images resized as TensorFlow 1 did; mode clean needs the images"
-        scores = {"FID-cleanfid-legacy": metrics.cleanfid_distance(legacy, reference.statistics)}
-        return scores, {"FID-cleanfid-clean": why}
+        distance = metrics.cleanfid_distance(legacy, reference.statistics)
+        return [Score(legacy_name, distance, inception.extractor)], {(clean_name,): why}
     assert reference.images is not None
     legacy_reference = _cleanfid_statistics(reference.images, inception, "legacy_tensorflow", batch_size)
     clean, clean_reference = (
         _cleanfid_statistics(x, inception, "clean", batch_size) for x in (images, reference.images)
     )
-    return {
-        "FID-cleanfid-legacy": metrics.cleanfid_distance(legacy, legacy_reference),
-        "FID-cleanfid-clean": metrics.cleanfid_distance(clean, clean_reference),
-    }, {}
+    return [
+        Score(legacy_name, metrics.cleanfid_distance(legacy, legacy_reference), inception.extractor),
+        Score(clean_name, metrics.cleanfid_distance(clean, clean_reference), inception.extractor),
+    ], {}
 
 
 def _cleanfid_statistics(images: ImageSet, inception: Inception, mode: str, batch_size: int) -> Statistics:
@@ -230,7 +223,7 @@ def _cleanfid_statistics(images: ImageSet, inception: Inception, mode: str, batc
     def prepare(pixels: Tensor) -> Tensor:
         return torch.stack([torch.from_numpy(resize(x.permute(1, 2, 0).numpy())).permute(2, 0, 1) for x in pixels])
 
-    batches = _forward(images, inception.network, batch_size, f"clean-fid, {mode}", prepare)
+    batches = forward(images, inception.network, batch_size, f"clean-fid, {mode}", prepare)
     return metrics.statistics_of(torch.cat([features for _, (features,) in batches]))
 
 
@@ -252,28 +245,16 @@ def _too_few(name: str, number: int) -> str:
     )
 
 
-def _rows_over_sets(scores: Sequence[dict[str, float]]) -> list[Row]:
-    """Return mean and standard deviation over seeds; spreads and bounds within one set have none."""
-    within = ("IS-std", "KID-std", "FID-low", "FID-high", "FID-bias")
-    names = [name for name in scores[0] if not name.startswith(within)]
-    mean = {name: float(np.mean([s[name] for s in scores])) for name in names}
-    deviation = {name: float(np.std([s[name] for s in scores], ddof=1)) for name in names}
-    return [
-        Row(id="evaluation/mean", label=f"mean of {len(scores)}", metrics=mean),
-        Row(id="evaluation/std", label="standard deviation", metrics=deviation),
-    ]
-
-
-def _missing(reference: Reference, cleanfid_inception: Path | str | None) -> dict[str, str]:
-    """Return the scores that could not be computed, with the reasons."""
-    reasons = {}
+def _missing(reference: Reference, cleanfid_inception: Inception | None) -> dict[tuple[str, ...], str]:
+    """Return the metrics that could not be computed, with the reasons."""
+    reasons: dict[tuple[str, ...], str] = {}
     if reference.features is None:
-        reasons["precision, recall, KID"] = (
+        reasons["precision", "recall", "KID"] = (
             f"{reference.name} has only mu and sigma; these scores compare with images: give a folder, or ADM's "
             "reference batch, whose arr_0 has 10,000"
         )
     if cleanfid_inception is None:
-        reasons["FID-cleanfid-legacy, FID-cleanfid-clean"] = (
+        reasons[CLEANFID_MODES] = (
             f"clean-fid's own features need its weights {CLEANFID_FILE} ({CLEANFID_URL}): name them with "
             "--cleanfid-inception"
         )

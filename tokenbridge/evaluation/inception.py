@@ -1,4 +1,4 @@
-"""Inception-v3 as torch-fidelity has it: which weights, and the network.
+"""Inception-v3 as torch-fidelity has it, and as clean-fid has it: which weights, and the network.
 
 FID and Inception Score are defined by one file of weights. Scores by any other weights are not FID, so the file is
 checked by its hash; other weights must be asked for as such, and label every score that rests on them.
@@ -7,83 +7,118 @@ checked by its hash; other weights must be asked for as such, and label every sc
 from __future__ import annotations
 
 import io
-import pickle  # for its exception alone
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from cleanfid.inception_torchscript import InceptionV3W
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from tokenbridge.results.score import OTHER_INCEPTION
+from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of
-from tokenbridge.weights.artifacts import INCEPTION, fingerprint, resolve
+from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FEATURES = "2048"  # torch-fidelity's names of its outputs
 LOGITS = "logits_unbiased"  # what the Inception Score is made of
+NUM_FEATURES = 2048  # of the last pooling layer
+NUM_LOGITS = 1008
+
+# The hash that k-diffusion checks and several public repositories quote for NVIDIA's TorchScript file.
+CLEANFID_FILE = "inception-2015-12-05.pt"
+CLEANFID_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{CLEANFID_FILE}"
+CLEANFID_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
 @dataclass(frozen=True)
-class InceptionWeights:
-    """A file that may be unpickled, and whether scores by it are those that papers mean."""
+class Inception:
+    """A network whose scores may be called FID only if its weights are the published ones."""
 
-    path: Path
-    sha256: str
+    network: Callable[[Tensor], tuple[Tensor, ...]]
+    sha256: str  # of the file of weights
     published: bool
 
+    @property
+    def extractor(self) -> str | None:
+        """What its scores are labelled with; None if they are what papers mean."""
+        return None if self.published else OTHER_INCEPTION
 
-def find_inception(
-    path: Path | str | None = None,
-    *,
-    other: Path | str | None = None,
-    folder: Path | str | None = None,
-    download: bool = False,
-) -> InceptionWeights:
-    """Return the published weights, or `other` ones, checked.
+
+def find_inception(path: Path | str | None = None, *, folder: Path | str | None = None) -> Path:
+    """Return the path of torch-fidelity's published weights, checked by their hash; nothing is downloaded.
 
     Args:
-        path: of the published file, or a folder that holds it; None looks in the usual places (artifacts.py).
-        other: weights that are not the published ones, in torch-fidelity's format.
+        path: of the file, or a folder that holds it; None looks in the usual places (artifacts.py).
         folder: see `artifacts.resolve`.
-        download: see `artifacts.resolve`.
 
     Raises:
-        MissingArtifactsError: the published file is not there.
-        ValueError: `path` is another file, both are given, or `other` is no file of tensors alone.
+        MissingArtifactsError: the file is not there.
+        UserError: `path` is another file.
     """
-    if other is None:
-        found = resolve([INCEPTION], folder=folder, given={INCEPTION: path}, download=download)[INCEPTION]
-        return InceptionWeights(found, fingerprint(found, folder=folder), published=True)
-    if path is not None:
-        raise UserError(f"Scores need one file of Inception's weights, not both {path} and {other}.")
-    try:
-        # torch-fidelity unpickles whatever is in the file; what loads here holds nothing but tensors.
-        torch.load(other, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle have many ways to say that bytes are damaged
-        raise UserError(f"{other} holds no weights of Inception ({type(error).__name__}).") from error
-    return InceptionWeights(Path(other), sha256_of(other), published=False)
+    return resolve([INCEPTION], folder=folder, given={INCEPTION: path}, download=False)[INCEPTION]
 
 
-def load_inception(weights: InceptionWeights) -> nn.Module:
-    """Return torch-fidelity's Inception-v3, in evaluation mode.
+def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
+    """Load torch-fidelity's Inception-v3, in evaluation mode, on the GPU if there is one.
 
-    It maps uint8 images [B, 3, H, W] to features [B, 2048] and logits without bias [B, 1008], both float32.
+    The network maps uint8 images [B, 3, H, W] to features [B, 2048] and logits without bias [B, 1008], both float32.
     torch-fidelity unpickles the file it is given; here pickled code is never run: it gets a copy of the tensors.
 
+    Args:
+        path: of the weights, in torch-fidelity's format.
+        allow_other: take other weights than the published ones; their scores are labelled.
+
     Raises:
-        ValueError: the file does not hold Inception's weights.
+        UserError: there is no such file, it does not hold Inception's weights, or not the published ones.
     """
-    content = io.BytesIO()
+    declared = ARTIFACTS[INCEPTION]
+    assert declared.sha256 is not None
+    sha256 = _hash_of_weights(path, declared.file, declared.sha256, allow_other)
     try:
-        torch.save(torch.load(weights.path, map_location="cpu", weights_only=True), content)
-        content.seek(0)
-        return FeatureExtractorInceptionV3(
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle have many ways to say that bytes are damaged
+        raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: {_reason(error)}") from error
+    content = io.BytesIO()
+    torch.save(tensors, content)
+    content.seek(0)
+    try:
+        network: Any = FeatureExtractorInceptionV3(
             "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=content
         )
-    except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{weights.path} does not hold the weights of torch-fidelity's Inception: {reason}") from error
+    except (RuntimeError, TypeError, AttributeError) as error:  # other tensors, or no dictionary of tensors
+        raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: {_reason(error)}") from error
+    return Inception(network.to(best_device()), sha256, sha256 == declared.sha256)
+
+
+def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
+    """Load clean-fid's Inception, on the GPU if there is one; it returns features [B, 2048].
+
+    Raises:
+        UserError: there is no such file, it has another name, or is not the published one.
+    """
+    path = Path(path)
+    sha256 = _hash_of_weights(path, CLEANFID_FILE, CLEANFID_SHA256, allow_other)
+    if path.name != CLEANFID_FILE:
+        raise UserError(f"clean-fid asks for a file called {CLEANFID_FILE}, not {path.name}.")
+    try:
+        network: Any = InceptionV3W(str(path.parent), download=False)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not hold clean-fid's Inception: {_reason(error)}") from error
+    network.to(best_device())
+
+    def extract(images: Tensor) -> tuple[Tensor, ...]:
+        # Pixels come from clean-fid's resizing (299 x 299), or as they are, for the network to resize as TensorFlow.
+        network.resize_inside = images.dtype == torch.uint8
+        return (network(images.float()),)
+
+    return Inception(extract, sha256, sha256 == CLEANFID_SHA256)
 
 
 def write_random_inception(path: Path | str, seed: int = 0) -> None:
@@ -105,3 +140,20 @@ def write_random_inception(path: Path | str, seed: int = 0) -> None:
                 nn.init.kaiming_normal_(module.weight)  # as made, the features fade to 0
     with replacing(path) as temporary, temporary.open("wb") as file:  # torch takes no path of a hidden file
         torch.save(network.state_dict(), file)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _hash_of_weights(path: Path | str, name: str, sha256: str, allow_other: bool) -> str:
+    """Return the SHA-256 of a file of weights; refuse another than the published one unless that is allowed."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no file of Inception weights {path}.")
+    found = sha256_of(path)
+    if found != sha256 and not allow_other:
+        raise UserError(
+            f"{path} is not the published {name}: its SHA-256 is {found}, not {sha256}. Scores by other weights are "
+            f"no FID; they can be asked for (--allow-other-inception) and are labelled FID-{OTHER_INCEPTION}."
+        )
+    return found

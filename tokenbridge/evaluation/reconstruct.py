@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import huggingface_hub
 import torch
-import torch_fidelity
 from torch import Tensor
 
 from tokenbridge.data.images import images_to_pixels, load_images, pixels_of, pixels_to_images
 from tokenbridge.data.pictures import save_grid
-from tokenbridge.evaluation.inception import find_inception
-from tokenbridge.evaluation.metrics import ImageDataset, psnr, score, ssim
+from tokenbridge.evaluation import metrics
+from tokenbridge.evaluation.features import forward
+from tokenbridge.evaluation.inception import Inception, find_inception, load_inception
 from tokenbridge.results.markdown import cell, markdown_table
 from tokenbridge.results.schema import Row
+from tokenbridge.results.score import Score, to_metrics
 from tokenbridge.tokenizers.base import LatentTokenizer, Tokenizer, VQTokenizer
 from tokenbridge.tokenizers.distortion import Distortion, measure_distortion
 from tokenbridge.tokenizers.quantizer import (
@@ -39,6 +40,7 @@ from tokenbridge.tokenizers.quantizer import (
     uniform_quantizer,
 )
 from tokenbridge.utils import provenance
+from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json, write_text
 from tokenbridge.weights.artifacts import MissingArtifactsError
@@ -110,8 +112,8 @@ def reconstruct(
     """
     if quantizer not in QUANTIZERS:
         raise UserError(f"Unknown quantiser {quantizer!r}; there are {', '.join(QUANTIZERS)}.")
-    weights, notes = _find_inception_weights(inception_weights)  # first: a bad file must not cost hours
-    model = load_tokenizer_model(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
+    inception, notes = _find_inception(inception_weights)  # first: a bad file must not cost hours
+    model = load_tokenizer_model(tokenizer).to(best_device())
     pixels = _load_pixels(source, split, image_size, limit, seed, channels=getattr(model.config, "in_channels", 3))
     _check_size(model, pixels)
 
@@ -135,12 +137,12 @@ def reconstruct(
     rows, pictures = [], {"original": pixels[shown]}
     for label, chosen_tokenizer in tokenizers.items():
         reconstructions, bits = reconstruct_with(chosen_tokenizer, pixels, batch_size)
-        metrics = reconstruction_metrics(pixels, reconstructions, bits=bits)
-        if weights is not None and len(pixels) > 1:
-            metrics["rFID"] = inception_rfid(pixels, reconstructions, weights, batch_size)
-        rows.append(Row(id=_row_id(label), label=label, metrics=metrics))
+        scores = reconstruction_scores(pixels, reconstructions, bits=bits)
+        if inception is not None and len(pixels) > 1:
+            scores.append(inception_rfid(pixels, reconstructions, inception, batch_size))
+        rows.append(Row(id=_row_id(label), label=label, metrics=to_metrics(scores)))
         pictures[label] = reconstructions[shown]
-    if weights is not None:
+    if inception is not None:
         notes.append(_judge_number(len(pixels)))
 
     settings = {
@@ -211,14 +213,14 @@ def reconstruct_with(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64)
     return torch.cat(parts), bits
 
 
-def reconstruction_metrics(
+def reconstruction_scores(
     images: Tensor,
     reconstructions: Tensor,
     *,
     classifier: Classifier | None = None,
     extractor: str = "digits",
     bits: float | None = None,
-) -> dict[str, float]:
+) -> list[Score]:
     """Return PSNR (dB) and SSIM, each the mean over images; more where more is given. All are finite.
 
     The PSNR of an image that comes back exactly is infinite. It counts here as if one of its values were off by
@@ -227,45 +229,47 @@ def reconstruction_metrics(
     Args:
         images: uint8 [N, C, H, W].
         reconstructions: uint8 [N, C, H, W].
-        classifier: adds `rFID-<extractor>`, the Fréchet distance of reconstructions and images in its features,
-            and `IS-<extractor>` of the reconstructions.
+        classifier: adds rFID, the Fréchet distance of reconstructions and images in its features, and IS of the
+            reconstructions.
         extractor: the classifier's name.
         bits: adds `bits per image`.
     """
     highest = 10 * math.log10(255**2 * images[0].numel())
-    metrics = {
-        "PSNR": psnr(images, reconstructions).clamp(max=highest).mean().item(),
-        "SSIM": ssim(images, reconstructions).mean().item(),
-    }
+    scores = [
+        Score("PSNR", metrics.psnr(images, reconstructions).clamp(max=highest).mean().item()),
+        Score("SSIM", metrics.ssim(images, reconstructions).mean().item()),
+    ]
     if classifier is not None:
-        scores = score(reconstructions, images, classifier, extractor=extractor)
-        metrics |= {f"rFID-{extractor}": scores.fid, f"IS-{extractor}": scores.inception_score}
-    return metrics if bits is None else {**metrics, "bits per image": bits}
+        features, logits = metrics.extract_features(reconstructions, classifier)
+        originals, _ = metrics.extract_features(images, classifier)
+        scores += [
+            _rfid(features, originals, extractor),
+            Score("IS", metrics.inception_score(logits, 0)[0], extractor),
+        ]
+    return scores if bits is None else [*scores, Score("bits per image", bits)]
 
 
-def inception_rfid(images: Tensor, reconstructions: Tensor, weights: Path | str, batch_size: int = 32) -> float:
-    """Return torch-fidelity's FID of reconstructions and images, on the GPU if there is one.
+def inception_rfid(images: Tensor, reconstructions: Tensor, inception: Inception, batch_size: int = 32) -> Score:
+    """Return the FID of reconstructions and images, on the GPU if there is one.
 
     Args:
         images: uint8 [N, C, H, W], C 1 (repeated to 3) or 3, N >= 2; scaled to 299 x 299 as TensorFlow 1 did.
         reconstructions: uint8 [N, C, H, W].
-        weights: the path that `find_inception` returns; torch-fidelity unpickles it, so only a file that is known.
+        inception: torch-fidelity's.
         batch_size: images per forward pass.
     """
-    first, second = (ImageDataset(x.expand(-1, 3, -1, -1)) for x in (reconstructions, images))
-    values = torch_fidelity.calculate_metrics(
-        input1=first,
-        input2=second,
-        feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=str(weights),
-        fid=True,
-        batch_size=batch_size,
-        cuda=torch.cuda.is_available(),
-        save_cpu_ram=True,  # also what keeps it from starting 4 worker processes per input
-        cache=False,
-        verbose=False,
-    )
-    return float(values[torch_fidelity.KEY_METRIC_FID])
+
+    def features(pixels: Tensor) -> Tensor:
+        batches = forward(pixels.expand(-1, 3, -1, -1), inception.network, batch_size, "rFID")
+        return torch.cat([outputs[0] for _, outputs in batches])
+
+    return _rfid(features(reconstructions), features(images), inception.extractor)
+
+
+def _rfid(reconstructions: Tensor, images: Tensor, extractor: str | None) -> Score:
+    """Return the Fréchet distance of two sets of features [N, F]."""
+    distance = metrics.frechet_distance(metrics.statistics_of(reconstructions), metrics.statistics_of(images))
+    return Score("rFID", distance, extractor)
 
 
 def _download(name: str) -> Path:
@@ -282,10 +286,10 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _find_inception_weights(path: Path | str | None) -> tuple[Path | None, list[str]]:
-    """Return the weights and no note, or None and the reason; a file that was asked for by name must be there."""
+def _find_inception(path: Path | str | None) -> tuple[Inception | None, list[str]]:
+    """Return the network and no note, or None and the reason; a file that was asked for by name must be there."""
     try:
-        return find_inception(path).path, []
+        return load_inception(find_inception(path)), []
     except MissingArtifactsError as error:
         if path is not None:
             raise

@@ -12,18 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tokenbridge.data.image_sets import DAMAGED, CroppedImages, open_images
+from tokenbridge.data.image_sets import DAMAGED, CroppedImages, ImageSet, open_images
 from tokenbridge.data.images import load_images
 from tokenbridge.evaluation import metrics
-from tokenbridge.evaluation.features import (
-    CACHE,
-    NUM_FEATURES,
-    ImageSet,
-    Inception,
-    _forward,
-    inception_features,
-    load_inception,
-)
+from tokenbridge.evaluation.features import CACHE, forward, inception_features
+from tokenbridge.evaluation.inception import NUM_FEATURES, Inception
 from tokenbridge.evaluation.metrics import Statistics
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
@@ -52,7 +45,7 @@ def load_reference(
         ValueError: there is neither, statistics of another feature size, not finite, or made with other weights.
     """
     path = Path(path)
-    stored, meta, names = _read_statistics(path) if path.is_file() else (None, {}, ["arr_0"])
+    stored, meta, names = _read_file(path) if path.is_file() else (None, {}, ["arr_0"])
     made_with = meta.get("inception_sha256", inception.sha256)
     if made_with != inception.sha256:
         raise UserError(
@@ -78,11 +71,10 @@ def make_reference(
     source: str,
     out: Path | str,
     *,
-    inception: Path | str,
+    inception: Inception,
     split: str = "train",
     image_size: int = 256,
     keep_images: int = 0,
-    allow_other_inception: bool = False,
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict[str, Any]:
@@ -93,11 +85,10 @@ def make_reference(
     Args:
         source: what `load_images` takes: a folder, Parquet or the name of a data set.
         out: .npz to write.
-        inception: torch-fidelity's file of weights.
+        inception: torch-fidelity's.
         split: of the source.
         image_size: pixels of the crop.
         keep_images: store so many of the images, drawn by `seed`, as `arr_0`, for precision, recall and KID.
-        allow_other_inception: take other weights than the published ones.
         seed: of that draw.
         batch_size: images per forward pass.
 
@@ -112,7 +103,6 @@ def make_reference(
         raise UserError(f"Statistics are written as .npz, not as {out.name}.")
     if image_size < 1 or batch_size < 1:
         raise UserError("Image size and batch size are at least 1.")
-    extract = load_inception(inception, allow_other=allow_other_inception)
     images = CroppedImages(load_images(source, split), image_size)
     if len(images) < 2 or not 0 <= keep_images <= len(images):
         raise UserError(f"{source} has {len(images)} images: at least 2 are needed, and {keep_images} are to be kept.")
@@ -124,7 +114,7 @@ def make_reference(
     total = np.zeros(NUM_FEATURES)
     products = np.zeros((NUM_FEATURES, NUM_FEATURES))
     index = 0
-    for pixels, (features, _) in _forward(images, extract.network, batch_size, "features"):
+    for pixels, (features, _) in forward(images, inception.network, batch_size, "features"):
         digest.update(pixels.numpy().tobytes())
         for picture in pixels:
             if index in place:
@@ -143,8 +133,8 @@ def make_reference(
         "crop": "ADM's centre crop (guided-diffusion, image_datasets.py)",
         "num_images": len(images),
         "pixels_sha256": digest.hexdigest(),
-        "inception_sha256": extract.sha256,
-        "published_weights": extract.published,
+        "inception_sha256": inception.sha256,
+        "published_weights": inception.published,
         "command": provenance.command(),
         **provenance.origin(),
     }
@@ -156,8 +146,20 @@ def make_reference(
     return meta
 
 
-def _read_statistics(path: Path) -> tuple[Statistics | None, dict[str, Any], list[str]]:
-    """Return the statistics in an .npz if it has any, what it says of them, and the names of its arrays."""
+def read_statistics(path: Path | str) -> Statistics:
+    """Read the statistics in an .npz: `mu` [2048] and `sigma` [2048, 2048], as float64.
+
+    Raises:
+        UserError: the file is damaged, has no statistics, or they are of other features or not finite.
+    """
+    statistics, _, names = _read_file(Path(path))
+    if statistics is None:
+        raise UserError(f"{path} has no statistics (mu and sigma), only {names}.")
+    return statistics
+
+
+def _read_file(path: Path) -> tuple[Statistics | None, dict[str, Any], list[str]]:
+    """Return the statistics in a reference's .npz if it has any, what it says of them, and the names of its arrays."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = list(archive.files)

@@ -9,6 +9,7 @@ from typing import Any
 from tokenbridge.models.registry import SHIPPED_PRESETS, all_presets
 from tokenbridge.models.system import System
 from tokenbridge.results.ledger import published_metrics
+from tokenbridge.results.score import read_name
 from tokenbridge.weights.artifacts import ARTIFACTS
 from tokenbridge.weights.published import Preset
 
@@ -38,7 +39,7 @@ def list_presets() -> list[Listing]:
 def _listing(system: System, preset: Preset) -> Listing:
     num_tokens, token = system.describe_tokens(preset.model)
     metrics = published_metrics(f"table3/{preset.name}")
-    published = {name.removesuffix("-50K"): value for name, value in metrics.items()}
+    published = {read_name(name).metric: value for name, value in metrics.items()}
     artifact = ARTIFACTS.get(preset.name)
     if preset.name in SHIPPED_PRESETS:
         source, licence = "shipped with this package", SHIPPED_LICENCE

@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenbridge.data.images import load_images, pixels_to_images
 from tokenbridge.data.pictures import save_grid
 from tokenbridge.evaluation.metrics import class_accuracy, score
-from tokenbridge.evaluation.reconstruct import reconstruct_with, reconstruction_metrics
+from tokenbridge.evaluation.reconstruct import reconstruct_with, reconstruction_scores
 from tokenbridge.models.noise import PerImage
 from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.models.system import change_settings
@@ -30,6 +30,7 @@ from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench, open_work
 from tokenbridge.results import markdown
 from tokenbridge.results import schema as results
 from tokenbridge.results.schema import Provenance, Results, Row
+from tokenbridge.results.score import Score, read_name, to_metrics
 from tokenbridge.sampling.sample import sample_pixels
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.distortion import measure_distortion
@@ -141,10 +142,10 @@ def reconstruction_rows(bench: Workbench, out: Path) -> list[Row]:
     def measure(tokenizer: Any) -> tuple[dict[str, float], Tensor]:
         """Return metrics and reconstructions."""
         pixels, bits = reconstruct_with(tokenizer, bench.test_pixels)
-        metrics = reconstruction_metrics(
+        scores = reconstruction_scores(
             bench.test_pixels, pixels, classifier=bench.classifier, extractor=bench.extractor, bits=bits
         )
-        return metrics, pixels
+        return to_metrics(scores), pixels
 
     @functools.cache  # the finest levels at the widest range stand in both tables
     def measure_quantised(levels: int, value_range: float) -> tuple[dict[str, float], Tensor]:
@@ -210,7 +211,7 @@ def generation_rows(bench: Workbench, out: Path, num_images: int, seed: int) -> 
     measured["real"] = measure_samples(bench, bench.test_pixels, bench.test_labels)
 
     rows = [*GENERATION_ROWS, *_other_rows(bench.scale), *COMPARISON_ROWS]
-    short = (f"FID-{bench.extractor}", f"IS-{bench.extractor}", "class accuracy")
+    short = ("FID", "IS", "class accuracy")
     found = []
     for id_, label, name in rows:
         if name not in measured:
@@ -218,7 +219,8 @@ def generation_rows(bench: Workbench, out: Path, num_images: int, seed: int) -> 
             found.append(Row(id=id_, label=label, metrics={}, not_run=reason))
             continue
         values = measured[name]
-        metrics = values if id_.startswith("table3/") else {column: values[column] for column in short}
+        whole = id_.startswith("table3/")
+        metrics = {key: value for key, value in values.items() if whole or read_name(key).metric in short}
         found.append(Row(id=id_, label=label, metrics=metrics))
     return found
 
@@ -246,9 +248,11 @@ def golden_tokens(bench: Workbench, *, num_images: int = 10, seed: int = 0) -> d
 
 def measure_samples(bench: Workbench, pixels: Tensor, labels: Tensor) -> dict[str, float]:
     """Score images against the training images, and their class accuracy."""
-    scores = score(pixels, bench.train_pixels, bench.classifier, extractor=bench.extractor).labelled()
-    kept = {name: round(value, 6) for name, value in scores.items() if "-std-" not in name}
-    return {"images": float(len(pixels)), **kept, "class accuracy": class_accuracy(pixels, labels, bench.classifier)}
+    found = score(pixels, bench.train_pixels, bench.classifier, extractor=bench.extractor)
+    rounded = {one.metric: replace(one.bare, value=round(one.value, 6)) for one in found}
+    shown = [rounded[name] for name in ("FID", "IS", "precision", "recall", "KID", "FID-cleanfid")]
+    accuracy = class_accuracy(pixels, labels, bench.classifier)
+    return to_metrics([Score("images", len(pixels)), *shown, Score("class accuracy", accuracy)])
 
 
 def _first_of_each_class(labels: Tensor, num_classes: int) -> list[int]:

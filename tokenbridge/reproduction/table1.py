@@ -23,13 +23,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch import Tensor
 
-from tokenbridge.data.images import labels_of, load_images, pixels_of, pixels_to_images, to_pixels
-from tokenbridge.evaluation.inception import InceptionWeights, find_inception, load_inception, write_random_inception
-from tokenbridge.evaluation.metrics import ISC_SPLITS
+from tokenbridge.data.images import labels_of, load_images, pixels_of, pixels_to_images, to_pixels, truncated_pixels
+from tokenbridge.evaluation import metrics
+from tokenbridge.evaluation.inception import (
+    NUM_FEATURES,
+    NUM_LOGITS,
+    Inception,
+    load_inception,
+    write_random_inception,
+)
+from tokenbridge.evaluation.metrics import Statistics
+from tokenbridge.evaluation.reference import read_statistics
 from tokenbridge.reproduction.options import PHOTOGRAPHS, Options, write_photographs
 from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results.compare import Judged, judge_published
@@ -37,12 +43,14 @@ from tokenbridge.results.ledger import published_metrics
 from tokenbridge.results.markdown import TITLES, cell, markdown_table, measured_by, tables, tolerance_lines
 from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
+from tokenbridge.results.score import Score, ScoreName, to_metrics
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.cost import decoder_flop
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import track
+from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_text
 from tokenbridge.utils.flop import count, placeholder
@@ -54,8 +62,6 @@ FILES = (IMAGENET, KL16_VAE, INCEPTION, STATISTICS)
 IMAGE_SIZE = 256
 BATCH_SIZE = 50
 NUM_CLASSES = 1000
-NUM_FEATURES = 2048
-NUM_LOGITS = 1008
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,12 @@ def reproduce_table1(options: Options, *, out: Path | str) -> tuple[Results, Jud
     """
     if options.stand_in:
         return _stand_in(options, Path(out))
-    num_images, folder = options.images_or(NUM_IMAGES), options.folder
+    num_images, folder, other = options.images_or(NUM_IMAGES), options.folder, options.other_inception
+    if other is not None and options.inception is not None:
+        raise UserError(f"Scores need one file of Inception's weights, not both {options.inception} and {other}.")
     # First the files: it takes seconds to see that one is missing.
     paths = artifacts.resolve(_needed(options), folder=folder, given=_given(options))
-    inception = find_inception(paths.get(INCEPTION), other=options.other_inception, folder=folder)
+    inception = load_inception(other or paths[INCEPTION], allow_other=other is not None)
     hashes = {key: artifacts.fingerprint(paths[key], folder=folder) for key in (KL16_VAE, STATISTICS)}
     results = measure(
         paths,
@@ -185,7 +193,7 @@ def plan_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
 @torch.inference_mode()
 def measure(
     files: Mapping[str, Path],
-    inception: InceptionWeights,
+    inception: Inception,
     *,
     scale: str,
     hashes: Mapping[str, str],
@@ -198,7 +206,7 @@ def measure(
 
     Args:
         files: by key of `FILES`, without Inception's weights.
-        inception: these.
+        inception: whose features are compared.
         scale: goes into the results.
         hashes: SHA-256 of the VAE and the statistics, for the results.
         num_images: in all.
@@ -210,10 +218,8 @@ def measure(
         ValueError: files that are not what they should be, or too few images.
     """
     stopwatch = provenance.Stopwatch()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference = read_statistics(files[STATISTICS])  # first the files that load at once
-    network = load_inception(inception).to(device)
-    tokenizers = make_tokenizers(files[KL16_VAE], device)
+    tokenizers = make_tokenizers(files[KL16_VAE], best_device())
     dataset = load_images(str(files[IMAGENET]), "train")
     chosen = choose_images(labels_of(dataset), num_images, num_classes)
 
@@ -226,11 +232,11 @@ def measure(
         first = number * batch_size
         latents = sample_latents(tokenizers[None, None], pixels, range(first, first + len(indices)), seed)
         for key, tokenizer in tokenizers.items():
-            outputs[key].append(inception_outputs(network, reconstruct(tokenizer, latents)))
+            outputs[key].append(inception_outputs(inception, reconstruct(tokenizer, latents)))
 
-    suffix = ("50K" if num_images == NUM_IMAGES else str(num_images)) if inception.published else "other"
-    metrics = {
-        key: {"images": float(num_images), **score(outputs.pop(key), reference, suffix)} for key in list(outputs)
+    rows = {
+        key: to_metrics([Score("images", num_images), *score(outputs.pop(key), reference, inception.extractor)])
+        for key in list(outputs)
     }
     return Results(
         scale=scale,
@@ -248,7 +254,7 @@ def measure(
                 "TF32 in convolutions": torch.backends.cudnn.allow_tf32,  # PyTorch's default, as in the official run
             },
         ),
-        rows=[Row(id=r.id, label=r.label, metrics=metrics[r.quantizer]) for r in RECIPES],
+        rows=[Row(id=r.id, label=r.label, metrics=rows[r.quantizer]) for r in RECIPES],
         trends=[],
     )
 
@@ -302,50 +308,33 @@ def sample_latents(tokenizer: LatentTokenizer, pixels: Tensor, image_indices: ra
 def reconstruct(tokenizer: LatentTokenizer, latents: Tensor) -> Tensor:
     """Return uint8 images [B, 3, H, W] of scaled latents [B, C, h, w], quantised if the tokenizer has a quantiser.
 
-    Quirk kept: pixels are truncated, not rounded (`save_image` of the official reconstruction.py; the official
-    sampler rounds).
+    Quirk kept: pixels are truncated, not rounded (see `truncated_pixels`).
     """
     images = tokenizer.images(latents if tokenizer.quantizer is None else tokenizer.quantizer(latents))
-    return ((images + 1) / 2 * 255).to(torch.uint8)
+    return truncated_pixels(images)
 
 
-def inception_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def inception_outputs(inception: Inception, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Return features [B, 2048] and logits [B, 1008] of uint8 images [B, 3, H, W], on the CPU."""
-    features, logits = network(pixels)
+    features, logits = inception.network(pixels)
     return features.cpu(), logits.cpu()
 
 
-def score(outputs: list[tuple[Tensor, Tensor]], reference: Mapping[str, Any], suffix: str) -> dict[str, float]:
-    """Return torch-fidelity's rFID against `reference` and its Inception Score; statistics in float64.
+def score(outputs: list[tuple[Tensor, Tensor]], reference: Statistics, extractor: str | None) -> list[Score]:
+    """Return rFID against the reference, and Inception Score.
 
     Args:
         outputs: of `inception_outputs`, batch by batch; N >= 2 in all.
-        reference: of `read_statistics`.
-        suffix: of the metrics' names.
+        reference: of the whole training set.
+        extractor: labels the scores; None for the published Inception.
     """
     features, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    fid = fid_statistics_to_metric(fid_features_to_statistics(features.double()), reference, verbose=False)
-    isc = isc_features_to_metric(logits, splits=min(ISC_SPLITS, len(logits)))
-    return {f"rFID-{suffix}": fid[KEY_METRIC_FID], f"IS-{suffix}": isc[KEY_METRIC_ISC_MEAN]}
-
-
-def read_statistics(path: Path | str) -> dict[str, np.ndarray]:
-    """Read mu [2048] and sigma [2048, 2048] of an ADM-style .npz, as float64.
-
-    Raises:
-        ValueError: the file is damaged, has no mu and sigma, or they are of other features or not finite.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
-    except Exception as error:  # numpy and zipfile have many ways to say that bytes are damaged
-        raise UserError(f"{path} is no .npz file with mu and sigma ({type(error).__name__}: {error}).") from error
-    shapes = [array.shape for array in found.values()]
-    if shapes != [(NUM_FEATURES,), (NUM_FEATURES, NUM_FEATURES)]:
-        raise UserError(f"{path} has statistics of other features: mu and sigma are {shapes[0]} and {shapes[1]}.")
-    if not all(np.isfinite(array).all() for array in found.values()):
-        raise UserError(f"{path}: the statistics are not finite.")
-    return found
+    label: dict[str, Any] = {"extractor": extractor, "num_images": len(features)}
+    inception_score, _ = metrics.inception_score(logits, metrics.SEED)
+    return [
+        Score("rFID", metrics.frechet_distance(metrics.statistics_of(features), reference), **label),
+        Score("IS", inception_score, **label),
+    ]
 
 
 def judge(results: Results) -> Judged:
@@ -356,6 +345,7 @@ def judge(results: Results) -> Judged:
 def to_markdown(results: Results, judged: Judged) -> str:
     """Return both tables beside the paper's, with verdicts, tolerances and where the numbers come from."""
     published = {recipe.id: recipe.published for recipe in RECIPES}
+    papers = [str(ScoreName(name, num_images=NUM_IMAGES)) for name in ("rFID", "IS")]
     lines = [f"# Table 1: {results.scale}", "", f"{measured_by(results.provenance)}. Published: {SOURCE}.", ""]
     for table, rows in tables(results).items():
         _, rfid, isc = rows[0].metrics
@@ -364,9 +354,9 @@ def to_markdown(results: Results, judged: Judged) -> str:
             [
                 row.label,
                 cell(row, rfid),
-                cell(published[row.id], "rFID-50K"),
+                cell(published[row.id], papers[0]),
                 cell(row, isc),
-                cell(published[row.id], "IS-50K"),
+                cell(published[row.id], papers[1]),
                 judged[row.id][0],
             ]
             for row in rows
@@ -374,7 +364,7 @@ def to_markdown(results: Results, judged: Judged) -> str:
         lines += [f"## {TITLES[table]}", "", *markdown_table(header, body), ""]
         said = {f"- {verdict}: {why}": None for verdict, why in (judged[row.id] for row in rows)}  # each once
         lines += [*said, ""]
-    return "\n".join([*lines, *tolerance_lines(["rFID-50K", "IS-50K"])])
+    return "\n".join([*lines, *tolerance_lines(papers)])
 
 
 def vae_tflop() -> tuple[float, float]:
@@ -384,17 +374,17 @@ def vae_tflop() -> tuple[float, float]:
     return encoder / 1e12, decoder_flop(vae, IMAGE_SIZE // 16) / 1e12
 
 
-def write_stand_ins(folder: Path) -> tuple[dict[str, Path], InceptionWeights]:
+def write_stand_ins(folder: Path) -> tuple[dict[str, Path], Inception]:
     """Write files in the formats of the real ones; return them as `measure` takes them."""
     files = {IMAGENET: folder / "imagenet", KL16_VAE: folder / "kl16.ckpt", STATISTICS: folder / "statistics.npz"}
     write_photographs(files[IMAGENET])
     torch.save({"model": rule_state(kl16_layout(create_kl16()), {"rule": RULE, "salt": "stand-in"})}, files[KL16_VAE])
     write_random_inception(folder / "inception.pth")
-    inception = find_inception(other=folder / "inception.pth")
+    inception = load_inception(folder / "inception.pth", allow_other=True)
     pixels = pixels_of(load_images(str(files[IMAGENET]), "train"), size=IMAGE_SIZE)
-    features, _ = inception_outputs(load_inception(inception), pixels)
+    statistics = metrics.statistics_of(inception_outputs(inception, pixels)[0])
     with replacing(files[STATISTICS]) as temporary:
-        np.savez(temporary, **fid_features_to_statistics(features.double()))
+        np.savez(temporary, mu=statistics.mean, sigma=statistics.covariance)
     return files, inception
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic_core import to_jsonable_python
 
-from tokenbridge.evaluation import evaluate as evaluation
-from tokenbridge.evaluation import features as evaluation_features
-from tokenbridge.evaluation.inception import write_random_inception
+from tokenbridge.evaluation.evaluate import evaluate
+from tokenbridge.evaluation.inception import Inception, load_inception, write_random_inception
 from tokenbridge.evaluation.reference import load_reference, make_reference
 from tokenbridge.models.registry import published_preset
 from tokenbridge.reproduction.options import PHOTOGRAPHS, Options, write_photographs
@@ -29,6 +28,7 @@ from tokenbridge.results.ledger import published_metrics
 from tokenbridge.results.markdown import cell, markdown_table, measured_by, tolerance_lines
 from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
+from tokenbridge.results.score import Score, to_metrics
 from tokenbridge.sampling.config import RunConfig
 from tokenbridge.sampling.load import STAND_IN_IMAGES, NamedModel, find_model
 from tokenbridge.sampling.plan import Plan, plan_run
@@ -36,7 +36,7 @@ from tokenbridge.sampling.sample import sample_model
 from tokenbridge.utils import provenance
 from tokenbridge.utils.devices import process_state
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import replacing_folder, sha256_of, write_text
+from tokenbridge.utils.files import replacing_folder, write_text
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import Status
 from tokenbridge.weights.published import Preset
@@ -115,10 +115,9 @@ def _stand_in(name: str, options: Options, out: Path, show_progress: bool) -> tu
         make_reference(
             str(photographs),
             reference,
-            inception=inception,
+            inception=load_inception(inception, allow_other=True),
             image_size=model.image_size,
             keep_images=len(PHOTOGRAPHS),
-            allow_other_inception=True,
         )
     process_state().wait_for_everyone()
     return _measure(preset, model, options, out, inception, [reference], show_progress)
@@ -186,9 +185,9 @@ def judge(preset: Preset, results: Results) -> Judged:
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a row, under the names that it has in results."""
+    """The scores of a row."""
 
-    metrics: dict[str, float]
+    scores: tuple[Score, ...]
     not_run: list[str]  # what was not measured, and why
     data_sha256: dict[str, str]  # of samples and references
 
@@ -197,9 +196,8 @@ def score(
     samples: Path | str,
     references: Sequence[Path],
     *,
-    inception: Path,
+    inception: Inception,
     num_images: int,
-    allow_other_inception: bool = False,
     num_bootstrap: int = 100,
     batch_size: int = 64,
     cache: Path | str,
@@ -207,43 +205,40 @@ def score(
     """Score samples against each reference; where two give a score, the first one's counts.
 
     Args:
-        samples: of `evaluation.evaluate`, as are the others.
+        samples: of `evaluate`, as are the others.
         references: at least one.
-        inception: torch-fidelity's file of weights.
-        num_images: of the samples; 50,000 of them have the paper's scores, others are labelled.
-        allow_other_inception: take other weights than the published ones, and label all scores with it.
+        inception: torch-fidelity's.
+        num_images: of the samples; 50,000 of them have the paper's scores, fewer are labelled.
         num_bootstrap: resamples behind the interval of FID.
         batch_size: images per forward pass.
         cache: folder for features.
 
     Raises:
-        ValueError: see `evaluation.evaluate`.
+        UserError: see `evaluate`.
     """
-    metrics: dict[str, float] = {}
-    not_run: dict[str, str] = {}
+    scores: dict[str, Score] = {}  # by metric
+    not_run: dict[tuple[str, ...], str] = {}
     hashes: dict[str, str] = {}
     for reference in references:
-        scored = evaluation.evaluate(
+        evaluated = evaluate(
             [samples],
             reference,
             inception=inception,
-            allow_other_inception=allow_other_inception,
             allow_few=num_images < NUM_IMAGES,
             # The interval belongs to the FID that is compared, which is the first reference's.
             num_bootstrap=num_bootstrap if reference == references[0] else 0,
             batch_size=batch_size,
             cache=cache,
         )
-        named = {_name(name, num_images): value for name, value in scored.rows[0].metrics.items()}
-        metrics = {**named, **metrics}
-        not_run |= {row.label: row.not_run for row in scored.rows if row.not_run is not None}
-        hashes |= scored.provenance.data_sha256
-    absent = [
-        f"{label}: {why}"
-        for label, why in not_run.items()
-        if not any(n.startswith(label.split(",")[0]) for n in metrics)
-    ]
-    return Scored(metrics, absent, hashes)
+        (scored,) = evaluated.sets
+        scores = {score.metric: score for score in scored.scores} | scores
+        not_run |= evaluated.not_run
+        hashes |= evaluated.data_sha256
+    absent = [f"{', '.join(names)}: {why}" for names, why in not_run.items() if not scores.keys() >= set(names)]
+    # What the paper's table has, of as many images as the paper's.
+    papers = SCORES if num_images == NUM_IMAGES and inception.published else ()
+    named = (replace(score, num_images=num_images) if score.metric in papers else score for score in scores.values())
+    return Scored(tuple(named), absent, hashes)
 
 
 def published_row(preset: Preset) -> Row:
@@ -283,7 +278,7 @@ def _measure(
     config, state, is_stand_in = _run_config(options, model), process_state(), options.stand_in
     model.check(config)
     # What the scores need is looked at before the hours of sampling, not after.
-    network = evaluation_features.load_inception(inception, allow_other=is_stand_in)
+    network = load_inception(inception, allow_other=is_stand_in)
     if state.is_main_process:
         for reference in references:
             load_reference(reference, network, cache=out / "features")
@@ -305,15 +300,14 @@ def _measure(
     scored = score(
         report.samples,
         references,
-        inception=inception,
+        inception=network,
         num_images=config.num_images,
-        allow_other_inception=is_stand_in,
         num_bootstrap=min(num_bootstrap, STAND_IN_BOOTSTRAP) if is_stand_in else num_bootstrap,
         cache=out / "features",
     )
-    metrics = {**scored.metrics, "parameters": float(preset.num_parameters)}
+    scores = [Score("images", config.num_images), *scored.scores, Score("parameters", preset.num_parameters)]
     if report.num_made:
-        metrics["seconds per image"] = report.seconds / report.num_made
+        scores.append(Score("seconds per image", report.seconds / report.num_made))
     results = Results(
         scale=STAND_IN if is_stand_in else "paper",
         provenance=Provenance(
@@ -322,11 +316,11 @@ def _measure(
             data_sha256=scored.data_sha256,
             weights_sha256={
                 **({} if is_stand_in else described["weights"]),
-                "inception": sha256_of(inception),
+                "inception": network.sha256,
             },
             settings={
                 "num_images": config.num_images,
-                "published Inception weights": not is_stand_in,
+                "published Inception weights": network.published,
                 "sampler": json.loads(json.dumps(described)),
                 "randomness": config.randomness,
                 "labels": config.labels or "balanced",
@@ -336,15 +330,10 @@ def _measure(
                 "not run": scored.not_run,
             },
         ),
-        rows=[Row(id=f"table3/{preset.name}", label=sampler.name, metrics=metrics)],
+        rows=[Row(id=f"table3/{preset.name}", label=sampler.name, metrics=to_metrics(scores))],
         trends=[],
     )
     judged = judge(preset, results)
     write(out / "results.json", results)
     write_text(out / "tables.md", to_markdown(preset, results, judged))
     return results, judged
-
-
-def _name(name: str, num_images: int) -> str:
-    """Return what a score of the evaluation is called here: of 50,000 images, by the published weights, FID-50K."""
-    return f"{name}-50K" if name in SCORES and num_images == NUM_IMAGES else name

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokenbridge.results.schema import Row, Trend
+from tokenbridge.results.score import score_of
 
 
 def trends(rows: list[Row]) -> list[Trend]:
@@ -21,8 +22,8 @@ def trend_rows() -> dict[str, tuple[str, ...]]:
 def _decide(rows: list[Row]) -> tuple[list[Trend], dict[str, tuple[str, ...]]]:
     by_id = {row.id: row.metrics for row in rows if row.not_run is None}
 
-    def value(id_: str, name: str) -> float:
-        return next(v for key, v in by_id[id_].items() if key == name or key.startswith(f"{name}-"))
+    def value(id_: str, metric: str) -> float:
+        return score_of(by_id[id_], metric).value
 
     found: list[Trend] = []
     rests_on: dict[str, tuple[str, ...]] = {}
@@ -94,7 +95,7 @@ def _decide(rows: list[Row]) -> tuple[list[Trend], dict[str, tuple[str, ...]]]:
         "ar-against-diffusion",
         "the diffusion head's time for a position over the AR head's (5.94 in the paper, on a GPU)",
         ("table5/cached", "table5/diffusion"),
-        lambda: by_id["table5/cached"]["against diffusion"],
+        lambda: value("table5/cached", "against diffusion"),
         ">=",
         2.0,
     )

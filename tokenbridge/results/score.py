@@ -25,9 +25,11 @@ OTHER_INCEPTION = "other-inception"  # the extractor of scores by Inception weig
 Part = Literal["std", "low", "high", "bias"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
+DEVIATION, CHANGE = "± ", "change of "  # metrics made of others: of seeds, and against another arm
+
 _HYPHENATED = ("FID-cleanfid-legacy", "FID-cleanfid-clean", "FID-cleanfid", "speed-up")  # metrics; longer ones first
 _NAME = re.compile(
-    rf"(?P<metric>(?:± )?(?:change of )?(?:{'|'.join(_HYPHENATED)}|[^-(]*[^-( ]))"
+    rf"(?P<metric>(?:{DEVIATION})?(?:{CHANGE})?(?:{'|'.join(_HYPHENATED)}|[^-(]*[^-( ]))"
     rf"(?:-(?P<part>{'|'.join(PARTS)}))?"
     r"(?:-(?:(?P<paper>50K)|(?P<count>\d+)))?"  # table 1 once wrote `rFID-3` for `rFID (3 images)`
     r"(?:-(?P<extractor>[^(]*[^( ]))?"
@@ -149,6 +151,18 @@ def to_scores(metrics: Mapping[str, float]) -> list[Score]:
             alone = f"{label.metric}-{label.part}"
             found[label] = Score(alone, metrics[name], label.extractor, label.num_images, label.remark)
     return list(found.values())
+
+
+def deviation_of(name: str) -> str:
+    """Return the name of a score's standard deviation over seeds."""
+    label = read_name(name)
+    return str(replace(label, metric=f"{DEVIATION}{label.metric}"))
+
+
+def change_of(name: str) -> str:
+    """Return the name of the change of a score against another arm of a comparison."""
+    label = read_name(name)
+    return str(replace(label, metric=f"{CHANGE}{label.metric}"))
 
 
 def score_of(metrics: Mapping[str, float], metric: str) -> Score:

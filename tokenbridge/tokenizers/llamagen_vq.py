@@ -19,6 +19,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from tokenbridge.data.images import llamagen_pixels
 from tokenbridge.tokenizers.kl16 import LDM_WORDS
 from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.official import Layout, ParamMapping, load_state
@@ -163,12 +164,12 @@ def official_pixels(images: Tensor, size: int) -> Tensor:
     """Scale images [B, 3, H, W] to [size, size] and map them to uint8 pixels, as the official evaluation does.
 
     Quirks kept (sample_c2i_ddp.py): images are scaled bicubically without anti-aliasing before they are clamped, and
-    127.5 x + 128 is truncated. `data.images.images_to_pixels` rounds to the same value, except that half-way values
-    always go up here.
+    become pixels by `llamagen_pixels`. `images_to_pixels` rounds to the same value, except that half-way values always
+    go up here.
     """
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic")
-    return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
+    return llamagen_pixels(images)
 
 
 # ------------------------------------------------------------------------- published models and their files

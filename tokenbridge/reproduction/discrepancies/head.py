@@ -13,6 +13,7 @@ from tokenbridge.models.layers import ModulatedBlock
 from tokenbridge.models.tokenbridge.heads import ARHead
 from tokenbridge.reproduction.discrepancies.study import BATCH_SIZE, Arm, Study, row_of, rows_of, share, speed_up
 from tokenbridge.results.schema import Row
+from tokenbridge.results.score import ScoreName
 
 if TYPE_CHECKING:
     from tokenbridge.models.draw import ChooseTokens
@@ -76,7 +77,11 @@ def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 9) 
         speed_up_of_many = speed_up(lambda: recomputed(context), lambda: cached(context), runs)
         speed_up_of_one = speed_up(lambda: recomputed(context[:1]), lambda: cached(context[:1]), runs)
     return [
-        row_of(f"head-cache-{name}", label, {"tokens that differ": d, "speed-up": many, "speed-up (one position)": one})
+        row_of(
+            f"head-cache-{name}",
+            label,
+            {"tokens that differ": d, "speed-up": many, str(ScoreName("speed-up", remark="one position")): one},
+        )
         for name, label, d, many, one in (
             ("recomputed", "whole prefix for each channel (official code)", 0.0, 1.0, 1.0),
             ("cached", "key/value cache", differ, speed_up_of_many, speed_up_of_one),

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenbridge.data.images import images_to_pixels, pixels_to_images
 from tokenbridge.reproduction.discrepancies.study import Arm, Study, row_of, rows_of, share
 from tokenbridge.results.schema import Row
+from tokenbridge.results.score import ScoreName
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -76,6 +77,6 @@ def latents_precision(study: Study) -> list[Row]:
             "latents, mapped": quantizer.encode(mapped(latents.to(dtype))),
             "codebook": ScalarQuantizer(coarse).to(latents.device).encode(latents),
         }
-        metrics = {f"tokens that differ ({what})": share(t != tokens) for what, t in flips.items()}
+        metrics = {str(ScoreName("tokens that differ", remark=what)): share(t != tokens) for what, t in flips.items()}
         rows.append(row_of(f"latents-{name}", f"{dtype}".removeprefix("torch."), metrics))
     return rows

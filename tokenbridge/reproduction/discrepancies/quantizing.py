@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenbridge.models.tokenbridge.checkpoint import official_buffers
 from tokenbridge.reproduction.discrepancies.study import Arm, Scores, Study, not_run_row, row_of, rows_of, share
 from tokenbridge.results.schema import Row
+from tokenbridge.results.score import ScoreName
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer, gaussian_quantizer
 from tokenbridge.utils.errors import UserError
 
@@ -40,7 +41,8 @@ def encode(study: Study) -> list[Row]:
     rows, rows_of_given = [], []
     for name, (label, to_tokens) in arms.items():
         metrics = _against_nearest(quantizer, to_tokens, latents)
-        metrics |= {f"{k} (N(0, 1))": v for k, v in _against_nearest(quantizer, to_tokens, normal).items()}
+        of_normal = _against_nearest(quantizer, to_tokens, normal)
+        metrics |= {str(ScoreName(metric, remark="N(0, 1)")): value for metric, value in of_normal.items()}
         rows.append(row_of(f"encode-{name}", label, metrics | study.reconstruct(quantizer.lookup(to_tokens(latents)))))
         name, label = f"encode-{name}-given", f"{label}, given latents"
         if given is None:

@@ -26,6 +26,7 @@ from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_workbench
 from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, measured_by, trend_cells
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
+from tokenbridge.results.score import ScoreName, change_of, deviation_of
 from tokenbridge.utils import files, provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import UserError
@@ -67,7 +68,7 @@ def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
         "givt-no-class-untrained": "GIVT's embedding for no class untrained",
         "llamagen-zero-row-rotated": "LlamaGen's class token with a rotary row",
     }
-    name = f"FID-{extractor}"
+    name = str(ScoreName("FID", extractor=extractor))
     by_arm = {row.id.removeprefix("discrepancies/"): row.metrics for row in rows if row.not_run is None}
     found = []
     for arm, text in asked.items():
@@ -75,9 +76,9 @@ def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
             continue
         comparison = arm.rpartition("-")[0]
         first = next(metrics for other, metrics in by_arm.items() if other.startswith(f"{comparison}-"))
-        noise = math.sqrt((first[f"± {name}"] ** 2 + by_arm[arm][f"± {name}"] ** 2) / 2)
+        noise = math.sqrt((first[deviation_of(name)] ** 2 + by_arm[arm][deviation_of(name)] ** 2) / 2)
         if noise > 0:
-            ratio = round(abs(by_arm[arm][f"change of {name}"]) / noise, 4)
+            ratio = round(abs(by_arm[arm][change_of(name)]) / noise, 4)
             claim = f"{text}: {name} changes by no more than the seeds' noise (in its deviations)"
             found.append(Trend(id=f"noise-{comparison}", claim=claim, measured=ratio, relation="<=", bound=2.0))
     return found

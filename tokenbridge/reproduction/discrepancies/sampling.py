@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tokenbridge.data.images import images_to_pixels
-from tokenbridge.evaluation.metrics import extract_features, fidelity_distance, statistics_of
+from tokenbridge.data.images import images_to_pixels, llamagen_pixels, truncated_pixels
+from tokenbridge.evaluation.metrics import extract_features, frechet_distance, statistics_of
 from tokenbridge.reproduction.discrepancies.study import Arm, Study, rows_of, share
 from tokenbridge.results.schema import Row
+from tokenbridge.results.score import Score, to_metrics
 
 
 def temperature(study: Study) -> list[Row]:
@@ -40,16 +41,6 @@ def class_labels(study: Study) -> list[Row]:
     )
 
 
-def llamagen_pixels(images: Tensor) -> Tensor:
-    """Turn images in [-1, 1] to uint8 by LlamaGen's rule: 127.5 x + 128, clamped, then cut (sample_c2i_ddp.py)."""
-    return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
-
-
-def truncated_pixels(images: Tensor) -> Tensor:
-    """Turn images in [-1, 1] to uint8 by cutting 255 y off, y in [0, 1], as torchvision's ToPILImage does."""
-    return ((images + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
-
-
 def pixels(study: Study) -> list[Row]:
     """Compare ways to make 8 bits of the same images: rounded (TokenBridge, MAR), LlamaGen's, and cut off."""
     rules = {
@@ -74,8 +65,8 @@ def num_images(study: Study) -> list[Row]:
 
     def arm(size: int) -> Arm:
         sets = [part for part in features.split(size) if len(part) == size]
-        name = f"FID-{study.bench.extractor}"
-        scores = [{name: fidelity_distance(statistics_of(part), study.reference)} for part in sets]
+        fids = [frechet_distance(statistics_of(part), study.reference) for part in sets]
+        scores = [to_metrics([Score("FID", fid, study.bench.extractor)]) for fid in fids]
         return Arm(
             str(size), f"{size:,} images, {len(sets)} set{'s' * (len(sets) > 1)}", scores, {"images": float(size)}
         )

@@ -18,16 +18,17 @@ from tokenbridge.data.images import images_to_pixels, pixels_to_images
 from tokenbridge.evaluation.metrics import (
     Statistics,
     extract_features,
-    fidelity_distance,
+    frechet_distance,
     inception_score,
     statistics_of,
 )
-from tokenbridge.evaluation.reconstruct import reconstruction_metrics
+from tokenbridge.evaluation.reconstruct import reconstruction_scores
 from tokenbridge.models.noise import PerImage
 from tokenbridge.models.tokenbridge import sampling
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench
 from tokenbridge.results.schema import Row
+from tokenbridge.results.score import Score, change_of, deviation_of, read_name, to_metrics
 from tokenbridge.sampling.sample import image_batches
 from tokenbridge.utils.errors import UnusableImageError
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 NUM_SEEDS = 3
 BATCH_SIZE = 250
-Scores = dict[str, float]
+Scores = dict[str, float]  # by name, see results/score.py
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,13 @@ class Study:
     def score(self, pixels: Tensor, labels: Tensor) -> Scores:
         """Return Fréchet distance to the training images, Inception Score and class accuracy of uint8 pixels."""
         features, logits = extract_features(pixels, self.bench.classifier)
-        return {
-            f"FID-{self.bench.extractor}": fidelity_distance(statistics_of(features), self.reference),
-            f"IS-{self.bench.extractor}": inception_score(logits, 0)[0],
-            "class accuracy": (logits.argmax(1) == labels).double().mean().item(),
-        }
+        return to_metrics(
+            [
+                Score("FID", frechet_distance(statistics_of(features), self.reference), self.bench.extractor),
+                Score("IS", inception_score(logits, 0)[0], self.bench.extractor),
+                Score("class accuracy", (logits.argmax(1) == labels).double().mean().item()),
+            ]
+        )
 
     def score_samples(self, config: TokenBridgeSampling, *, model: TokenBridge | None = None) -> list[Scores]:
         """Sample by `config` and score, for each seed."""
@@ -141,9 +144,10 @@ class Study:
     def reconstruct(self, latents: Tensor) -> Scores:
         """Return PSNR, SSIM, rFID and IS of the test images, decoded from (quantised) latents."""
         pixels = images_to_pixels(self.decode(latents))
-        return reconstruction_metrics(
+        scores = reconstruction_scores(
             self.bench.test_pixels, pixels, classifier=self.bench.classifier, extractor=self.bench.extractor
         )
+        return to_metrics(scores)
 
 
 @dataclass(frozen=True)
@@ -164,9 +168,9 @@ def rows_of(comparison: str, *arms: Arm) -> list[Row]:
         for name in arm.scores[0]:
             values = [scores[name] for scores in arm.scores]
             metrics |= {name: statistics.fmean(values), **_deviation(name, values)}
-            if arm is not arms[0] and len(arms[0].scores) == len(values) and name.startswith("FID"):
+            if arm is not arms[0] and len(arms[0].scores) == len(values) and read_name(name).metric == "FID":
                 changes = [value - scores[name] for value, scores in zip(values, arms[0].scores, strict=True)]
-                name = f"change of {name}"
+                name = change_of(name)
                 metrics |= {name: statistics.fmean(changes), **_deviation(name, changes)}
         rows.append(row_of(f"{comparison}-{arm.name}", arm.label, {**metrics, **arm.also}))
     return rows
@@ -178,7 +182,7 @@ def row_of(name: str, label: str, metrics: Scores) -> Row:
 
 
 def _deviation(name: str, values: Sequence[float]) -> Scores:
-    return {f"± {name}": statistics.stdev(values)} if len(values) > 1 else {}
+    return {deviation_of(name): statistics.stdev(values)} if len(values) > 1 else {}
 
 
 def speed_up(slow: Callable[[], object], fast: Callable[[], object], runs: int) -> float:

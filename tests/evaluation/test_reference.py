@@ -1,0 +1,121 @@
+"""Reference statistics: made, read, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scored_images import array_file, statistics_file
+
+from tokenbridge.evaluation.inception import NUM_FEATURES, Inception
+from tokenbridge.evaluation.reference import load_reference, make_reference, read_statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytest_plugins = ("scored_images",)
+
+
+def test_make_reference_crops_as_adm(tmp_path: Path, inception: Inception) -> None:
+    for i, size in enumerate([(40, 70), (90, 33)]):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
+    meta = make_reference(str(tmp_path), tmp_path / "out.npz", inception=inception, image_size=32, keep_images=1)
+    with np.load(tmp_path / "out.npz") as archive:
+        assert archive["arr_0"].shape == (1, 32, 32, 3)
+        assert int(archive["num_images"]) == meta["num_images"] == 2
+    with pytest.raises(ValueError, match="2 images"):
+        make_reference(str(tmp_path), tmp_path / "more.npz", inception=inception, keep_images=3)
+    with pytest.raises(ValueError, match=r"\.npz"):
+        make_reference(str(tmp_path), tmp_path / "out.json", inception=inception)
+    assert not list(tmp_path.glob("more*"))
+
+
+def cut_statistics(path: Path) -> Path:
+    statistics_file(path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    return path
+
+
+def plain_array(path: Path) -> Path:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    return path
+
+
+def text_file(path: Path) -> Path:
+    path.write_text("mu, sigma")
+    return path
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("this was run",))
+
+
+def objects(path: Path) -> Path:
+    return statistics_file(path, mu=np.array([Malicious()] * NUM_FEATURES, dtype=object))
+
+
+NAN = np.full(NUM_FEATURES, np.nan)
+
+
+BAD_REFERENCES = [
+    (lambda p: statistics_file(p, 768), r"another feature size.*768.*2048"),
+    (lambda p: statistics_file(p, sigma=np.ones(NUM_FEATURES)), "another feature size"),
+    (lambda p: statistics_file(p, mu=NAN), "not finite"),
+    (lambda p: statistics_file(p, sigma=np.diag(NAN)), "not finite"),
+    (lambda p: statistics_file(p, mu=np.zeros(NUM_FEATURES, int)), "not floating point"),
+    (lambda p: statistics_file(p, meta=json.dumps({"inception_sha256": "f" * 64})), "made with Inception weights"),
+    (cut_statistics, "cut off"),
+    (objects, r"no \.npz file of statistics"),
+    (plain_array, r"no \.npz file of statistics"),
+    (text_file, r"no \.npz file of statistics"),
+    (lambda p: p, "neither a folder"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_REFERENCES)
+def test_bad_references(
+    make: Callable[[Path], Path],
+    message: str,
+    inception: Inception,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reference = make(tmp_path / "reference.npz")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_reference(reference, inception)
+    assert str(reference) in str(caught.value)
+    assert "this was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        *BAD_REFERENCES[:5],
+        *BAD_REFERENCES[6:10],
+        (lambda p: array_file(p, np.zeros((2, 8, 8, 3), np.uint8)), r"no statistics \(mu and sigma\).*arr_0"),
+        (lambda p: p, r"no \.npz file of statistics"),
+    ],
+)
+def test_bad_statistics(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+    """Where statistics are asked for, images do not stand in for them."""
+    file = make(tmp_path / "statistics.npz")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_statistics(file)
+    assert str(file) in str(caught.value)
+
+
+def test_statistics_beside_images_are_read(tmp_path: Path) -> None:
+    mean = np.linspace(0, 1, NUM_FEATURES, dtype=np.float32)
+    file = statistics_file(tmp_path / "adm.npz", mu=mean, arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    read = read_statistics(file)
+    assert read.mean.dtype == read.covariance.dtype == np.float64
+    np.testing.assert_array_equal(read.mean, mean)
+    np.testing.assert_array_equal(read.covariance, np.eye(NUM_FEATURES))
