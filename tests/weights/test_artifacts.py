@@ -179,7 +179,7 @@ def test_wrong_name_is_not_passed_over(folder: Path, tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match="no file 'kl-16'"):
         resolve(["kl-16"])
     monkeypatch.setenv(FOLDER_VARIABLE, "/not/there")
-    with pytest.raises(ValueError, match="TOKENBRIDGE_ARTIFACTS is /not/there, which is no folder"):
+    with pytest.raises(ValueError, match="TOKENBRIDGE_ARTIFACTS is /not/there, which is not a folder"):
         resolve(["kl16"])
 
 
@@ -499,7 +499,7 @@ def test_published_hashes_are_checked_at_once(folder: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match="not the published inception"):
         accept("inception")
     put(folder / "adm_in256_stats.npz")
-    with pytest.raises(ValueError, match=r"git names its contents [0-9a-f]{40}, not 1da4c176"):
+    with pytest.raises(ValueError, match=r"its git hash is [0-9a-f]{40}, not 1da4c176"):
         resolve(["adm-statistics"])
     assert not (folder / LOCK_FILE).exists()
     declare(monkeypatch, "inception", size=7, sha256=hashlib.sha256(inception.read_bytes()).hexdigest())

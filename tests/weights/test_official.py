@@ -266,14 +266,14 @@ def test_random_bytes_are_one_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "noise.pth"
     for seed in range(50):
         path.write_bytes(np.random.default_rng(seed).bytes(200))
-        with pytest.raises(ValueError, match=r"noise\.pth \(200 bytes\) is truncated, damaged or no checkpoint"):
+        with pytest.raises(ValueError, match=r"noise\.pth \(200 bytes\) is truncated, damaged or not a checkpoint"):
             read_checkpoint(path)
 
 
 def test_files_that_are_no_checkpoints(tmp_path: Path, preset: str) -> None:
     page = tmp_path / "page.pth"
     page.write_text("<html>404</html>")
-    with pytest.raises(ValueError, match=r"page\.pth \(16 bytes\) is truncated, damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=r"page\.pth \(16 bytes\) is truncated, damaged or not a checkpoint"):
         read_checkpoint(page)
     with pytest.raises(FileNotFoundError, match=r"checkpoint-last\.pth"):
         load_tokenbridge(tmp_path, preset)
@@ -284,7 +284,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, preset: str) -> None:
     with pytest.raises(ValueError, match="it has a list"):
         read_checkpoint(tmp_path / "list.pth")
     torch.save({"model": {"a": 3}}, tmp_path / "numbers.pth")
-    with pytest.raises(ValueError, match="'a' under 'model' is no tensor"):
+    with pytest.raises(ValueError, match="'a' under 'model' is not a tensor"):
         read_checkpoint(tmp_path / "numbers.pth", ema=False)
     write_checkpoint(tmp_path / "no-average.pth", model_ema=None)  # the official code writes None without EMA
     with pytest.raises(ValueError, match="no weights under 'model_ema'"):

@@ -1,22 +1,23 @@
-"""Published files: weights, VAEs, Inception's weights, reference statistics, ImageNet; and where to find each one.
+"""Published files (weights of generators, VAEs and Inception, reference statistics, ImageNet), and where to find them.
 
-Each file is declared once, in `artifacts.yaml`, with its origin and what was published of it; nothing is declared that
-its publisher or several public repositories do not state. A file is looked for
+Each file is declared once, in `artifacts.yaml`, with its origin and the size and hash that were published. A fact is
+declared only if the publisher or several public repositories state it. A file is looked for in this order:
 
-1. where a command's option says (the file, or a folder that holds it),
+1. where a command's option says, which names the file or a folder that holds it;
 2. in the folder that $TOKENBRIDGE_ARTIFACTS names, directly or one folder down, so that the official layout
-   (`pretrained_models/vae/kl16.ckpt`) is found as it is,
-3. in the hub's cache or, for plain addresses, in torch hub's (where torch-fidelity keeps its own download),
-4. at its origin: `huggingface_hub` downloads from the hub into the hub's cache, `torch.hub` from an address into
-   $TOKENBRIDGE_ARTIFACTS (torch hub's cache if it is not set). Data sets are never downloaded here; HF_HUB_OFFLINE=1
-   stops all downloads.
+   (`pretrained_models/vae/kl16.ckpt`) is found unchanged;
+3. in the hub's cache or, for plain addresses, in the cache of torch hub, where torch-fidelity keeps its own download;
+4. at its origin. `huggingface_hub` downloads into the hub's cache, and `torch.hub` downloads plain addresses into
+   $TOKENBRIDGE_ARTIFACTS (into the cache of torch hub if the variable is not set). Data sets are never downloaded.
+   HF_HUB_OFFLINE=1 stops all downloads.
 
-One error names every file that is missing, its origin and its place. Nothing is downloaded while a file that was asked
-for has to be put in place by hand. A server that is silent for `TIMEOUT` seconds is given up.
+One error names every missing file, its origin and its place. Nothing is downloaded while any requested file has to be
+put in place by hand. A download is abandoned when the server is silent for `TIMEOUT` seconds.
 
-A file's SHA-256 is computed at first use and written to `artifacts.lock.json`: in $TOKENBRIDGE_ARTIFACTS if that
-can be written to, else in the working directory. From then on a file of another hash is refused until
-`tokenbridge artifacts --accept KEY`. Size and time of the last change spare later runs the hashing of gigabytes.
+The SHA-256 of a file is computed at its first use and written to `artifacts.lock.json`, which lies in
+$TOKENBRIDGE_ARTIFACTS if that folder can be written to, else in the working directory. From then on a file with
+another hash is refused until `tokenbridge artifacts --accept KEY`. The lock file also holds the size and the time of
+the last change, so that later runs need not hash gigabytes again.
 """
 
 from __future__ import annotations
@@ -55,24 +56,24 @@ PathLike = Path | str
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published file (or data set), and what its publisher says of it. None: not published."""
+    """A published file or data set, and what its publisher says about it. None stands for what was not published."""
 
     key: str
     what: str
-    file: str  # its path below a folder of files; on the hub, its path ends so
+    file: str  # its path below a folder of files; the path on the hub ends in it
     format: str
     licence: str
-    option: str  # of the commands that use it
+    option: str  # the option by which commands take it
     hub: str | None = None  # repository on the Hugging Face hub
-    url: str | None = None  # plain address; asked after the hub
+    url: str | None = None  # plain address, tried after the hub
     size: int | None = None  # bytes
     sha256: str | None = None
-    git_sha1: str | None = None  # name of its contents in the publisher's git repository
+    git_sha1: str | None = None  # hash of its contents (blob) in the publisher's git repository
     is_dataset: bool = False
 
     @property
     def origin(self) -> str:
-        """Where it comes from, for people."""
+        """The addresses it comes from, for messages and tables."""
         if self.is_dataset:
             return f"https://huggingface.co/datasets/{self.hub}"
         on_hub = f"https://huggingface.co/{self.hub} (…{self.file})" if self.hub else None
@@ -90,10 +91,10 @@ ARTIFACTS = _read_declarations()
 
 @dataclass(frozen=True)
 class Missing:
-    """A file that was not found, and why it was not fetched."""
+    """A file that was not found, and why it was not downloaded."""
 
     artifact: Artifact
-    place: str  # where to put it
+    place: str  # the path at which it would be found
     reason: str
 
     def __str__(self) -> str:
@@ -105,11 +106,7 @@ class Missing:
 
 
 class MissingArtifactsError(UserError):
-    """Files that cannot be had; one message lists them all.
-
-    Attributes:
-        missing: the files.
-    """
+    """Published files are missing; one message lists all of them."""
 
     def __init__(self, missing: list[Missing]) -> None:
         self.missing = missing
@@ -119,18 +116,18 @@ class MissingArtifactsError(UserError):
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a file here, without reading it."""
+    """What is known about a file on this machine without reading it."""
 
     artifact: Artifact
-    # present: found, not hashed yet. verified: hashed, and as published or as at first use. changed: another size
-    # than at first use.
+    # "present": the file was found but is not hashed yet. "verified": its hash is that of the publisher or of the first
+    # use. "changed": its size is not that of the first use.
     state: Literal["missing", "present", "verified", "changed"]
     path: Path | None
     size: int | None  # bytes; None for a folder
     sha256: str | None  # recorded at first use
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, with those of the declaration that tell what should be there."""
+        """Return the fields as plain values, together with those of the declaration."""
         a = self.artifact
         return {
             "key": a.key,
@@ -154,17 +151,19 @@ def resolve(
     given: Mapping[str, PathLike | None] | None = None,
     download: bool = True,
 ) -> dict[str, Path]:
-    """Return the path of each file, found or downloaded, checked against its published and its recorded hash.
+    """Find or download files, check them against their published and recorded hashes, and return their paths by key.
 
     Args:
-        keys: of `ARTIFACTS`.
-        folder: holds the files; None takes $TOKENBRIDGE_ARTIFACTS.
-        given: files named by the user, or folders that hold them, by key; None looks in the usual places.
-        download: fetch what is not here. Nothing is fetched if something that is missing is never downloaded.
+        keys: keys of `ARTIFACTS`.
+        folder: the folder of the files; None takes $TOKENBRIDGE_ARTIFACTS.
+        given: the files that the user named, or folders that hold them, by key. Where the value is None, the usual
+            places are searched.
+        download: whether to download missing files. Nothing is downloaded if one of them has to be put in place by
+            hand.
 
     Raises:
-        MissingArtifactsError: files cannot be had; the message lists all of them.
-        UserError: an unknown key, a folder that is not there, a file that is not the published or recorded one.
+        MissingArtifactsError: files are missing; the message lists all of them.
+        UserError: a key is unknown, the folder does not exist, or a file is not the published or recorded one.
         OSError: the lock file cannot be written.
     """
     chosen, given, folder = [find_artifact(key) for key in keys], given or {}, artifacts_folder(folder)
@@ -192,10 +191,10 @@ def status(
     folder: PathLike | None = None,
     given: Mapping[str, PathLike | None] | None = None,
 ) -> list[Status]:
-    """Return what is known of files here, all of them by default; nothing is downloaded or hashed.
+    """Return the status of files, by default of all; nothing is downloaded or hashed.
 
     Raises:
-        UserError: an unknown key, or a folder that is not there.
+        UserError: a key is unknown, or the folder does not exist.
     """
     folder, given = artifacts_folder(folder), given or {}
     lock = _read_lock(lock_file(folder))
@@ -215,11 +214,11 @@ def status(
 
 
 def accept(key: str, *, folder: PathLike | None = None, given: Mapping[str, PathLike | None] | None = None) -> Path:
-    """Record the hash of the file that is here now in place of the recorded one; return its path.
+    """Replace the recorded hash of a file by that of the file found now, and return its path.
 
     Raises:
-        MissingArtifactsError: there is none.
-        UserError: an unknown key, a data set, or a file that is not the published one.
+        MissingArtifactsError: the file is missing.
+        UserError: the key is unknown or that of a data set, or the file is not the published one.
     """
     artifact, root = find_artifact(key), artifacts_folder(folder)
     if artifact.is_dataset:
@@ -235,7 +234,7 @@ def accept(key: str, *, folder: PathLike | None = None, given: Mapping[str, Path
 
 
 def fingerprint(path: PathLike, *, folder: PathLike | None = None) -> str:
-    """Return the SHA-256 of a file, from the lock file if it knows this very file (path, size, time of change)."""
+    """Return the SHA-256 of a file, which is read from the lock file if path, size and time of change are the same."""
     entries = _read_lock(lock_file(artifacts_folder(folder))).values()
     recorded = (entry["sha256"] for entry in entries if _is_recorded(Path(path), entry))
     return next(recorded, None) or sha256_of(path)
@@ -245,7 +244,7 @@ def find_artifact(key: str) -> Artifact:
     """Return the declaration of `key`.
 
     Raises:
-        UserError: there is none.
+        UserError: no file has this key.
     """
     if key not in ARTIFACTS:
         raise UserError(f"There is no file {key!r}; there are {', '.join(ARTIFACTS)}.")
@@ -253,28 +252,28 @@ def find_artifact(key: str) -> Artifact:
 
 
 def artifacts_folder(folder: PathLike | None = None) -> Path | None:
-    """Return `folder`, or the one that $TOKENBRIDGE_ARTIFACTS names; None if there is neither.
+    """Return `folder`, or the folder that $TOKENBRIDGE_ARTIFACTS names; None if neither is set.
 
     Raises:
-        UserError: it is not there: a wrong setting is not passed over.
+        UserError: the folder does not exist, since a wrong setting must not be ignored.
     """
     named = folder or os.environ.get(FOLDER_VARIABLE)
     if named is None or named == "":
         return None
     if not Path(named).is_dir():
         source = "The folder of the published files" if folder else f"${FOLDER_VARIABLE}"
-        raise UserError(f"{source} is {named}, which is no folder.")
+        raise UserError(f"{source} is {named}, which is not a folder.")
     return Path(named)
 
 
 def lock_file(folder: Path | None) -> Path:
-    """Return the lock file: in `folder` if there is one and it can be written to, else in the working directory."""
+    """Return the path of the lock file: in `folder` if it can be written to, else in the working directory."""
     writable = folder is not None and os.access(folder, os.W_OK)
     return (folder if folder is not None and writable else Path.cwd()) / LOCK_FILE
 
 
 def _locate(artifact: Artifact, folder: Path | None, named: PathLike | None) -> Path | None:
-    """Return where the file is on this machine. One that is named by the user is there or nowhere."""
+    """Return where the file lies on this machine. A file that the user named is looked for at that place only."""
     if named is not None:
         path = Path(named)
         if artifact.is_dataset or path.is_file():
@@ -307,7 +306,7 @@ def _in_hub_cache(artifact: Artifact) -> Path | None:
 
 
 def _address_cache(artifact: Artifact) -> Path | None:
-    """Return where torch hub keeps a file from an address."""
+    """Return the path at which torch hub caches a file from a plain address."""
     if artifact.url is None:
         return None
     import torch
@@ -326,7 +325,7 @@ def _place(artifact: Artifact, folder: Path | None) -> str:
 
 
 def _why_not_fetched(artifact: Artifact, named: PathLike | None, download: bool) -> str | None:
-    """Return why a file that is missing will not be downloaded; None if it can be tried."""
+    """Return why a missing file will not be downloaded; None if a download can be tried."""
     if named is not None:
         return f"{artifact.option} names {named}, where it is not."
     if artifact.is_dataset:
@@ -340,7 +339,7 @@ def _why_not_fetched(artifact: Artifact, named: PathLike | None, download: bool)
 
 
 def _fetch(artifact: Artifact, folder: Path | None) -> Path:
-    """Download a file from its first origin that sends it; it appears whole or not at all.
+    """Download a file from the first origin that sends it; the file appears whole or not at all.
 
     Raises:
         UserError: no origin sent it; the message says what each of them answered.
@@ -362,9 +361,9 @@ def _fetch(artifact: Artifact, folder: Path | None) -> Path:
 
 
 def _fetch_from_hub(artifact: Artifact, folder: Path | None) -> Path:
-    """Download, into the hub's cache, the one file of the repository whose path ends in `artifact.file`.
+    """Download the one file of the repository whose path ends in `artifact.file` into the hub's cache.
 
-    The official README names the folder of each checkpoint, but not where it lies in the repository.
+    The official README names the folder of each checkpoint, but not where the folder lies in the repository.
     """
     assert artifact.hub is not None
     siblings = huggingface_hub.HfApi().model_info(artifact.hub, timeout=TIMEOUT).siblings or []
@@ -375,7 +374,7 @@ def _fetch_from_hub(artifact: Artifact, folder: Path | None) -> Path:
 
 
 def _fetch_from_address(artifact: Artifact, folder: Path | None) -> Path:
-    """Download a file from its address into `folder`, or into torch hub's cache."""
+    """Download a file from its plain address into `folder`, or into the cache of torch hub."""
     import torch
 
     target = folder / artifact.file if folder is not None else _address_cache(artifact)
@@ -383,7 +382,7 @@ def _fetch_from_address(artifact: Artifact, folder: Path | None) -> Path:
     assert target is not None
     with replacing(target) as temporary, _socket_timeout(TIMEOUT):
         torch.hub.download_url_to_file(artifact.url, str(temporary), hash_prefix=artifact.sha256)
-        # torch.hub does not compare the length with the one that the server announced.
+        # torch.hub does not compare the length of the file with the one that the server announced.
         with temporary.open("rb") as file:
             start = file.read(2)
         if start[:1] == b"<":
@@ -395,7 +394,7 @@ def _fetch_from_address(artifact: Artifact, folder: Path | None) -> Path:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Let no socket wait longer: torch.hub gives no timeout of its own."""
+    """Limit the wait of every socket, because torch.hub has no timeout of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -405,7 +404,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:
-    """Compare a file with what was published and recorded of it; record it if it is used for the first time."""
+    """Compare a file with its published and recorded hashes, and record its hash at the first use."""
     lock = _read_lock(lock_path)
     entry = lock.get(artifact.key)
     if entry is not None and _is_recorded(path, entry):
@@ -421,7 +420,7 @@ def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:
 
 
 def _published_hash(artifact: Artifact, path: Path) -> str:
-    """Return the SHA-256 of a file that is, as far as can be told, the published one."""
+    """Return the SHA-256 of a file, after comparing the file with everything that its publisher states."""
     size = path.stat().st_size
     if artifact.size is not None and size != artifact.size:
         raise UserError(f"{path} is not the published {artifact.key}: it has {size:,} bytes, not {artifact.size:,}.")
@@ -430,13 +429,13 @@ def _published_hash(artifact: Artifact, path: Path) -> str:
         raise UserError(f"{path} is not the published {artifact.key}: its SHA-256 is {sha256}, not {artifact.sha256}.")
     if artifact.git_sha1 is not None and (found := git_sha1_of(path)) != artifact.git_sha1:
         raise UserError(
-            f"{path} is not the published {artifact.key}: git names its contents {found}, not {artifact.git_sha1}."
+            f"{path} is not the published {artifact.key}: its git hash is {found}, not {artifact.git_sha1}."
         )
     return sha256
 
 
 def git_sha1_of(path: Path) -> str:
-    """Return git's name of a file's contents (`git hash-object`)."""
+    """Return git's hash of a file's contents (`git hash-object`)."""
     with path.open("rb") as file:
         header = f"blob {path.stat().st_size}\0".encode()
         return hashlib.file_digest(file, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
@@ -448,7 +447,7 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def _is_recorded(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether the entry is of this very file, unchanged since."""
+    """Return whether the entry belongs to this file and the file is unchanged since."""
     return {**_identity(path), "sha256": entry["sha256"]} == entry
 
 

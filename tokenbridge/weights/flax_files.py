@@ -1,4 +1,4 @@
-"""Published files of Flax: .npz and msgpack."""
+"""Readers of the published files of Flax, which are .npz or msgpack."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from tokenbridge.weights.official import Layout, State, load_state
 
 
 def read_tree(path: Path | str) -> State:
-    """Read a tree of arrays, by '/'-joined path, onto the CPU; nothing pickled is run.
+    """Read a tree of arrays onto the CPU, by paths joined with '/'; pickled code is never run.
 
-    - .npz (the transformer). A file of parameters alone is taken whole; of one with an optimizer's state only what
-      is under `params/` (or `opt/target/`, the older way) is read, as big_vision's `load_params` does.
-    - Flax's msgpack (the VAE), taken whole. Arrays above 1 GiB, which Flax splits, are not put together.
+    - Transformers are published as .npz. A file of parameters alone is read whole. From a file that also holds an
+      optimizer's state, only the arrays under `params/` (or `opt/target/`, in older files) are read, as by big_vision's
+      `load_params`.
+    - The VAE is published as msgpack of Flax, which is read whole. Arrays above 1 GiB, which Flax splits, are not
+      joined.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: a file that is damaged or neither of these, or arrays that are no numbers.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged or in another format, or an array does not hold numbers.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,11 +50,11 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _read_msgpack(path: Path) -> dict[str, NDArray[Any]]:
-    """Read a file of flax.serialization: nested maps, whose arrays are extensions of (shape, type, bytes)."""
+    """Read a file of flax.serialization: nested maps, whose arrays are extension types of (shape, type, bytes)."""
     import msgpack
 
     def array(code: int, data: bytes) -> NDArray[Any]:
-        if code not in (1, 3):  # an array, or a scalar of numpy
+        if code not in (1, 3):  # 1 is an array, 3 a scalar of numpy
             raise UserError(f"extension {code}")
         shape, dtype, content = msgpack.unpackb(data)
         return np.frombuffer(content, "V2" if dtype == "bfloat16" else dtype).reshape(shape)
@@ -64,7 +66,8 @@ def _read_msgpack(path: Path) -> dict[str, NDArray[Any]]:
             else:
                 yield prefix + name, np.asarray(value)
 
-    # No limits: the file is on this disk, and no number in it makes msgpack reserve more than it holds.
+    # msgpack needs no limits here: the file is on this disk, and no number in it makes msgpack reserve more memory than
+    # the file has bytes.
     tree = msgpack.unpackb(path.read_bytes(), ext_hook=array)
     if not isinstance(tree, dict):
         raise UserError(f"a {type(tree).__name__}")
@@ -72,17 +75,20 @@ def _read_msgpack(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _tensor(where: str, array: NDArray[Any]) -> Tensor:
-    """Return an array as a tensor; numpy knows bfloat16 as two bytes without a type."""
+    """Convert an array to a tensor. numpy has no bfloat16 and holds it as two bytes without a type."""
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return _tensor(where, array.view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind not in "fiu":
-        raise UserError(f"{where} has the type {array.dtype}, which is no number.")
+        raise UserError(f"{where} has the type {array.dtype}, which is not a number.")
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def load_tree(module: nn.Module, tree: Mapping[str, Tensor], layout: Layout, path: Path | str) -> None:
-    """Put a tree that was read from `path` into `module`, as `official.load_official`; errors begin with the path.
+    """Load a tree that was read from `path` into `module`, which may be on the meta device.
 
-    Half precision is widened to float32; integers stay, and are refused.
+    Half precision is widened to float32. Integers are refused.
+
+    Raises:
+        UserError: the tensors do not fit the module; the message begins with the path.
     """
     load_state(module, {name: x.float() if x.is_floating_point() else x for name, x in tree.items()}, layout, path)

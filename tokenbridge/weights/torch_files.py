@@ -1,4 +1,4 @@
-"""Published files of torch, read without running anything pickled."""
+"""Readers of files that torch.save wrote; pickled code in them is never run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ CHECKPOINT = "checkpoint-last.pth"
 
 
 def read_torch_file(path: Path | str) -> Any:
-    """Read a file of torch.save onto the CPU: tensors and plain values only, from a mapped file where possible.
+    """Read the tensors and plain values of a file onto the CPU, from a mapped file where possible.
 
-    argparse.Namespace is let through, since the official checkpoints hold their arguments as one: restoring it
-    sets attributes and runs nothing.
+    argparse.Namespace is allowed, because the official checkpoints hold their arguments in one. Restoring it only sets
+    attributes and runs no code.
+
+    Raises:
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged, not a checkpoint of torch, or holds pickled code.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,21 +42,19 @@ def read_torch_file(path: Path | str) -> Any:
     except Exception as error:  # torch, zipfile and pickle have many ways to say that bytes are damaged
         if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
             raise UserError(f"{path} holds pickled code, which is never run ({found[1]}).") from error
-        raise UserError(f"{path} ({size}) is truncated, damaged or no checkpoint of torch.") from error
+        raise UserError(f"{path} ({size}) is truncated, damaged or not a checkpoint of torch.") from error
 
 
 def load_checkpoint(module: nn.Module, path: Path | str, layout: Layout, *, ema: bool = True) -> None:
-    """Put a published checkpoint of TokenBridge's and MAR's format into `module`, which may be on the meta device.
+    """Load a published checkpoint in the format of TokenBridge and MAR into a module, which may be on the meta device.
 
     Args:
-        module: as created; see `official.load_official`.
         path: `checkpoint-last.pth` or the folder that holds it, or `kl16.ckpt`.
-        layout: of the module.
         ema: see `read_checkpoint`.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: as `read_checkpoint` and `official.load_state`; the message begins with the path.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged, or its tensors do not fit the module; the message begins with the path.
     """
     path = Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
     load_state(module, read_checkpoint(path, ema=ema), layout, path)
@@ -61,17 +63,16 @@ def load_checkpoint(module: nn.Module, path: Path | str, layout: Layout, *, ema:
 def read_checkpoint(path: Path | str, *, ema: bool = True) -> State:
     """Read the weights of a checkpoint of TokenBridge or MAR by their official names, onto the CPU.
 
-    Only these weights are read into memory: the file is mapped, so that the optimizer's state costs nothing.
+    Only these weights are read into memory. The file is mapped, so that the optimizer's state costs nothing.
 
     Args:
         path: `checkpoint-last.pth` (model, model_ema, optimizer, epoch, scaler, args) or `kl16.ckpt` (model).
-        ema: the moving average of the weights, which the published evaluations used; False takes `model`, the
-            only one that `kl16.ckpt` has.
+        ema: whether to read the moving average of the weights (`model_ema`), which the published evaluations used,
+            instead of `model`, which is all that `kl16.ckpt` has.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: a file that is truncated or not a checkpoint, that holds pickled code (never run), or that lacks
-            the weights asked for.
+        MissingFileError: the file does not exist.
+        UserError: the file is truncated, is not a checkpoint, holds pickled code, or lacks the requested weights.
     """
     content = read_torch_file(path)
     key = "model_ema" if ema else "model"
@@ -79,19 +80,19 @@ def read_checkpoint(path: Path | str, *, ema: bool = True) -> State:
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} holds no weights under {key!r}; it has {_describe(content)}.")
     if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise UserError(f"{path}: {strange[0]!r} under {key!r} is no tensor.")
+        raise UserError(f"{path}: {strange[0]!r} under {key!r} is not a tensor.")
     return _cloned(state)
 
 
 def read_weights(path: Path | str) -> State:
     """Read the weights of a LlamaGen checkpoint by their official names, onto the CPU.
 
-    The layouts that sample_c2i_ddp.py accepts: weights under "model" (DDP, and the tokenizers), "module" (DeepSpeed)
-    or "state_dict", in this order; or the weights themselves (FSDP), for which it wants a flag.
+    The accepted formats are those of sample_c2i_ddp.py. The weights lie under "model" (DDP, and the tokenizers),
+    "module" (DeepSpeed) or "state_dict", in this order, or bare (FSDP), for which sample_c2i_ddp.py needs a flag.
 
     Raises:
-        MissingFileError: there is no such file.
-        UserError: a file that is damaged, that holds pickled code (never run), or no weights in any of these layouts.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged, holds pickled code, or has weights in none of these places.
     """
     content = read_torch_file(path)
     wrappers = ("model", "module", "state_dict")
