@@ -1,1 +1,1 @@
-"""Recipes of the scales: which models there are, and how they are trained and sampled."""
+"""The recipes of all scales: their models, and how these are trained and sampled."""

@@ -1,7 +1,4 @@
-"""Declared recipes: which models, trained how, sampled how, at each scale. One place for every setting.
-
-Commands, nox sessions, tables and tests read the same recipes.
-"""
+"""The scales by name. Commands, nox sessions, tables and tests read their recipes from here."""
 
 from __future__ import annotations
 

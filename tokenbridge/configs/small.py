@@ -1,4 +1,4 @@
-"""Scale small: CIFAR-10, for one GPU. It is declared and tested for one step of each loss, but not yet trained."""
+"""Scale small: CIFAR-10, for one GPU. One step of each loss is tested, but no model has been trained yet."""
 
 from __future__ import annotations
 
@@ -94,4 +94,4 @@ SMALL = Scale(
         ),
     ),
 )
-"""CIFAR-10 on one GPU. Declared, and tested for one step of each loss; not trained, and no weights are shipped yet."""
+"""CIFAR-10 on one GPU. Tests run one step of each loss; no model has been trained, so no weights are shipped yet."""

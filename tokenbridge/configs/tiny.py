@@ -13,7 +13,7 @@ from tokenbridge.models.tokenbridge.presets import PRESETS
 
 
 def _autoencoder(channels: int, size: int, widths: tuple[int, ...], **extra: Any) -> dict[str, Any]:
-    """Return the part that AutoencoderKL and VQModel share: one resolution per width, no attention."""
+    """Return the arguments that AutoencoderKL and VQModel share: one resolution for each width, and no attention."""
     return {
         "in_channels": channels,
         "out_channels": channels,
@@ -29,7 +29,7 @@ def _autoencoder(channels: int, size: int, widths: tuple[int, ...], **extra: Any
 
 
 def _backbone(tokenbridge: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of TokenBridge's arguments that MAR shares with it: all but quantiser and head."""
+    """Return those of TokenBridge's arguments that MAR shares: all except those of quantizer and head."""
     names = ("latent_size", "num_channels", "num_classes", "width", "encoder_depth", "decoder_depth", "num_heads")
     return {name: tokenbridge[name] for name in (*names, "num_buffer", "dropout")}
 
@@ -43,23 +43,24 @@ _TINY_AR64 = Recipe(
     kind="tokenbridge",
     model=_TINY_GENERATOR,
     training=_TINY_GENERATOR_TRAINING,
-    # All mask ratios about alike: with 16 positions, the official 0.7 at least would never show the model more
-    # than 4 visible positions, and sampling ends with 15 (at 256 positions the official settings do well).
+    # All mask ratios are about equally likely. The official ratios, at least 0.7, would never show the model more than
+    # 4 of its 16 positions, while sampling ends with 15 visible ones. At 256 positions the official settings do well.
     loss={"num_loss_positions": 4, "mask_ratio_min": 0.0, "mask_ratio_std": 1.0},
     sampling=PRESETS["tokenbridge-tiny"].sampling_config(),
 )
-# The baselines: parameters within 10 % of TokenBridge's 1,078,640, trained alike on as many images. Like TokenBridge
-# the others do without their published dropout, but for LlamaGen, whose short codes are soon learned by heart. GIVT
-# with its 0.2 did better on other digits (nats a position: -14.5, not -7.2) and made worse samples at all settings.
+# The baselines have within 10 % of TokenBridge's 1,078,640 parameters and are trained with the same settings on equally
+# many images. TokenBridge, MAR and GIVT are trained without their published dropout. LlamaGen is trained with dropout,
+# because it soon memorises its short sequences of codes. With its dropout of 0.2, GIVT had a better negative
+# log-likelihood on held-out digits (-14.5 instead of -7.2 nats per position), but worse samples at all settings.
 _TINY_MAR = Recipe(
     name="mar",
     kind="mar",
     model={**_backbone(_TINY_GENERATOR), "head_width": 112, "head_depth": 3},  # 1,058,208
     training=_TINY_GENERATOR_TRAINING,
     loss=_TINY_AR64.loss,
-    # 100 steps, but from timestep 990 on; the official "100" start at 999, where 1 / sqrt(alpha_bar) is 2e4: the
-    # first step multiplies an error of the noise by 300. A head this small is wrong by 0.03, and its latents had a
-    # deviation of 263 instead of 1 (after 4,500 of the steps; 0.98 from timestep 990 on).
+    # "ddim100" has 100 steps that start at timestep 990. The official "100" starts at 999, where 1 / sqrt(alpha_bar) is
+    # 2e4 and the first step multiplies an error of the noise by 300. The error of a head this small is 0.03: after
+    # 4,500 training steps, its latents had a deviation of 263 instead of 1 (0.98 when starting at timestep 990).
     sampling=MarSampling(num_iterations=16, guidance_scale=2.5, temperature=1.0, num_diffusion_steps="ddim100"),
 )
 _TINY_GIVT = Recipe(
@@ -99,7 +100,7 @@ TINY = Scale(
             kind="autoencoder",
             model=_autoencoder(1, 32, _TINY_WIDTHS, latent_channels=16),
             training=_TINY_AUTOENCODER_TRAINING,
-            loss={"kl_weight": 1e-4},  # near nothing, as in latent diffusion: 0.01 shuts 7 of the 16 channels
+            loss={"kl_weight": 1e-4},  # small, as in latent diffusion: with 0.01, 7 of the 16 channels are not used
         ),
         Recipe(
             name="vq",

@@ -1,1 +1,1 @@
-"""Training: one loop for every model, and the models of a scale."""
+"""Training: one loop for every model, and the training of a scale's models in the right order."""

@@ -1,10 +1,10 @@
-"""One training loop for every model here: autoencoders, classifier and generators.
+"""The training loop of all models: autoencoders, classifier and generators.
 
-AdamW with warm-up and cosine decay, gradient clipping, exponential moving average (diffusers' EMAModel),
-devices, processes and mixed precision by accelerate.
+The loop uses AdamW with warm-up and cosine decay, gradient clipping, and an exponential moving average (EMA) of the
+weights (diffusers' EMAModel). accelerate manages devices, processes and mixed precision.
 
-Every random draw of a step (which images, noise, masks, dropout) is a function of (seed, step, rank), so a run
-that is killed and resumed makes the same weights as one that was not, and no generator state needs saving.
+Every random draw of a step (images, noise, masks, dropout) is a function of (seed, step, rank). A run that is killed
+and resumed therefore produces the same weights as one that was not, and the state of no generator needs to be saved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class _Step(nn.Module):
-    """A model and its loss as one module, so that accelerate sees the whole step, whatever the loss calls."""
+    """A model and its loss in one module, so that accelerate wraps the whole step, whatever the loss calls."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class _Step(nn.Module):
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up from 0, then half a cosine to 0 at `num_steps`."""
+    """Return the learning rate of a step: linear warm-up from 0, then half a cosine down to 0 at `num_steps`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
@@ -63,9 +63,10 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Return which images make up one step: consecutive pieces of one fresh permutation per pass.
+    """Return the indices [batch_size] of the images of one step.
 
-    A batch that reaches over the end of a pass takes its rest from the next permutation.
+    Every pass over the images has a permutation of its own, which is cut into consecutive batches. A batch that
+    extends beyond the end of a pass takes its remaining images from the next permutation.
     """
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     passes = places // num_images
@@ -83,26 +84,23 @@ def train(
     name: str = "model",
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Train `model` in place and leave its EMA weights in it.
+    """Train `model` in place, so that it has its EMA weights at the end.
 
-    Writes `checkpoint.pt` (to resume from), `loss.json` and `loss.png` into `folder`. A folder with a checkpoint
-    of the same run is resumed; one with a checkpoint of another run is refused.
+    The function writes `checkpoint.pt`, from which a run is resumed, `loss.json` and `loss.png` to `folder`.
 
     Args:
-        model: the model to train; `loss` calls it.
         dataset: rows of tensors (`with_format("torch")`); a batch is a dict of stacked columns.
-        loss: scalar loss of (model, batch); it may draw from torch's global generator.
-        config: optimiser settings.
-        folder: where checkpoints and the loss curve go.
-        name: what the progress bar calls the model.
-        show_progress: draw a progress bar on stderr.
+        loss: a function from (model, batch) to a scalar, which may draw from torch's global generator.
+        folder: a folder that holds no checkpoint, or one of the same run, which is then resumed.
+        name: name of the model in the progress bar, the plot and messages.
+        show_progress: show the progress on stderr.
 
     Returns:
-        The training log: configuration, loss curve [(step, loss)], seconds, device.
+        The training log: configuration, loss curve [(step, loss)], seconds and device.
 
     Raises:
-        ValueError: the folder holds a checkpoint of another run.
-        FloatingPointError: the loss became NaN or infinite (the last checkpoint is kept).
+        UserError: the folder holds a checkpoint of another run, or the processes cannot share a batch equally.
+        UnusableImageError: the loss became NaN or infinite; the last checkpoint is kept.
     """
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
@@ -117,7 +115,7 @@ def train(
         betas=config.betas,
     )
     if config.batch_size % accelerator.num_processes:
-        raise UserError(f"{config.batch_size} images a step cannot be shared by {accelerator.num_processes} processes.")
+        raise UserError(f"{accelerator.num_processes} processes cannot share a batch of {config.batch_size} images.")
     step_loss, optimizer = accelerator.prepare(_Step(model, loss), optimizer)
     ema = EMAModel(list(model.parameters()), decay=config.ema_decay)
     ema.to(accelerator.device)
@@ -157,7 +155,7 @@ def train(
             if done % LOG_EVERY == 0 or done == config.num_steps:
                 mean = accelerator.reduce(
                     torch.stack(recent).mean(), "mean"
-                ).item()  # the only synchronisation of the loop
+                ).item()  # only here the loop waits for the device
                 recent.clear()
                 if not math.isfinite(mean):
                     raise UnusableImageError(f"The loss of {name} became {mean} by step {done}.")
@@ -185,7 +183,7 @@ def train(
 
 
 def _fingerprint(model: nn.Module, dataset: Dataset, loss: Loss, config: TrainingConfig) -> str:
-    """Identify a run by its model's shapes, its settings, its loss's settings, and the data of its first step."""
+    """Return a hash of the model's shapes and settings, the loss's settings and the data of the first step."""
     shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
     model_config = dict(getattr(model, "config", {}))
     settings = [shapes, model_config, getattr(loss, "keywords", {}), len(dataset), dataclasses.asdict(config)]
@@ -222,17 +220,17 @@ def _save(
 def _resume(
     path: Path, fingerprint: str, model: nn.Module, optimizer: Any, ema: Any
 ) -> tuple[int, list[tuple[int, float]], float]:
-    """Load a checkpoint, if there is one: return the first step to do, the curve so far, the seconds so far."""
+    """Load the checkpoint if it exists; return the next step, and the loss curve and the seconds so far."""
     if not path.exists():
         return 0, [], 0.0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["fingerprint"]
-    except Exception as error:  # cut off, empty, or another file: each raises a type of its own
-        raise UserError(f"{path} is damaged, or no checkpoint; remove it to start again.") from error
+    except Exception as error:  # each kind of damage raises an exception of its own type
+        raise UserError(f"{path} is damaged or is not a checkpoint; remove it to start again.") from error
     if found != fingerprint:
         raise UserError(
-            f"{path} belongs to another run (other model, data or settings). "
+            f"{path} belongs to another run (with another model, data or settings). "
             "Train into an empty folder, or remove that checkpoint."
         )
     model.load_state_dict(state["model"])
@@ -243,7 +241,7 @@ def _resume(
 
 
 def _plot(path: Path, curve: list[tuple[int, float]], name: str) -> None:
-    """Draw the loss curve."""
+    """Write a plot of the loss curve."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""All models of a scale, each in a process of its own: what `tokenbridge train` does."""
+"""Training all models of a scale, each in a process of its own; `tokenbridge train` calls this module."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from tokenbridge.utils.errors import UserError
 def train_scale(
     scale: Scale, names: Sequence[str] = (), *, out: Path | str, jobs: int | None = None, options: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """Train models of a scale from nothing into `out/weights`; a run that was killed goes on where it was.
+    """Train models of a scale from scratch and save them to `out/weights`; a run that was killed is resumed.
+
+    A single model is trained in this process. Each of several models is trained in a process of its own.
 
     Args:
-        scale: whose recipes are trained.
-        names: of the recipes; all but the optional ones if there are none.
-        out: folder of the weights and logs.
-        jobs: models at a time; None is one for each core on a CPU, and one on a GPU.
-        options: of the command `tokenbridge train` that each of several models is trained by.
+        names: the recipes to train; if empty, all recipes that are not optional.
+        out: folder of weights, logs, checkpoints and encoded images.
+        jobs: number of models that are trained at a time; None means one for each core, or one if there is a GPU.
+        options: further options for the command `tokenbridge train`, which trains each of several models.
 
     Returns:
-        The log of the only model, which is trained in this process; None for several.
+        The training log of a single model; None for several models.
 
     Raises:
-        UserError: an unknown recipe, or a training that failed, whose message is on stderr.
+        UserError: a recipe is unknown, or a training failed, in which case its message is on stderr.
     """
     out = Path(out)
     recipes = [scale.recipe(name) for name in names] if names else [r for r in scale.recipes if not r.optional]
     if not torch.cuda.is_available():
-        # One thread a model: sums are then added in one order whatever the number of cores, so that a seed gives
-        # the same weights, and two models side by side use two cores better than one model does.
+        # With one thread for each model, the order of additions does not depend on the number of cores, so a seed
+        # always gives the same weights. Two models side by side also use two cores better than one model does.
         torch.set_num_threads(1)
         jobs = jobs or os.cpu_count() or 1
     if len(recipes) == 1:
@@ -48,7 +49,7 @@ def train_scale(
     # Generators need a tokenizer, so they come second.
     for stage in ([r for r in recipes if not r.is_generator], [r for r in recipes if r.is_generator]):
         if any(recipe.is_generator and not SYSTEMS[recipe.kind].codes for recipe in stage):
-            latents_of(scale, out / "weights", out / "latents")  # once, before several processes want them
+            latents_of(scale, out / "weights", out / "latents")  # encode images once, before several processes start
         with ThreadPoolExecutor(max_workers=jobs or 1) as pool:
             commands = [["train", scale.name, recipe.name, "--out", str(out), *options] for recipe in stage]
             if failed := [code for code in pool.map(run_command, commands) if code]:
@@ -57,7 +58,7 @@ def train_scale(
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run `tokenbridge` in a process of its own and return its exit code; what it says is passed on line by line."""
+    """Run `tokenbridge` in a process of its own, pass its stderr on line by line, and return its exit code."""
     command = [sys.executable, "-m", "tokenbridge", *arguments]
     with subprocess.Popen(command, stdout=sys.stdout, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
         assert process.stderr is not None

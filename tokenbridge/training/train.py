@@ -1,8 +1,8 @@
-"""Train, save and load the models of a scale, in the order they depend on one another.
+"""Training, saving and loading the model of a recipe.
 
-A folder of models has one sub-folder per recipe, in diffusers' format: `config.json` and safetensors, half
-precision on disk, float32 when loaded. A training run's checkpoint and loss curve go into
-a run folder.
+A folder of models has one sub-folder for each recipe, in diffusers' format (`config.json` and safetensors). Weights are
+in half precision on disk and in float32 when loaded. The checkpoint and the loss curve of a training run are in another
+folder, that of the run.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def model_class(kind: str) -> Any:
 
 
 def build(recipe: Recipe, **overrides: Any) -> Any:
-    """Return the recipe's model, initialised from its training seed; `overrides` go to its class."""
+    """Return the recipe's model, initialised from its training seed; `overrides` replace arguments of its class."""
     torch.manual_seed(recipe.training.seed)
     return model_class(recipe.kind)(**recipe.model, **overrides)
 
 
 def load(recipe: Recipe, weights: Path | str) -> Any:
-    """Load the recipe's model from a folder of models, float32, in evaluation mode.
+    """Load the recipe's model from a folder of models, in float32 and evaluation mode.
 
     Raises:
-        FileNotFoundError: the model is not there; the message says where it should be and how to make it.
-        ValueError: what is there is not whole, or another model.
+        MissingFileError: the model is missing; the message says where it should be and how to train it.
+        UserError: the model's files are damaged or hold another model.
     """
     try:
         return load_model(model_class(recipe.kind), Path(weights) / recipe.name, recipe.model)
@@ -69,12 +69,13 @@ def load(recipe: Recipe, weights: Path | str) -> Any:
 def train_recipe(
     scale: Scale, name: str, *, weights: Path | str, runs: Path | str, show_progress: bool = True
 ) -> dict[str, Any]:
-    """Train one model of a scale; save it to `weights/name` and its log to `runs/name`.
+    """Train the recipe `name` of a scale; save the model to `weights/name` and its log to `runs/name`.
 
-    A generator needs in `weights` the scale's tokenizer: the VQ autoencoder for LlamaGen, the autoencoder for all else.
+    For a generator, `weights` must hold the scale's tokenizer: `vq` for systems that model codes (LlamaGen), and `vae`
+    for all others.
 
     Returns:
-        The training log (see `training.train`).
+        The training log (see `loop.train`), with the recipe, the command and the versions.
     """
     recipe = scale.recipe(name)
     runs = Path(runs) / name
@@ -114,7 +115,7 @@ def train_recipe(
 
 
 def images_of(scale: Scale, split: str) -> Dataset:
-    """Return a split as rows of `images` float32 [C, H, W] in [-1, 1] and `labels`."""
+    """Return a split of the scale's images, with the columns `images` (float32 [C, H, W] in [-1, 1]) and `labels`."""
 
     def transform(batch: dict[str, Any]) -> dict[str, Any]:
         pixels = to_pixels(batch["image"], size=scale.image_size, channels=scale.channels)
@@ -124,10 +125,10 @@ def images_of(scale: Scale, split: str) -> Dataset:
 
 
 def labelled_images(scale: Scale, split: str) -> Dataset:
-    """Return a split of the scale's images; every one must have a label of the scale's classes.
+    """Return a split of the scale's images, with the columns `image` (PIL) and `label`.
 
     Raises:
-        ValueError: there are no labels, or labels of other classes.
+        UserError: the images have no labels, or a label is not one of the scale's classes.
     """
     dataset = load_images(scale.data, split)
     labels = labels_of(dataset)
@@ -140,12 +141,15 @@ def labelled_images(scale: Scale, split: str) -> Dataset:
 
 
 def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
-    """Return the moments of the training images, encoded by the autoencoder in `weights`; cached under `folder`."""
+    """Return the moments of the training images, which the autoencoder in `weights` encodes, and cache them.
+
+    The table is that of `data.latents.cache_latents`, and it is kept in a sub-folder of `folder`.
+    """
     autoencoder = load(scale.recipe("vae"), weights)
     if torch.cuda.is_available():
         autoencoder.cuda()
     images = labelled_images(scale, "train")
-    # Latents of another autoencoder or of other images must never be taken for these.
+    # The folder's name has a hash, so that latents of another autoencoder or of other images are never used.
     options: dict[str, Any] = {
         "image_size": scale.image_size,
         "channels": scale.channels,
@@ -159,9 +163,10 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
 
 @torch.inference_mode()
 def tokens_of(scale: Scale, weights: Path | str) -> Dataset:
-    """Return the tokens of the training images by the VQ autoencoder in `weights`.
+    """Return the tokens of the training images, which the VQ autoencoder in `weights` encodes.
 
-    Columns: `tokens` int64 [L] in raster order, `tokens_mirrored` likewise (if the scale has mirrored images), `label`.
+    The table has the columns `tokens` (int64 [L] in raster order), `label` and, if the scale has mirrored images,
+    `tokens_mirrored`.
     """
     from datasets import Sequence, Value
 
@@ -180,9 +185,10 @@ def tokens_of(scale: Scale, weights: Path | str) -> Dataset:
 
 
 def _some_latents(dataset: Dataset) -> Tensor:
-    """Return posterior samples [N, C, h, w] of at most 4,096 images, to measure the channel order on.
+    """Return posterior samples [N, C, h, w] of at most 4,096 images, on which systems measure (`System.measure`).
 
-    Samples, not means: a channel that the autoencoder has shut is white noise to the generator.
+    Samples are used and not means, because the generator sees a channel that the autoencoder does not use as white
+    noise.
     """
     torch.manual_seed(0)
     return sample_posterior(dataset.shuffle(seed=0)[: min(4096, len(dataset))]["moments"])
@@ -215,7 +221,7 @@ def _token_step(
 
 
 def _half_mirrored(batch: dict[str, Tensor], column: str) -> Tensor:
-    """Return a column with the mirrored image's value in the place of half of the images' own."""
+    """Return a column in which half of the rows, chosen at random, have the value of their mirrored image."""
     values = batch[column]
     mirror = torch.rand(len(values), *[1] * (values.ndim - 1), device=values.device) < 0.5
     return torch.where(mirror, batch[f"{column}_mirrored"], values)
@@ -226,11 +232,11 @@ IMAGE_STEPS: dict[str, Callable[..., Tensor]] = {
     "vq": _vq_step,
     "classifier": _classifier_step,
 }
-"""Loss of the models that are trained on images, on one batch; generators are trained on what a tokenizer makes."""
+"""Losses (on one batch) of the models that are trained on images; generators are trained on latents or tokens."""
 
 
 def step_of(recipe: Recipe) -> Callable[..., Tensor]:
-    """Return the loss of the recipe's model on one batch of its data set."""
+    """Return the loss of the recipe's model, a function of the model and one batch."""
     if not recipe.is_generator:
         return IMAGE_STEPS[recipe.kind]
     system = SYSTEMS[recipe.kind]
@@ -243,7 +249,7 @@ def _autoencoder_scaling(scale: Scale, weights: Path | str) -> float:
 
 @torch.inference_mode()
 def _measure_scaling(autoencoder: Any, dataset: Dataset) -> float:
-    """Return 1 / standard deviation of posterior samples over the training images (at most 4,096 of them)."""
+    """Return 1 / standard deviation of posterior samples of the training images, of which at most 4,096 are used."""
     torch.manual_seed(0)
     device = next(autoencoder.parameters()).device
     batches = dataset.shuffle(seed=0).select(range(min(4096, len(dataset)))).iter(256)
