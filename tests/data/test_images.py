@@ -248,8 +248,8 @@ def no_image_column(path: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (empty_folder, "No images .* and no Parquet files"),
-        (folder_without_images, "No images .* and no Parquet files"),
+        (empty_folder, "There are no images .* and no Parquet files"),
+        (folder_without_images, "There are no images .* and no Parquet files"),
         (text_file, "neither a folder of images nor a Parquet file"),
         (other_split, r"No Parquet file .* is named after 'train': \['validation.parquet'\]"),
         (no_image_column, r"has no image column, only \['text', 'label'\]"),

@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are read and cropped, and how they are written."""
+"""Images: reading, cropping and encoding them, and writing them as pictures."""

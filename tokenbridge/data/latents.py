@@ -1,8 +1,8 @@
-"""Images encoded once: tables of latents' moments or of tokens, which the generators are trained on.
+"""Tables of encoded images, on which the generators are trained: the moments of latents, or tokens.
 
-The table of latents is kept on the disk. It holds the posterior's moments (mean and log-variance), and those of the
-mirrored image, as main_cache.py of the official code keeps them: training still draws a fresh posterior sample each
-time.
+The table of latents is kept on the disk. Like main_cache.py of the official code, it holds the moments (mean and
+log-variance) of the posteriors of images and mirrored images, so that training still draws a new posterior sample in
+every step.
 
 Shape letters: B batch, C latent channels, h, w latent height and width, H, W height and width of images.
 """
@@ -36,19 +36,17 @@ def cache_latents(
     with_mirrored: bool = True,
     batch_size: int = 64,
 ) -> Dataset:
-    """Encode a data set once; return, and keep in `folder`, a table of moments and labels.
+    """Return a table of the moments and labels of a data set; encode the images only if `folder` does not exist.
 
-    Columns: `moments` float32 [2C, h, w], `moments_mirrored` likewise (if asked for), `label` (if there is one).
-    A folder that exists already is loaded instead; it appears whole or not at all.
+    The table has the columns `moments` (float32 [2C, h, w]), `moments_mirrored` if mirrored images are encoded, and
+    `label` if the images have labels. It is written to `folder` atomically.
 
     Args:
-        autoencoder: diffusers' AutoencoderKL, or another whose `encode` returns a `latent_dist`.
-        images: data set with the columns `image` and, optionally, `label`.
-        folder: where the table lies.
-        image_size: centre-crop to this size.
+        autoencoder: diffusers' AutoencoderKL, or another model whose `encode` returns a `latent_dist`.
+        images: data set with the column `image` and, optionally, `label`.
+        image_size: images are centre-cropped at this size, unless it is None.
         channels: 1 or 3 image channels.
-        with_mirrored: also encode the mirrored images (not for digits, whose mirror images are no digits).
-        batch_size: images encoded at a time.
+        with_mirrored: encode mirrored images too (which is wrong for digits, because mirrored digits are not digits).
     """
     from datasets import Array3D, Dataset
 
@@ -91,20 +89,20 @@ def encode_images(
     batch_size: int = 64,
     file: Path | None = None,
 ) -> Dataset:
-    """Return a table of the encoded images, in their order.
+    """Return a table of the encoded images, in the order of the images.
 
-    Columns: `column`, `{column}_mirrored` of the mirrored images (if asked for), and `label` (if there is one).
+    The table has the columns `column`, `{column}_mirrored` if mirrored images are encoded, and `label` if the images
+    have labels.
 
     Args:
-        images: data set with the columns `image` and, optionally, `label`.
-        encode: takes a batch of images [B, channels, H, W] in [-1, 1] to one value each.
-        column: name of the values.
-        feature: type of the values, of the `datasets` library.
-        image_size: centre-crop to this size.
+        images: data set with the column `image` and, optionally, `label`.
+        encode: a function from a batch of images [B, channels, H, W] in [-1, 1] to one value for each image.
+        column: name of the column of values.
+        feature: type of the values in the `datasets` library.
+        image_size: images are centre-cropped at this size, unless it is None.
         channels: 1 or 3 image channels.
-        with_mirrored: also encode the mirrored images.
-        batch_size: images encoded at a time.
-        file: where the table lies; None keeps it in memory.
+        with_mirrored: encode mirrored images too.
+        file: the table is written to this file; None keeps it in memory.
     """
     from datasets import Features, Value
 
@@ -127,6 +125,6 @@ def encode_images(
         keep_in_memory=file is None,
         cache_file_name=None if file is None else str(file),
         load_from_cache_file=False,
-        new_fingerprint=column,  # or else the autoencoder would be pickled and hashed
+        new_fingerprint=column,  # without it, datasets would pickle and hash the autoencoder
         desc="encode images",
     )

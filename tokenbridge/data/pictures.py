@@ -1,4 +1,4 @@
-"""Pictures to look at: grids of samples and of reconstructions."""
+"""Writing images as PNG files, and as grids of samples or reconstructions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def save_images(folder: Path | str, pixels: Tensor, numbers: Iterable[int] | None = None) -> None:
-    """Save uint8 images [N, C, H, W] as PNG files numbered from 0 or by `numbers`, each whole or not at all."""
+    """Save uint8 images [N, C, H, W] as PNG files, atomically; they are numbered from 0, or by `numbers`."""
     for i, image in zip(range(len(pixels)) if numbers is None else numbers, to_pil(pixels), strict=True):
         with replacing(Path(folder) / f"{i:06d}.png") as temporary:
             image.save(temporary)
@@ -33,15 +33,14 @@ def save_grid(
     column_names: Sequence[str] | None = None,
     cell_inches: float = 0.5,
 ) -> None:
-    """Draw uint8 images in rows, each row named at its left.
+    """Write a PNG of uint8 images in rows, with the name of each row at its left.
 
     Args:
-        path: PNG to write.
-        rows: for each row, images [N, C, H, W] of one size.
+        rows: for each row, images [N, C, H, W]; all images have the same size.
         row_names: a name for each row.
-        title: above the grid.
+        title: text above the grid.
         column_names: names above the columns, if any.
-        cell_inches: size of an image in the picture.
+        cell_inches: width of an image in the picture.
     """
     num_columns = max(len(row) for row in rows)
     _, channels, height, width = rows[0].shape
@@ -51,7 +50,7 @@ def save_grid(
         for j, image in enumerate(images):
             top, left = i * (height + gap), j * (width + gap)
             canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
-    # The canvas is drawn to scale: inches of the grid plus margins for the names around it.
+    # The size of the picture is that of the grid in inches, plus margins for the names around it.
     grid_width = num_columns * cell_inches
     grid_height = len(rows) * cell_inches * height / width
     margin_left = 0.15 + 0.062 * max(len(name) for name in row_names)
