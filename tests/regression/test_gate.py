@@ -562,7 +562,7 @@ def test_update_refuses(
     monkeypatch.setattr(ratios, "measure", lambda: pytest.fail("measured in vain"))
     refused(r"uncommitted changes \(file")
     refused("say it with --why", why=" ")
-    refused("no git checkout", source=tmp_path)
+    refused("not a git checkout", source=tmp_path)
     subprocess.run(["git", "commit", "--all", "--quiet", "--message", "second"], cwd=source, check=True)
     (source / "untracked").touch()
     refused(r"uncommitted changes \(untracked")

@@ -1,1 +1,1 @@
-"""The regression gate: this code against the stored references."""
+"""The regression gate, which compares what this code computes with the stored references."""

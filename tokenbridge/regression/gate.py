@@ -1,6 +1,7 @@
-"""The regression gate: does this code still give the golden cases, the stored results, tokens, verdicts, speed ratios?
+"""The regression gate: does the code still give the golden cases and the stored results, tokens, verdicts and ratios?
 
-Every part is a list of checks. A check that fails says what changed; one that could not be run says what is missing.
+Every part of the gate is a list of checks. A failed check says what changed. A check that could not be run says what is
+missing.
 """
 
 from __future__ import annotations
@@ -43,15 +44,16 @@ if TYPE_CHECKING:
     from tokenbridge.results.schema import Results, Row
 
 SHARE_OF_TOKENS = 0.8
-"""Tokens that must be the stored ones: rounding on another processor can flip one, which draws the rest of its image
-anew, and a file holds ten images. Another seed leaves less than a fifth."""
+"""The share of tokens that must equal the stored ones. Rounding on another processor can flip a token, after which the
+rest of its image is drawn anew, and a file holds ten images. With another seed less than a fifth are equal."""
 LATENTS = 0.01
-"""Difference of latents (of unit variance, stored to 3 decimals) that counts as equal; set beforehand, not measured."""
+"""Latents (of unit variance, stored to 3 decimals) that differ by at most this count as equal. The bound was set before
+anything was measured."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing compared."""
+    """One comparison with a reference, and its verdict."""
 
     name: str
     verdict: CheckVerdict
@@ -68,14 +70,14 @@ class Part:
 
     @property
     def verdict(self) -> CheckVerdict:
-        """The worst of its checks: a failure, then what could not be run; `skipped` if all were."""
+        """The worst verdict of its checks: "fail", then "not run", then "pass"; "skipped" if all were skipped."""
         found = {check.verdict for check in self.checks}
         order: tuple[CheckVerdict, ...] = ("fail", "not run", "pass")
         return next((verdict for verdict in order if verdict in found), "skipped")
 
     @property
     def why(self) -> str:
-        """The first reason for the verdict, and how many there are."""
+        """The first reason for the verdict, and how many more there are."""
         reasons = [f"{check.name}: {check.why}" for check in self.checks if check.verdict == self.verdict and check.why]
         if self.verdict == "pass" or not reasons:
             return ""
@@ -86,15 +88,15 @@ class Part:
 
 
 def goldens(folder: Path | str) -> list[Check]:
-    """Run the official code's numeric cases; one check a file, those of `SHA256SUMS` that are gone among them.
+    """Run the golden cases of the official code, one check per file; a file in `SHA256SUMS` that is missing fails.
 
     Raises:
-        FileNotFoundError: `SHA256SUMS`, which lists the cases, is missing.
+        FileNotFoundError: `SHA256SUMS` is missing.
     """
     lines = (Path(folder) / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     listed = {name: sha256 for sha256, name in (line.split() for line in lines)}
     absent = [name for name in listed if not (Path(folder) / name).is_file()]
-    checks = [Check(Path(name).stem, "fail", "the file is gone; SHA256SUMS lists it") for name in absent]
+    checks = [Check(Path(name).stem, "fail", "SHA256SUMS lists the file, but it is missing") for name in absent]
     for report in conformance.run_files([folder]):
         bad = [f"{outcome.name}: {outcome.reason}" for outcome in report.outcomes if outcome.verdict == "fail"]
         path = Path(report.path)
@@ -105,17 +107,16 @@ def goldens(folder: Path | str) -> list[Check]:
 
 
 def tiny(scale: Scale, folder: Path | str, out: Path | str, *, quick: bool = False) -> list[Check]:
-    """Measure the stored results anew from the stored weights; one check a row, a trend, a file.
+    """Measure the stored results again from the stored weights, one check per row, trend and file.
 
     Args:
-        scale: what to rebuild.
-        folder: holds `results.json` and `weights/`.
-        out: folder for what is made.
-        quick: measure reconstruction only; sampling takes minutes, and times need a quiet machine.
+        folder: the folder that holds `results.json` and `weights/`.
+        out: the folder for the new results.
+        quick: whether to measure reconstruction only. Sampling takes minutes, and times need a quiet machine.
 
     Raises:
-        ValueError: there are no results, or images are missing.
-        FileNotFoundError: weights are missing.
+        UserError: the stored results are missing or damaged, or images are missing.
+        MissingFileError: weights are missing.
     """
     stored = results.read(Path(folder) / "results.json")
     checks = stored_checks(stored, Path(folder) / "weights")
@@ -142,7 +143,7 @@ def tiny(scale: Scale, folder: Path | str, out: Path | str, *, quick: bool = Fal
 
 
 def stored_checks(stored: Results, weights: Path) -> list[Check]:
-    """Check what stored results say of themselves: their trends, and the hashes of weights and images."""
+    """Check stored results against themselves and the files they name: trends, and hashes of weights and images."""
     numbers, again = (
         [(t.id, t.measured, t.relation, t.bound) for t in found] for found in (stored.trends, trends(stored.rows))
     )
@@ -159,7 +160,7 @@ def stored_checks(stored: Results, weights: Path) -> list[Check]:
 
 
 def row_checks(rows: Sequence[Row], stored: Results, *, whole: bool = False) -> list[Check]:
-    """Compare rows with the stored rows of the same id; `whole` misses those that were not measured."""
+    """Compare rows with the stored rows of the same id. With `whole`, a stored row that was not measured fails."""
     judged: Mapping[str, tuple[str, str]]
     if whole:
         judged = compare.verdicts(stored.model_copy(update={"rows": list(rows)}), stored)
@@ -169,7 +170,7 @@ def row_checks(rows: Sequence[Row], stored: Results, *, whole: bool = False) -> 
     was_run = {row.id for row in stored.rows if row.not_run is None}
     checks = []
     for id_, (verdict, why) in judged.items():
-        if verdict == "not run":  # as when it was stored, or not any more
+        if verdict == "not run":  # the row was not run when it was stored either, or it is not run any more
             checks.append(Check(id_, "fail" if id_ in was_run else "skipped", why))
         else:
             checks.append(_check(id_, verdict == "reproduced", why))
@@ -177,18 +178,18 @@ def row_checks(rows: Sequence[Row], stored: Results, *, whole: bool = False) -> 
 
 
 def tokens(scale: Scale, folder: Path | str) -> list[Check]:
-    """Sample ten images of each generator by fixed seeds, and compare their tokens with `tokens.json`.
+    """Sample ten images of each generator with fixed seeds, and compare their tokens with `tokens.json`.
 
     Raises:
-        ValueError: there are no stored tokens.
-        FileNotFoundError: the classifier's weights are missing.
+        UserError: the stored tokens are missing or damaged.
+        MissingFileError: the classifier's weights are missing.
     """
     stored = read_tokens(Path(folder) / "tokens.json")
     measured = golden_tokens(open_workbench(scale, Path(folder) / "weights"))
     checks = []
     for name in dict.fromkeys([*stored, *measured]):
         if name not in measured or name not in stored:
-            why = "no such model here" if name in stored else "no stored tokens"
+            why = "this scale has no such model" if name in stored else "no stored tokens"
             checks.append(Check(name, "fail", why))
             continue
         share = share_equal(measured[name], stored[name])
@@ -197,10 +198,10 @@ def tokens(scale: Scale, folder: Path | str) -> list[Check]:
 
 
 def read_tokens(path: Path | str) -> dict[str, list[Any]]:
-    """Read stored tokens, nested lists by the model's name.
+    """Read stored tokens, which are nested lists by the name of the model.
 
     Raises:
-        ValueError: they are not there, or cut off.
+        UserError: the file is missing or truncated.
     """
     path = Path(path)
     try:
@@ -213,7 +214,10 @@ def read_tokens(path: Path | str) -> dict[str, list[Any]]:
 
 
 def share_equal(first: list[Any], second: list[Any]) -> float:
-    """Return the share of two nested lists that is equal: tokens exactly, latents to `LATENTS`; 0 if shapes differ."""
+    """Return which share of two nested lists is equal; 0 if their shapes differ.
+
+    Tokens must be equal exactly, latents to within `LATENTS`.
+    """
     a, b = torch.tensor(first), torch.tensor(second)
     if a.shape != b.shape:
         return 0.0
@@ -222,17 +226,16 @@ def share_equal(first: list[Any], second: list[Any]) -> float:
 
 
 def audit(folder: Path | str, out: Path | str, own: Path | None = None) -> list[Check]:
-    """Judge every published claim, and compare its verdict with the stored one; one check a claim.
+    """Judge every published claim, and compare its verdict with the stored one, one check per claim.
 
-    Writes the audit's page, Markdown, JSON and JUnit XML.
+    The page of the audit, its Markdown, JSON and JUnit XML are written into `out`.
 
     Args:
         folder: the references, with the claims and stored verdicts in `paper/`.
-        out: folder for the audit's files.
-        own: folder of tiny results that stand in for the stored ones.
+        own: the folder of tiny results that replace the stored ones.
 
     Raises:
-        ValueError: a result file is refused, or there are no stored verdicts.
+        UserError: a result file is refused, or the stored verdicts are missing.
     """
     folder = Path(folder)
     expected = read_expected(folder / "paper" / "expected.json")
@@ -242,14 +245,14 @@ def audit(folder: Path | str, out: Path | str, own: Path | None = None) -> list[
 
 
 def audit_of(folder: Path, own: Path | None, fail_on: Sequence[str] = (WORSE,)) -> Audit:
-    """Audit the references, `own` tiny results in the place of theirs, and no other run that lies about."""
+    """Audit the references, in which the tiny results in `own` replace the stored ones; no other run is read."""
     with references_in(folder), tempfile.TemporaryDirectory() as no_runs:
         given = [] if own is None else [own / "results.json"]
         return run_audit(given, runs=no_runs, fail_on=fail_on)
 
 
 def verdict_checks(done: Audit, expected: Mapping[str, Expected]) -> list[Check]:
-    """Compare an audit's verdicts with the stored ones, and pass on what else fails it."""
+    """Compare the verdicts of an audit with the stored ones, and report its other failures."""
     checks = []
     for finding in done.findings:
         stored = expected_verdict(finding.claim.id, expected)
@@ -261,14 +264,14 @@ def verdict_checks(done: Audit, expected: Mapping[str, Expected]) -> list[Check]
 
 
 def benchmarks(path: Path | str, root: Path = ratios.ROOT) -> list[Check]:
-    """Measure the benchmarks' ratios, those that fall behind the stored ones again.
+    """Measure the ratios of the benchmarks, and measure those again that fall behind the stored ones.
 
     Args:
-        path: stored ratios.
+        path: the file of stored ratios.
         root: the checkout that holds `benchmarks/`.
 
     Raises:
-        ValueError: there are no stored ratios, or benchmarks cannot be run.
+        UserError: the stored ratios are missing or damaged, or the benchmarks cannot be run.
     """
     stored = ratios.read(path)
     measured = ratios.measure(root=root)
@@ -288,7 +291,7 @@ def benchmarks(path: Path | str, root: Path = ratios.ROOT) -> list[Check]:
 # ----------------------------------------------------------------------------------------------------- gate
 
 PARTS = ("goldens", "tiny", "tokens", "audit", "benchmarks")
-SLOW = ("benchmarks",)  # skipped by --quick, which also keeps `tiny` to reconstruction
+SLOW = ("benchmarks",)  # --quick skips these parts, and limits `tiny` to reconstruction
 
 
 def run_gate(
@@ -299,17 +302,17 @@ def run_gate(
     parts: Sequence[str] = PARTS,
     quick: bool = False,
 ) -> list[Part]:
-    """Run parts of the gate; nothing is raised, what cannot be run is a check that says why.
+    """Run parts of the gate. A part that raises an error becomes a check that was not run and says why.
 
     Args:
-        scale: of the parts `tiny` and `tokens`.
-        references: folder of what is compared with, `reference_results/`.
-        out: folder for what is made.
-        parts: which of `PARTS`.
-        quick: leave out what takes minutes.
+        scale: the scale of the parts `tiny` and `tokens`.
+        references: the folder of references, `reference_results/`.
+        out: the folder for new results.
+        parts: names in `PARTS`.
+        quick: whether to leave out what takes minutes.
 
     Raises:
-        ValueError: an unknown part.
+        UserError: a part is unknown.
     """
     references, out = Path(references), Path(out)
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -317,7 +320,7 @@ def run_gate(
     done: list[Part] = []
 
     def own() -> Path | None:
-        """Return the folder of what the part `tiny` measured just now; an older one tells nothing of this code."""
+        """Return the folder of what the part `tiny` has just measured; an older one says nothing about this code."""
         ran = any(part.name == "tiny" and part.verdict != "not run" for part in done)
         return out / scale.name if ran and not quick else None
 
@@ -340,11 +343,11 @@ def run_gate(
 
 
 def run_part(name: str, function: Callable[[], list[Check]]) -> Part:
-    """Run one part; an error is a check that could not be run, and so is a part without checks."""
+    """Run one part. An error, or a part without checks, gives one check that was not run."""
     start = time.monotonic()
     try:
         checks = function() or [Check("all", "not run", "there was nothing to check")]
-    except Exception as error:  # the other parts shall be run, and the report be written
+    except Exception as error:  # the other parts must still run, and the report must be written
         why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         checks = [Check("all", "not run", why)]
     return Part(name, tuple(checks), round(time.monotonic() - start, 1))
@@ -357,7 +360,7 @@ def exit_code(parts: Iterable[Part]) -> int:
 
 
 def print_parts(parts: Sequence[Part]) -> None:
-    """Print a table of the parts, and below it every check that failed or could not be run."""
+    """Print a table of the parts, and below it every check that failed or was not run."""
     body = []
     for part in parts:
         count = Counter(check.verdict for check in part.checks)
@@ -372,7 +375,7 @@ def print_parts(parts: Sequence[Part]) -> None:
 
 
 def write_junit(path: Path | str, parts: Iterable[Part]) -> None:
-    """Write the checks as JUnit XML: a suite a part, a test case a check."""
+    """Write JUnit XML with one suite per part and one test case per check."""
 
     def case_of(part: Part, check: Check) -> junit.Case:
         result = _JUNIT.get(check.verdict)

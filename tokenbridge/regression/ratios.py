@@ -1,7 +1,7 @@
-"""Ratios of the benchmarks, fast path against reference: measured in turns, stored, compared.
+"""Ratios of the benchmarks, each of a fast path against its reference: measured in turns, stored and compared.
 
-pytest-benchmark measures and writes JSON. Its own compare judges times against those of another run, which says as
-much of the machine as of the code; judged here is the ratio of two times of one run.
+pytest-benchmark measures and writes JSON. Its own comparison judges times against those of another run, which says as
+much about the machine as about the code. Here the ratio of two times of the same run is judged.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ if TYPE_CHECKING:
 SCHEMA = "tokenbridge-ratios/1"
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RUNS = 3
-"""Runs behind a stored ratio, and runs a benchmark may take to keep up with it: other processes disturb one run."""
+"""The number of runs behind a stored ratio, and of runs in which a benchmark may reach it, because other processes can
+disturb a run."""
 TOLERANCE = 0.3
-"""Share that may be lost of the lowest stored run: a cache or a skipped pass that no longer works costs more where it
-made the path 1.5 times faster, and how much the runs of one machine differ is in what is stored."""
+"""The share of the lowest stored run that may be lost. A cache or a skipped pass that no longer works costs more than
+that where it made the path 1.5 times faster, and the stored runs show how much the runs of one machine differ."""
 
 
 class Ratio(Strict):
-    """How many times faster one benchmark's fast path is than its reference."""
+    """How many times faster the fast path of a benchmark is than its reference."""
 
-    test: str  # pytest's name of it, which runs it again
-    runs: tuple[float, ...]  # ratio of the fastest rounds, which other processes disturbed least, of each run
+    test: str  # the test id by which pytest runs it again
+    runs: tuple[float, ...]  # for each run the ratio of the fastest rounds, which other processes disturbed least
 
     @property
     def middle(self) -> float:
@@ -48,7 +49,7 @@ class Ratio(Strict):
 
 
 class Origin(Strict):
-    """Where ratios come from."""
+    """The provenance of ratios."""
 
     command: str
     started: str  # UTC, ISO 8601
@@ -57,27 +58,27 @@ class Origin(Strict):
     dirty: bool | None
     versions: dict[str, str]
     hardware: dict[str, Any]
-    share_of_other_processes: float  # of the machine's processor time
+    share_of_other_processes: float  # their share of the machine's processor time
 
 
 class Ratios(Strict):
-    """The ratios of one or more runs of `benchmarks/`, by the benchmark's name."""
+    """The ratios of one or more runs of `benchmarks/`, by the name of the benchmark."""
 
     schema_version: Literal["tokenbridge-ratios/1"] = "tokenbridge-ratios/1"
     provenance: Origin
     ratios: dict[str, Ratio]
-    failed: tuple[str, ...] = ()  # tests that failed: unequal results, or too much memory
+    failed: tuple[str, ...] = ()  # tests that failed because results differ or memory is exceeded
 
 
 def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Ratios:
-    """Run benchmarks by pytest, in a process of their own; what they print goes to stderr.
+    """Run benchmarks by pytest in a process of their own, whose output goes to stderr.
 
     Args:
-        tests: what to run, as pytest takes it.
+        tests: arguments of pytest that choose tests.
         root: the checkout that holds `benchmarks/`.
 
     Raises:
-        ValueError: there are none, or pytest could not run them.
+        UserError: the folder of benchmarks is missing, or pytest could not run them.
     """
     if not (root / "benchmarks").is_dir():
         raise UserError(f"There is no folder {root / 'benchmarks'}: benchmarks run in a checkout only.")
@@ -85,8 +86,8 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmarks.json"
         arguments = ["-m", "pytest", *tests, "--benchmark-enable", "--quiet", "--color=no", "-p", "no:cacheprovider"]
-        # pytest-benchmark measures nothing where it takes itself for a worker of pytest-xdist, whose variables a
-        # gate that is itself run by a test would pass on.
+        # pytest-benchmark measures nothing if it takes itself for a worker of pytest-xdist, and a gate that a test runs
+        # would pass on the variables of a worker.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         tests_file = Path(folder) / "junit.xml"
         files = [f"--benchmark-json={file}", f"--junitxml={tests_file}", "--override-ini=junit_family=xunit1"]
@@ -94,7 +95,7 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
         done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603
         print(done.stdout, end="", file=sys.stderr, flush=True)
         if done.returncode not in (0, 1) or not file.is_file() or not file.stat().st_size:
-            last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
+            last = (done.stdout.strip().splitlines() or ["it printed nothing"])[-1]
             raise UserError(f"pytest could not run the benchmarks (exit code {done.returncode}): {last}")
         report = json.loads(file.read_text(encoding="utf-8"))
         failed = read_failed(tests_file)
@@ -109,7 +110,7 @@ def measure(tests: Sequence[str] = ("benchmarks",), *, root: Path = ROOT) -> Rat
 
 
 def _ratios_of(report: dict[str, Any]) -> dict[str, Ratio]:
-    """Return what the fixture `side_by_side` of benchmarks/conftest.py left in pytest-benchmark's JSON."""
+    """Return the ratios that the fixture `side_by_side` (benchmarks/conftest.py) stored in pytest-benchmark's JSON."""
     return {
         info["label"]: Ratio(test=entry["fullname"], runs=(info["ratio_of_fastest"],))
         for entry in report["benchmarks"]
@@ -121,7 +122,7 @@ def read(path: Path | str) -> Ratios:
     """Read stored ratios.
 
     Raises:
-        ValueError: they are not there, or damaged.
+        UserError: the file is missing or damaged.
     """
     path = Path(path)
     try:
@@ -130,7 +131,7 @@ def read(path: Path | str) -> Ratios:
         made = "`nox -s update_references -- benchmarks --write --why ...` makes them"
         raise UserError(f"There are no stored ratios {path}; {made}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise UserError(f"{path} is no {SCHEMA} file: {error}.") from error
+        raise UserError(f"{path} is not a {SCHEMA} file: {error}.") from error
 
 
 def write(path: Path | str, ratios: Ratios) -> None:
@@ -139,7 +140,7 @@ def write(path: Path | str, ratios: Ratios) -> None:
 
 
 def compare(measured: Ratio | None, stored: Ratio | None) -> tuple[bool, str]:
-    """Return whether the best run keeps up with the stored ones, and the ratios in words."""
+    """Return whether the best run reaches the stored ones but for `TOLERANCE`, and the ratios in words."""
     if measured is None or stored is None:
         return False, "only stored, not measured" if measured is None else "only measured, not stored"
     least, best = (1 - TOLERANCE) * min(stored.runs), max(measured.runs)
@@ -148,7 +149,7 @@ def compare(measured: Ratio | None, stored: Ratio | None) -> tuple[bool, str]:
 
 
 def merge(first: Ratios, second: Ratios) -> Ratios:
-    """Return the first runs with the second's added, where both have a benchmark or only one."""
+    """Return the runs of both together, also of benchmarks that only one of the two has."""
     runs = dict(first.ratios)
     for name, ratio in second.ratios.items():
         before = runs[name].runs if name in runs else ()

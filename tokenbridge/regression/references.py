@@ -1,6 +1,6 @@
-"""Update the stored references: measure them anew, show what differs, and record who replaced them, when and why.
+"""Update the stored references: measure them again, show what differs, and record who replaced them, when and why.
 
-Golden cases are no part of this: they are numbers of the official code.
+Golden cases are never updated, because they are numbers of the official code.
 """
 
 from __future__ import annotations
@@ -47,29 +47,31 @@ def update(
     why: str | None = None,
     source: Path = ROOT,
 ) -> list[Change]:
-    """Measure references anew and return what differs; replace the stored ones if a reason is given.
+    """Measure references again and return what differs; replace the stored ones if a reason is given.
 
-    The new references appear all together: until then, and after a kill, the old ones lie where they were.
+    The new references appear all at once. If the process is killed before, the old ones are unchanged.
 
     Args:
-        scale: of the part `tiny`.
+        scale: the scale of the part `tiny`.
         folder: the references, `reference_results/`.
-        out: folder for what is measured.
-        parts: which of `PARTS`.
-        why: the reason, for the record, and of claims that are newly not reproduced; None writes nothing.
-        source: checkout of the code that measures.
+        out: the folder for what is measured.
+        parts: names in `PARTS`.
+        why: the reason, which goes to the record and to claims that were reproduced before and are not now. None
+            writes nothing.
+        source: the checkout of the code that measures.
 
     Raises:
-        ValueError: an unknown part; or, with a reason, an empty one, or a checkout with uncommitted changes.
+        UserError: a part is unknown, the reason is empty, or references are to be written and the checkout has
+            uncommitted changes.
     """
     folder, out = Path(folder), Path(out)
     if unknown := sorted(set(parts) - set(PARTS)):
         raise UserError(f"There are no references {', '.join(unknown)}; there are {', '.join(PARTS)}.")
     if why is not None and not why.strip():
         raise UserError("References change for a reason: say it with --why.")
-    commit = None if why is None else clean_commit(source)  # first: measuring takes minutes
+    commit = None if why is None else clean_commit(source)  # checked first, since measuring takes minutes
     changes: list[Change] = []
-    fresh: dict[str, Path] = {}  # what is new, by its name in `folder`
+    fresh: dict[str, Path] = {}  # new files by their names in `folder`
     if "tiny" in parts:
         made, changed = _measure_tiny(scale, folder / scale.name, out / scale.name)
         fresh |= {f"{scale.name}/{path.name}": path for path in made}
@@ -83,7 +85,7 @@ def update(
         name = "benchmarks/ratios.json"
         measured = functools.reduce(ratios.merge, (ratios.measure() for _ in range(ratios.NUM_RUNS)))
         if measured.failed:
-            raise UserError(f"These benchmarks fail, and cannot be references: {', '.join(measured.failed)}.")
+            raise UserError(f"These benchmarks fail, and cannot become references: {', '.join(measured.failed)}.")
         stored = ratios.read(folder / name) if (folder / name).is_file() else None
         changes += ratio_changes(measured, stored)
         ratios.write(out / name, measured)
@@ -108,7 +110,7 @@ def clean_commit(source: Path) -> str:
     """Return the commit of a checkout.
 
     Raises:
-        ValueError: it has uncommitted changes, or is none.
+        UserError: it has uncommitted changes, or is not a git checkout.
     """
     try:
         if changed := _git(source, "status", "--porcelain"):
@@ -116,7 +118,7 @@ def clean_commit(source: Path) -> str:
             raise UserError(f"{source} has uncommitted changes ({first}, ...): no reference can be measured there.")
         return _git(source, "rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{source} is no git checkout: no reference can be measured there.") from error
+        raise UserError(f"{source} is not a git checkout: no reference can be measured there.") from error
 
 
 def _git(source: Path, *arguments: str) -> str:
@@ -125,17 +127,17 @@ def _git(source: Path, *arguments: str) -> str:
 
 
 def _who(source: Path) -> str:
-    """Return `Name <email>` as git has it."""
+    """Return git's user as `Name <email>`."""
     try:
         return f"{_git(source, 'config', 'user.name')} <{_git(source, 'config', 'user.email')}>"
     except subprocess.CalledProcessError as error:
-        raise UserError("git knows no user.name and user.email to record.") from error
+        raise UserError("git has no user.name or no user.email to record.") from error
 
 
 def _measure_tiny(scale: Scale, folder: Path, out: Path) -> tuple[list[Path], list[Change]]:
-    """Return the files made, and what differs from the stored results and tokens."""
+    """Measure tiny results; return the new files, and what differs from the stored results and tokens."""
     stored = results.read(folder / "results.json") if (folder / "results.json").is_file() else None
-    shutil.rmtree(out, ignore_errors=True)  # files of an older measurement are no references
+    shutil.rmtree(out, ignore_errors=True)  # files of an older measurement must not become references
     measured, _ = reproduce_scale(
         scale,
         weights=folder / "weights",
@@ -158,7 +160,7 @@ def _measure_tiny(scale: Scale, folder: Path, out: Path) -> tuple[list[Path], li
 
 
 def result_changes(measured: Results, stored: Results | None) -> Iterator[Change]:
-    """Yield every row, metric and trend that differs; times depend on the machine and are left out."""
+    """Yield every row, metric and trend that differs, except times, which depend on the machine."""
     old, new = ({row.id: row for row in r.rows} if r is not None else {} for r in (stored, measured))
     for id_ in dict.fromkeys([*old, *new]):
         before, after = ({} if row is None else row.metrics for row in (old.get(id_), new.get(id_)))
@@ -180,19 +182,19 @@ def result_changes(measured: Results, stored: Results | None) -> Iterator[Change
 
 
 def ratio_changes(measured: Ratios, stored: Ratios | None) -> list[Change]:
-    """Return every benchmark's ratio, stored and measured, each the middle of its runs."""
+    """Return the stored and the measured ratio of every benchmark, each the median of its runs."""
     old = {} if stored is None else stored.ratios
     changes = []
     for name in dict.fromkeys([*old, *measured.ratios]):
         before, after = old.get(name), measured.ratios.get(name)
         words = ["–" if r is None else f"{r.middle:.2f}x" for r in (before, after)]
-        kept = ratios.compare(after, before)[0] and ratios.compare(before, after)[0]  # neither lost nor won much
+        kept = ratios.compare(after, before)[0] and ratios.compare(before, after)[0]  # neither fell nor rose much
         changes.append((name, words[0], words[1], _word(kept)))
     return changes
 
 
 def verdict_changes(audit: Audit, expected: Mapping[str, Expected]) -> Iterator[Change]:
-    """Yield every claim whose verdict is not the stored one."""
+    """Yield every claim whose verdict differs from the stored one."""
     for finding in audit.findings:
         id_, verdict = finding.claim.id, finding.verdict
         if id_ not in expected:
@@ -218,7 +220,7 @@ _TITLE = """# Changes of the references
 
 
 def _record(why: str, commit: str, who: str, changes: Sequence[Change]) -> str:
-    """Return what is appended to the record: when, who, why, the commit that was measured, what differs."""
+    """Return the section that the record gains: when, who, why, the commit that was measured, and what differs."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     table = markdown.markdown_table(COLUMNS, changes) if changes else ["No number changed."]
     return "\n".join(["", f"## {when}", "", f"{who}, measured at commit {commit}: {why}", "", *table, ""])

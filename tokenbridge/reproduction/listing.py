@@ -1,4 +1,4 @@
-"""The presets of all systems as a table shows them."""
+"""The list of presets that `tokenbridge models` shows."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ SHIPPED_LICENCE = "Apache-2.0"
 
 @dataclass(frozen=True)
 class Listing:
-    """A preset, as `tokenbridge models` shows it."""
+    """The entry of a preset."""
 
     name: str
     system: str
     num_parameters: int
-    num_tokens: int  # of an image
-    token: str  # what one is
+    num_tokens: int  # tokens of an image
+    token: str  # what a token is
     source: str
-    licence: str  # of the weights
-    published: Mapping[str, float]  # scores: FID, IS, ...
-    settings: Mapping[str, Mapping[str, Any]]  # of the sampler, by variant, each with its source
+    licence: str  # licence of the weights
+    published: Mapping[str, float]  # published scores: FID, IS, ...
+    settings: Mapping[str, Mapping[str, Any]]  # sampling settings by variant, each with its source
 
 
 def list_presets() -> list[Listing]:
-    """Return every preset of every system."""
+    """Return the entries of all presets of all systems."""
     return [_listing(system, preset) for system, preset in all_presets().values()]
 
 

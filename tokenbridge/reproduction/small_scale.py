@@ -1,7 +1,7 @@
-"""Rebuild the paper's tables at one scale, from shipped or newly trained weights, and judge every row.
+"""Reproduce the paper's tables at a small scale, from shipped or newly trained weights, and judge every row.
 
-The order is that of the paper: reconstruction (table 1), the generator's choices (table 2), systems (table 3),
-time of one prediction (table 5). Pictures and `results.json` go to one folder.
+The tables come in the order of the paper: reconstruction (table 1), design choices of the generator (table 2), systems
+(table 3), and the time of one prediction (table 5). Pictures and `results.json` are written to one folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LEVELS = (8, 16, 32, 64)  # table 1a
 RANGES = (2.0, 3.0, 4.0, 5.0)  # table 1b
 
 
-# Rows of the tables: id, label, and the recipe that is measured. Those of table 2 show the paper's columns alone.
+# Rows of the tables: id, label, and the recipe that is measured. Rows of table 2 show only the paper's columns.
 GENERATION_ROWS = (
     ("table2a/parallel", "parallel", "parallel-64"),
     ("table2a/autoregressive", "autoregressive", MAIN_SYSTEM),
@@ -79,28 +79,25 @@ def reproduce_scale(
     num_images: int = 2000,
     seed: int = 0,
 ) -> tuple[Results, Results | None]:
-    """Rebuild all tables of a scale; write results.json, tables.md and pictures into `out`.
+    """Reproduce all tables of a scale; write results.json, tables.md and pictures into `out`.
 
     Args:
-        scale: what to rebuild.
-        weights: folder of the scale's models.
-        out: folder for what is made.
-        reference: results to compare with; None compares with nothing.
+        weights: the folder of the scale's models.
+        reference: the result file to compare with; None compares with nothing.
         num_images: samples of each system, spread evenly over the classes.
-        seed: of the samples.
 
     Returns:
         (results, reference results or None).
 
     Raises:
-        FileNotFoundError: weights are missing.
-        ValueError: the reference file is no result file, or `num_images` is no multiple of the classes.
+        MissingFileError: the weights of the classifier or of an autoencoder are missing.
+        UserError: the reference is not a result file, or `num_images` is not a multiple of the number of classes.
     """
     stopwatch = provenance.Stopwatch()
     out = Path(out)
     if num_images < 1 or num_images % len(scale.classes):
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
-    stored = results.read(reference) if reference is not None else None  # first: a bad file must not cost minutes
+    stored = results.read(reference) if reference is not None else None  # first: a damaged file must not cost minutes
     bench = open_workbench(scale, weights)
     rows = [*reconstruction_rows(bench, out), *generation_rows(bench, out, num_images, seed)]
     write_text(out / "tokens.json", json.dumps(golden_tokens(bench)))
@@ -134,20 +131,20 @@ def reproduce_scale(
 
 
 def reconstruction_rows(bench: Workbench, out: Path) -> list[Row]:
-    """Rebuild tables 1a and 1b on the test images; draw the reconstruction grid."""
+    """Measure tables 1a and 1b on the test images, and draw the grid of reconstructions."""
     log("Table 1: reconstruction")
     vq = bench.vq
     latents = bench.latents.latents(pixels_to_images(bench.test_pixels).to(bench.device)).cpu()
 
     def measure(tokenizer: Any) -> tuple[dict[str, float], Tensor]:
-        """Return metrics and reconstructions."""
+        """Return the metrics and the reconstructions of the test images."""
         pixels, bits = reconstruct_with(tokenizer, bench.test_pixels)
         scores = reconstruction_scores(
             bench.test_pixels, pixels, classifier=bench.classifier, extractor=bench.extractor, bits=bits
         )
         return to_metrics(scores), pixels
 
-    @functools.cache  # the finest levels at the widest range stand in both tables
+    @functools.cache  # 64 levels at the widest range are a row of both tables
     def measure_quantised(levels: int, value_range: float) -> tuple[dict[str, float], Tensor]:
         quantizer = gaussian_quantizer(levels, value_range=value_range)
         distortion = measure_distortion(quantizer, latents).relative_mse
@@ -176,10 +173,10 @@ def reconstruction_rows(bench: Workbench, out: Path) -> list[Row]:
 
 
 def generation_rows(bench: Workbench, out: Path, num_images: int, seed: int) -> list[Row]:
-    """Sample every generator; rebuild tables 2a, 2b, 2c and 3; draw a grid of samples for each."""
+    """Sample every generator, measure tables 2a, 2b, 2c and 3, and draw a grid of samples for each."""
     measured: dict[str, dict[str, float]] = {}
     missing: dict[str, str] = {}
-    labels = torch.arange(num_images) % len(bench.scale.classes)  # class after class in turn
+    labels = torch.arange(num_images) % len(bench.scale.classes)  # every class in turn
     for recipe in bench.scale.recipes:
         if recipe.sampling is None:
             continue
@@ -204,7 +201,7 @@ def generation_rows(bench: Workbench, out: Path, num_images: int, seed: int) -> 
             few = labels[: 10 * len(bench.scale.classes)]
             shown = sample_pixels(replace(sampler, settings=confident), few, seed)
             _sample_grid(bench, out / f"samples-{recipe.name}-confidence.png", shown, recipe.name, confident)
-            # The Frechet distance falls with the number of images: as many as there are real ones, to set beside them.
+            # The Fréchet distance falls with the number of images, so the row beside the real images has as many.
             as_many = min(num_images, len(bench.test_pixels))
             measured["as many"] = measure_samples(bench, pixels[:as_many], labels[:as_many])
     log(f"Scoring real {bench.scale.data}: test against training images")
@@ -226,15 +223,16 @@ def generation_rows(bench: Workbench, out: Path, num_images: int, seed: int) -> 
 
 
 def _other_rows(scale: Scale) -> list[tuple[str, str, str]]:
-    """Return a row of table 3 for each generator of a scale that no row names: a system added by somebody else."""
+    """Return a row of table 3 for each generator that `GENERATION_ROWS` lacks, such as a system that somebody added."""
     named = {name for _, _, name in GENERATION_ROWS}
     return [(f"table3/{r.name}", r.name, r.name) for r in scale.recipes if r.is_generator and r.name not in named]
 
 
 def golden_tokens(bench: Workbench, *, num_images: int = 10, seed: int = 0) -> dict[str, list[Any]]:
-    """Return the tokens of a few images of each generator there is: what a regression test compares.
+    """Return the tokens of a few images of each generator that has weights; the regression gate compares them.
 
-    They are [N, L, C] of TokenBridge, [N, L] of LlamaGen; of MAR and GIVT, the latents [N, C, h, w] to 3 decimals.
+    Tokens are [N, L, C] for TokenBridge and [N, L] for LlamaGen. Of MAR and GIVT the latents [N, C, h, w] are
+    returned, rounded to 3 decimals.
     """
     labels = torch.arange(num_images) % len(bench.scale.classes)
     found = {}
@@ -247,7 +245,7 @@ def golden_tokens(bench: Workbench, *, num_images: int = 10, seed: int = 0) -> d
 
 
 def measure_samples(bench: Workbench, pixels: Tensor, labels: Tensor) -> dict[str, float]:
-    """Score images against the training images, and their class accuracy."""
+    """Score images against the training images, and measure their class accuracy."""
     found = score(pixels, bench.train_pixels, bench.classifier, extractor=bench.extractor)
     rounded = {one.metric: replace(one.bare, value=round(one.value, 6)) for one in found}
     shown = [rounded[name] for name in ("FID", "IS", "precision", "recall", "KID", "FID-cleanfid")]
@@ -260,7 +258,7 @@ def _first_of_each_class(labels: Tensor, num_classes: int) -> list[int]:
 
 
 def _sample_grid(bench: Workbench, path: Path, pixels: Tensor, name: str, config: Any) -> None:
-    """Draw the first ten samples of each class, a row per class."""
+    """Draw the first ten samples of each class, one row per class."""
     classes = bench.scale.classes
     rows = [pixels[c :: len(classes)][:10] for c in range(len(classes))]
     settings = dataclasses.asdict(config)

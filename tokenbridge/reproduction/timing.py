@@ -1,4 +1,4 @@
-"""Table 5: the time of one prediction."""
+"""The time of one prediction (table 5)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ NUM_DIFFUSION_STEPS = 100  # table 5
 
 
 def prediction_time_rows(bench: Workbench, *, runs: int = 100) -> list[Row]:
-    """Rebuild table 5: milliseconds to predict all channels of one position, batch 1, mean of `runs` runs.
+    """Measure table 5: milliseconds to predict all channels of one position with batch size 1, mean of `runs` runs.
 
-    The head alone, from a context on: what is drawn or chosen counts, the transformer before it and guidance do not.
+    Only the head is timed, from its context to the drawn or chosen values. The transformer before it and guidance do
+    not count.
     """
     log("Table 5: time of one prediction")
     heads: dict[str, tuple[str, str, Callable[[Any, Tensor], Callable[[], object]]]] = {
@@ -51,7 +52,7 @@ def prediction_time_rows(bench: Workbench, *, runs: int = 100) -> list[Row]:
         if id_ in missing:
             return Row(id=f"table5/{id_}", label=heads[id_][0], metrics={}, not_run=missing[id_])
         metrics = {"ms per position": statistics.mean(times[id_]), "± ms": statistics.stdev(times[id_])}
-        if id_ in ("mixture", "softmax"):  # one draw each: a ratio would be that of Python's overhead
+        if id_ in ("mixture", "softmax"):  # a single draw: a ratio would measure the overhead of Python
             return Row(id=f"table5/{id_}", label=heads[id_][0], metrics=metrics)
         metrics |= {
             column: statistics.median(times[slow]) / statistics.median(times[id_])

@@ -1,4 +1,4 @@
-"""The models and images that every table of a small scale needs."""
+"""The workbench: the models and images that every table of a small scale needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAIN_SYSTEM = "tokenbridge-64"
 
 @dataclass(frozen=True)
 class Workbench:
-    """What every table needs: the models, the images, how features are called."""
+    """The models, the images and the classifier of a scale."""
 
     scale: Scale
     weights: Path
@@ -38,20 +38,28 @@ class Workbench:
 
     @property
     def extractor(self) -> str:
-        """The name that scores carry."""
+        """The name of the feature extractor, which scores carry."""
         return self.scale.extractor
 
     def model(self, name: str) -> Any:
-        """Load a model of the scale; errors as `training.train.load`."""
+        """Load a model of the scale.
+
+        Raises:
+            MissingFileError: it has no weights.
+        """
         return load(self.scale.recipe(name), self.weights).to(self.device)
 
     def sampler(self, name: str) -> ModelSampler:
-        """Load a generator of the scale with its tokenizer; errors as `NamedModel.load`."""
+        """Load a generator of the scale with its tokenizer.
+
+        Raises:
+            MissingFileError: one of the two has no weights.
+        """
         return scale_model(self.scale, self.scale.recipe(name), self.weights).load(self.device)
 
     @functools.cached_property
     def latents(self) -> LatentTokenizer:
-        """The autoencoder, its latents continuous."""
+        """The autoencoder with continuous latents."""
         return LatentTokenizer(self.model("vae"))
 
     @functools.cached_property
@@ -64,8 +72,8 @@ def open_workbench(scale: Scale, weights: Path | str) -> Workbench:
     """Load the classifier and the images of a scale.
 
     Raises:
-        FileNotFoundError: the classifier's weights are missing.
-        ValueError: the test images are the training images.
+        MissingFileError: the weights of the classifier are missing.
+        UserError: the images are missing, or the test images are the training images.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = load(scale.recipe("classifier"), weights).to(device)
