@@ -13,10 +13,10 @@ SCALES = {scale.name: scale for scale in (TINY, SMALL)}
 
 
 def find_scale(name: str, data: str | None = None) -> Scale:
-    """Return the scale called `name`, with its images from `data` if that is given.
+    """Return the scale called `name`; if `data` is given, it replaces the scale's data set.
 
     Raises:
-        UserError: there is none.
+        UserError: no scale has this name.
     """
     if name not in SCALES:
         raise UserError(f"Unknown scale {name!r}; there are {', '.join(SCALES)}.")

@@ -32,7 +32,7 @@ class Preset:
     model: Mapping[str, Any]  # keyword arguments of the model's class
     num_parameters: int  # the expected number, without buffers
     official_name: str | None = None  # the name of this size in the official code; None if only this project has it
-    sampling: Mapping[str, SamplingRecipe] = field(default_factory=dict)  # by name of the variant; default first
+    sampling: Mapping[str, SamplingRecipe] = field(default_factory=dict)  # by name of the variant; the first is default
 
     def sampling_config(self, variant: str | None = None) -> Any:
         """Return the sampling settings called `variant`, or the default ones if it is None.
