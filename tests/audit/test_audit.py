@@ -598,10 +598,10 @@ def test_accepted_verdicts_keep_their_reasons(shipped: Path) -> None:
     ("change", "message"),
     [
         (lambda path: path.unlink(), "--accept"),
-        (lambda path: path.write_text("{"), "no file of expected verdicts"),
+        (lambda path: path.write_text("{"), "not a file of expected verdicts"),
         (lambda path: path.write_text("[]"), "schema_version"),
         (lambda path: path.write_text(path.read_text().replace("expected/1", "expected/2")), "schema_version"),
-        (lambda path: path.write_text(path.read_text().replace("not run", "not walked")), "no file of expected"),
+        (lambda path: path.write_text(path.read_text().replace("not run", "not walked")), "not a file of expected"),
         (lambda path: path.write_text(path.read_text().replace("no way of counting gives it", "")), "no reason"),
     ],
 )
@@ -725,7 +725,7 @@ def test_the_command(run_command: Run, shipped: Path, tmp_path: Path) -> None:
         (["--samples", "x"], "--samples and --claim go together"),
         (["--claim", "x"], "--samples and --claim go together"),
         (["--samples", "x", "--claim", "table9/x"], "no claim 'table9/x'"),
-        (["--samples", "x", "--claim", "table2e/head"], "no claim that samples decide"),
+        (["--samples", "x", "--claim", "table2e/head"], "not a claim that samples decide"),
         (["--samples", "x", "--claim", "table3/tokenbridge-l/FID"], "2 files are missing"),
         (["--samples", "x", "--claim", "table3/tokenbridge-l/recall"], "3 files are missing"),
         (["--accept", ""], "for a reason"),

@@ -213,8 +213,8 @@ GOOD = {"id": "a/b/c", "text": "t", "source": "s", "scale": "counted", "recipe":
         ({"claims": [{k: v for k, v in GOOD.items() if k != "source"}]}, "source"),
         ({"claims": [GOOD, GOOD]}, "occur twice in .*: a/b/c"),
         ({"verdicts": []}, "Extra inputs"),
-        ([GOOD], "no file of claims"),
-        ("claims: [", "no file of claims"),
+        ([GOOD], "not a file of claims"),
+        ("claims: [", "not a file of claims"),
     ],
 )
 def test_damaged_ledgers_are_refused(tmp_path: Path, content: Any, why: str) -> None:

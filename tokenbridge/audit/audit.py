@@ -1,16 +1,17 @@
-"""The audit: every published claim beside what was measured, a verdict, and the evidence.
+"""The audit, which sets every published claim beside what was measured and gives a verdict with its evidence.
 
-What counts as evidence: the result files shipped in `reference_results/`, and the user's (named ones, or those that the
-usual commands leave in `runs/`). A file is refused, with one reason, if it is damaged, if it names other weights or
-images than those that are here, or if its trends do not follow from its rows. Nothing in a file is believed that can
-be computed again.
+The evidence is the result files that ship in `reference_results/`, and those of the user, who names them or leaves them
+where the usual commands write, in `runs/`. A file is refused, with one reason, if it is damaged, if it names other
+weights or images than those on this machine, or if its trends do not follow from its rows. Whatever can be computed
+again is computed, not read from a file.
 
-Two files that measured the same row at the same scale are never mixed. The user's stands in for the shipped one, whole,
-and is compared with it; one that lies in `runs/` only if it is the newer. Two of the user's are refused: which one is
-meant, only the user can say. So the order of the files does not matter.
+Two files that measured the same row at the same scale are never mixed. The user's file replaces the shipped one as a
+whole and is compared with it, but a file in `runs/` does so only if it is the newer one. Two files of the user are
+refused, because only the user can say which one is meant. The order of the files therefore does not matter.
 
-A claim of the paper's scale is decided by 50,000 images, scored by the published Inception weights, and by nothing
-less. Tiny results decide claims about trends; beside a number of the paper they stand as support, labelled so.
+A claim at the paper's scale is decided by 50,000 images that are scored by the published Inception weights, and by
+nothing less. Tiny results decide claims about trends. Beside a number of the paper they are shown as support and are
+labelled so.
 """
 
 from __future__ import annotations
@@ -46,20 +47,22 @@ def audit_claims(
     row: str | None = None,
     checks: Checks | None = None,
 ) -> Audit:
-    """Judge every published claim by the shipped result files and the user's; what the command `audit` does.
+    """Judge every published claim by the shipped result files and those of the user.
+
+    This is what the command `audit` does.
 
     Args:
-        results: result files that stand in for the shipped ones or add to them; if none, those in `runs` are taken.
-        runs: where the commands leave their results by default.
-        weights: folder of models, where results of a small scale are not of the shipped ones.
-        folder: holds the published files; see `artifacts.resolve`.
-        fail_on: what fails the gate: "worse" (a verdict is worse than the stored one, or a row is not that of the
-            shipped results it stands in for), or verdicts.
-        row: judge the claims about this row only, without discrepancies.
-        checks: what decides counted claims, by name; `all_checks` of the ledger by default.
+        results: result files that replace the shipped ones or add to them; without any, those in `runs` are read.
+        runs: the folder in which the commands leave their results by default.
+        weights: the folder of the models, if results of a small scale were not measured with the shipped models.
+        folder: the folder of the published files; see `artifacts.resolve`.
+        fail_on: what fails the gate. "worse" is a verdict that is worse than the stored one, or a row that differs
+            from the shipped row it replaces; every other entry is a verdict.
+        row: judge only the claims about this row, without discrepancies.
+        checks: the checks that decide counted claims, by name; `all_checks` of the ledger by default.
 
     Raises:
-        ValueError: a file that is refused, an unknown verdict to fail on, or claims that cannot be read.
+        UserError: a result file is refused, `fail_on` has an unknown verdict, or the ledger cannot be read.
     """
     paper = files.reference_folder() / "paper"
     if unknown := set(fail_on) - {WORSE, *CLAIM_VERDICTS}:
@@ -98,25 +101,24 @@ def audit_samples(
     fail_on: Collection[str] = (WORSE,),
     checks: Checks | None = None,
 ) -> Audit:
-    """Score someone's images, and judge a claim about a row of table 3, and its siblings, by them.
+    """Score the user's images, and judge a claim about a row of table 3 and the other claims about the row by them.
 
-    The images are judged, not how they were made. Writes `results.json` into `out`, for later audits.
+    The images are judged, not how they were made. `results.json` is written into `out`, for later audits.
 
     Args:
-        samples: folder of images of 256 x 256 pixels, or .npz; only 50,000 decide the claim.
-        claim_id: about FID, Inception Score, precision or recall.
-        out: folder for the result file and features.
-        folder: holds the published files; see `artifacts.resolve`.
-        given: files named by the user, by key.
-        other_inception: Inception weights that are not the published ones; scores are labelled and decide nothing.
-        num_bootstrap: resamples behind the interval of FID; 0 leaves it out.
-        batch_size: images per forward pass.
-        fail_on: as for `audit_claims`.
-        checks: as for `audit_claims`.
+        samples: a folder or .npz file of images of 256 x 256 pixels; only 50,000 of them decide the claim.
+        claim_id: the id of a claim about FID, Inception Score, precision or recall.
+        out: the folder for the result file and features.
+        folder: the folder of the published files; see `artifacts.resolve`.
+        given: the files that the user named, by key.
+        other_inception: Inception weights other than the published ones. Their scores are labelled and decide nothing.
+        num_bootstrap: resamples for the interval of FID; with 0 there is no interval.
+        fail_on: see `audit_claims`.
+        checks: see `audit_claims`.
 
     Raises:
-        MissingArtifactsError: files cannot be had; the message lists all of them.
-        ValueError: a claim that samples do not decide, or images or files that cannot be used.
+        MissingArtifactsError: published files are missing; the message lists all of them.
+        UserError: samples do not decide the claim, or images or files cannot be used.
     """
     paper = files.reference_folder() / "paper"
     claims = {claim.id: claim for claim in read_ledger(paper).claims}
@@ -141,5 +143,5 @@ def audit_samples(
 
 def _run_check(checks: Checks, name: str) -> float:
     if name not in checks:
-        raise UserError(f"A claim or discrepancy names the check {name!r}, which there is not.")
+        raise UserError(f"A claim or discrepancy names the check {name!r}, which does not exist.")
     return float(checks[name]())

@@ -1,8 +1,8 @@
-"""Checks that need no trained weights: what our modules count, what follows from published numbers, and facts.
+"""Checks that need no trained weights: they count our modules, compute with published numbers, or state facts.
 
-Each returns one number, in a second or less; nothing is allocated, models are built on the meta device. Claims name
-the checks that decide them (`reference_results/paper/`). A published number is written there and nowhere here: a check
-counts our own modules, or computes with the ledger's numbers.
+Each check returns one number in a second or less, because models are built on the meta device without memory. Claims
+name the checks that decide them (`reference_results/paper/`). Published numbers stand there and never here: a check
+counts our own modules, or computes with the numbers of the ledger.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tokenbridge.weights.published import build_preset
 
 HEADS = ((256, 3), (512, 3), (512, 4), (1024, 4), (1024, 6))  # width, depth of table 2e
 CHANNELS_PER_GROUP = (1, 2, 4)  # table 2d
-COUNTING_RULES = (  # ways to count a head's parameters that could explain the printed ones
+COUNTING_RULES = (  # ways to count the parameters of a head that could explain the printed numbers
     "all",
-    "without-embeddings",  # no token or channel embeddings and no output layers
+    "without-embeddings",  # without token embeddings, channel embeddings and output layers
     "without-modulation",  # everything but the modulation of blocks and final layer
     "blocks",  # transformer blocks with their modulation
     "plain-blocks",  # transformer blocks without modulation
@@ -39,18 +39,18 @@ COUNTING_RULES = (  # ways to count a head's parameters that could explain the p
 
 
 def count(module: nn.Module) -> float:
-    """Return the number of parameters; buffers are not counted."""
+    """Return the number of parameters without buffers."""
     return float(sum(parameter.numel() for parameter in module.parameters()))
 
 
 def count_head(width: int, depth: int, rule: str, *, context_width: int = 1024) -> float:
-    """Return the parameters of an AR head for 16 channels of 64 levels.
+    """Return the number of parameters of an AR head for 16 channels with 64 levels.
 
     Args:
-        width: of its blocks.
-        depth: number of blocks.
-        rule: of `COUNTING_RULES`.
-        context_width: of the backbone; 1024 for L.
+        width: the width of the blocks.
+        depth: the number of blocks.
+        rule: one of `COUNTING_RULES`.
+        context_width: the width of the backbone, 1024 for L.
     """
     with torch.device("meta"):
         head = ARHead(HeadConfig(context_width=context_width, width=width, depth=depth))
@@ -66,15 +66,15 @@ def count_head(width: int, depth: int, rule: str, *, context_width: int = 1024) 
 
 
 def count_grouped_head(per_group: int, *, depth: int, num_levels: int) -> float:
-    """Return the parameters of the head of table 2d: channels predicted by groups, by one joint softmax each.
+    """Return the number of parameters of the head of table 2d, which predicts a group of channels by one joint softmax.
 
-    Counted as our head for 16 / `per_group` channels with `num_levels`^`per_group` levels, 1024 wide, on the base
+    It is counted as our head for 16 / `per_group` channels with `num_levels`^`per_group` levels, 1024 wide, on the base
     backbone (768). The paper does not say how deep it was.
 
     Args:
-        per_group: channels of a group.
-        depth: number of blocks.
-        num_levels: of every channel.
+        per_group: channels in a group.
+        depth: the number of blocks.
+        num_levels: levels of every channel.
     """
     groups, classes = 16 // per_group, num_levels**per_group
     config = HeadConfig(num_channels=groups, num_levels=classes, context_width=768, width=1024, depth=depth)
@@ -83,25 +83,25 @@ def count_grouped_head(per_group: int, *, depth: int, num_levels: int) -> float:
 
 
 def count_backbone() -> float:
-    """Return the parameters of TokenBridge-B without its head, which table 2d calls the 172M backbone."""
+    """Return the number of parameters of TokenBridge-B without its head, which table 2d calls the 172M backbone."""
     return _size("tokenbridge-b") - _size("tokenbridge-b", "head")
 
 
 def distortion(num_levels: int, value_range: float) -> float:
-    """Return the quantiser's mean squared error on a standard normal distribution (2^20 evenly probable values)."""
+    """Return the quantiser's mean squared error on a standard normal distribution (2^20 equally probable values)."""
     probabilities = (torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20
     values = math.sqrt(2) * torch.erfinv(2 * probabilities - 1)
     return measure_distortion(gaussian_quantizer(num_levels, value_range=value_range), values.float()).relative_mse
 
 
 def all_checks(ledger: Ledger) -> dict[str, Callable[[], float]]:
-    """Return all checks by name. The ledger's facts are among them, under their ids: 1 is true."""
+    """Return all checks by name. Facts of the ledger are checks under their ids, with 1 for true."""
     facts = {fact.id: partial(ledger.fact, fact.id) for fact in ledger.facts}
     return {**_counted(), **_computed(ledger), **facts}
 
 
 def _computed(ledger: Ledger) -> dict[str, Callable[[], float]]:
-    """Return what follows from the ledger's numbers; an error comes when a check is run, not before."""
+    """Return the checks that compute with numbers of the ledger; they read a number only when they are run."""
     claimed, fact = ledger.claimed, ledger.fact
 
     def batch_size() -> float:
@@ -131,7 +131,7 @@ def _computed(ledger: Ledger) -> dict[str, Callable[[], float]]:
 
 
 def _counted() -> dict[str, Callable[[], float]]:
-    """Return what our modules and presets have: parameters, sizes, settings, distortions."""
+    """Return the checks of our modules and presets: parameters, sizes, settings, distortions."""
     published = ("tokenbridge-l", "tokenbridge-h")
     return {
         **{f"parameters/{name}": partial(_size, name) for name in all_presets()},
@@ -158,7 +158,7 @@ def _counted() -> dict[str, Callable[[], float]]:
         **{f"width/{name}": partial(_width, name) for name in published},
         **{f"blocks/{name}": partial(_blocks, name) for name in published},
         **{
-            f"sampling/{name}/{key}": partial(_setting, name, key)  # of the README's command
+            f"sampling/{name}/{key}": partial(_setting, name, key)  # as in the README's command
             for name in published
             for key in ("temperature", "guidance_scale")
         },
@@ -179,7 +179,7 @@ def _size_of_part(create: Callable[[], nn.Module], part: str) -> float:
 
 
 def _size_of_xxxl() -> float:
-    """Return the parameters of LlamaGen's GPT-XXXL, of which no weights were published."""
+    """Return the number of parameters of LlamaGen's GPT-XXXL, whose weights were not published."""
     with torch.device("meta"):
         return count(LlamaGen(**SIZES["GPT-XXXL"]))
 

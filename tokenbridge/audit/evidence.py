@@ -1,4 +1,4 @@
-"""Result files as evidence: found, checked against what is here, and chosen between."""
+"""Result files as evidence: they are found, checked against the files on this machine, and chosen from."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, STATISTICS
 
-RUNS = ("tiny", "small", "discrepancies", "table1", *all_presets())  # folders that the commands write to by default
+RUNS = ("tiny", "small", "discrepancies", "table1", *all_presets())  # folders to which the commands write by default
 
 
 @dataclass(frozen=True)
 class Source:
     """A result file that was read and checked."""
 
-    name: str  # as the audit shows it
+    name: str  # the name that the audit shows
     path: Path
     origin: Origin
     results: Results
@@ -44,7 +44,7 @@ class Source:
         return {row.id for row in self.results.rows if row.not_run is None}
 
     def overlaps(self, other: Source) -> bool:
-        """Whether both measured a row at one scale."""
+        """Return whether both files measured a row at the same scale."""
         return self.results.scale == other.results.scale and bool(self.measured & other.measured)
 
     def noted(self, *notes: str) -> Source:
@@ -59,10 +59,10 @@ def gather(
     weights: Path | str | None = None,
     folder: Path | str | None = None,
 ) -> list[Source]:
-    """Read and check the shipped result files and the user's; arguments as `audit`.
+    """Read and check the shipped result files and those of the user; see `audit.audit_claims` for the arguments.
 
     Raises:
-        ValueError: a file that is refused, with the reason.
+        UserError: a file is refused; the message says why.
     """
     shipped = files.reference_folder()
     paths: list[tuple[Path, Origin]] = []
@@ -85,16 +85,15 @@ def gather(
 
 
 def check_hashes(name: str, results: Results, folders: Sequence[Path], folder: Path | str | None = None) -> list[str]:
-    """Compare the hashes that a result file names with the files that are here; return what was and was not compared.
+    """Compare the hashes in a result file with the files on this machine; return what was and what was not compared.
 
     Args:
-        name: of the result file.
-        results: its contents.
-        folders: of models of its scale.
-        folder: holds the published files; see `artifacts.resolve`.
+        name: the name of the result file, for messages.
+        folders: the folders of models of its scale.
+        folder: the folder of the published files; see `artifacts.resolve`.
 
     Raises:
-        ValueError: one differs; or the results of a scale of this project are not of its images, or name no weights.
+        UserError: a hash differs, or results of a scale of this project name other images than its own or no weights.
     """
     p = results.provenance
     if results.scale in SCALES:
@@ -136,7 +135,7 @@ def recomputed_trends(name: str, results: Results) -> list[Trend]:
     """Return the trends that follow from the rows of a result file.
 
     Raises:
-        ValueError: a stored trend is another, or rows lack what a trend needs.
+        UserError: a stored trend differs from the computed one, or rows lack a metric that a trend needs.
     """
     found: list[Trend] = []
     if results.scale in SCALES:
@@ -156,15 +155,15 @@ def recomputed_trends(name: str, results: Results) -> list[Trend]:
 
 
 def choose(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
-    """Return the files to judge by, and the rows that are not those of the shipped file they stand in for.
+    """Return the files to judge by, and a sentence for each row that differs from the shipped row it replaces.
 
     Raises:
-        ValueError: two files of the user measured the same row at the same scale.
+        UserError: two files of the user measured the same row at the same scale.
     """
     order = {"shipped": 0, "given": 1, "found": 2}
     found: list[Source] = []
     for source in sorted(sources, key=lambda s: (order[s.origin], s.results.scale, s.name)):
-        if not any(source.results == other.results for other in found):  # the same file, perhaps copied
+        if not any(source.results == other.results for other in found):  # equal contents are a copy of the same file
             found.append(source)
     shipped = [s for s in found if s.origin == "shipped"]
     kept: list[Source] = []
@@ -208,7 +207,7 @@ def _hash_of_images(data: str, split: str) -> str:
 
 
 def _artifacts_of(results: Results) -> dict[str, str]:
-    """Return which published file each name in a paper-scale result's hashes is of, where that is known."""
+    """Return the key of the published file behind each name in the hashes of paper-scale results, where it is known."""
     p = results.provenance
     parts: dict[str, str] = {}
     for system in (row.id.removeprefix("table3/") for row in results.rows):

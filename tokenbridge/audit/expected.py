@@ -1,4 +1,4 @@
-"""The stored verdicts that a new audit is compared with."""
+"""The stored verdicts, with which a new audit is compared."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tokenbridge.utils.files import write_json
 from tokenbridge.utils.strict import Strict
 
 EXPECTED_SCHEMA = "tokenbridge-expected/1"
-WORSE = "worse"  # than the stored verdict
+WORSE = "worse"  # a verdict that is worse than the stored one
 
 
 class Expected(Strict):
     """The verdict that a claim had when it was last accepted."""
 
     verdict: Verdict
-    reason: str = ""  # asked for where it is "not reproduced"
+    reason: str = ""  # required if the verdict is "not reproduced"
 
 
 def read_expected(path: Path | str) -> dict[str, Expected]:
-    """Read the stored verdicts by claim.
+    """Read the stored verdicts by the id of the claim.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or an expected failure has no reason.
+        UserError: the file is missing or damaged, or an expected failure has no reason.
     """
     path = Path(path)
     try:
@@ -42,7 +42,7 @@ def read_expected(path: Path | str) -> dict[str, Expected]:
     except FileNotFoundError as error:
         raise UserError(f"There are no stored verdicts {path}; `tokenbridge audit --accept` writes them.") from error
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
-        raise UserError(f"{path} is no file of expected verdicts: {error}.") from error
+        raise UserError(f"{path} is not a file of expected verdicts: {error}.") from error
     return expected
 
 
@@ -50,9 +50,11 @@ def write_expected(path: Path | str, audit: Audit, reason: str) -> None:
     """Store the verdicts of an audit as the expected ones.
 
     Args:
-        path: file to write.
-        audit: of all claims.
-        reason: of the claims that are not reproduced and were not before; the others keep theirs.
+        audit: an audit of all claims.
+        reason: the reason for claims that are newly not reproduced; the others keep their reasons.
+
+    Raises:
+        UserError: the reason is empty, or the file that is replaced is damaged.
     """
     path = Path(path)
     if not reason.strip():
@@ -71,7 +73,7 @@ def write_expected(path: Path | str, audit: Audit, reason: str) -> None:
 def expected_verdict(id_: str, expected: Mapping[str, Expected]) -> Verdict:
     """Return the stored verdict of a claim.
 
-    A claim without one is expected not to have run, so that a new one fails only if it is contradicted.
+    A claim without a stored verdict is expected to be "not run", so that a new claim fails only if it is contradicted.
     """
     return expected[id_].verdict if id_ in expected else "not run"
 
@@ -79,13 +81,13 @@ def expected_verdict(id_: str, expected: Mapping[str, Expected]) -> Verdict:
 def gate_failures(
     findings: Iterable[Finding], expected: Mapping[str, Expected], fail_on: Collection[str], *, whole: bool = True
 ) -> list[str]:
-    """Return what fails the gate, a sentence each.
+    """Return one sentence for each claim that fails the gate.
 
     Args:
-        findings: of an audit.
-        expected: stored verdicts by claim.
+        findings: the findings of an audit.
+        expected: the stored verdicts by the id of the claim.
         fail_on: "worse", or verdicts.
-        whole: whether the findings are of all claims, so that a stored one that is gone is missed.
+        whole: whether the findings are those of all claims, so that a stored verdict without a claim fails too.
     """
     failures: dict[str, str] = {}
     for finding in findings:

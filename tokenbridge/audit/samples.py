@@ -1,4 +1,4 @@
-"""Scores of somebody's images, as the row that a claim is about."""
+"""Scoring of the user's images, as the row that a claim is about."""
 
 from __future__ import annotations
 
@@ -30,29 +30,25 @@ def score_samples(
     num_bootstrap: int = 100,
     batch_size: int = 64,
 ) -> Results:
-    """Return the scores of someone's images as the row that a claim is about.
+    """Score the user's images, and return the scores as the row that a claim is about.
+
+    The other arguments are those of `audit.audit_samples`.
 
     Args:
-        samples: of `audit_samples`, as are the others.
-        claim: the references that it needs must be here.
-        siblings: claims about the same row; what they need is used if it is here.
-        cache: folder for features.
-        folder: holds the published files.
-        given: files named by the user.
-        other_inception: other Inception weights.
-        num_bootstrap: resamples.
-        batch_size: images per forward pass.
+        claim: the claim; the reference statistics or images that it needs must be present.
+        siblings: the other claims about the row; the references that they need are used if they are present.
+        cache: the folder for features.
 
     Raises:
-        MissingArtifactsError: files cannot be had.
-        ValueError: a claim that samples do not decide, or images or files that cannot be used.
+        MissingArtifactsError: published files are missing.
+        UserError: samples do not decide the claim, or images or files cannot be used.
     """
     stopwatch = provenance.Stopwatch()
     wanted = {key for other in (claim, *siblings) for key in other.needs}
     known = [key for key in (STATISTICS, REFERENCE_BATCH) if key in wanted]
     decided = [Score(name, 0, num_images=table3.NUM_IMAGES).name for name in table3.SCORES]
     if claim.scale != "paper" or claim.row is None or claim.metric not in decided or not known:
-        raise UserError(f"{claim.id} is no claim that samples decide: those are about {', '.join(decided)}.")
+        raise UserError(f"{claim.id} is not a claim that samples decide: those are about {', '.join(decided)}.")
     there = {s.artifact.key for s in artifacts.status(known, folder=folder, given=given) if s.state != "missing"}
     keys = [key for key in known if key in claim.needs or key in there]
     inception_keys = [INCEPTION] if other_inception is None else []
@@ -60,8 +56,8 @@ def score_samples(
     images = open_images(samples)
     if images.size != (table3.IMAGE_SIZE, table3.IMAGE_SIZE):
         raise UserError(
-            f"The images in {samples} are of {' x '.join(map(str, images.size))} pixels, those of the claim of "
-            f"{table3.IMAGE_SIZE} x {table3.IMAGE_SIZE}: resizing changes scores, so do it knowingly and before."
+            f"The images in {samples} have {' x '.join(map(str, images.size))} pixels, those of the claim "
+            f"{table3.IMAGE_SIZE} x {table3.IMAGE_SIZE}. Resizing changes scores; do it yourself before the audit."
         )
     inception = load_inception(other_inception or files[INCEPTION], allow_other=other_inception is not None)
     scored = table3.score(

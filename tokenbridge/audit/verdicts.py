@@ -1,4 +1,4 @@
-"""The verdict on a claim, what a discrepancy does, and what the two rest on."""
+"""The verdicts on claims and the effects of discrepancies, with their evidence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenbridge.weights.artifacts import Status
 
 
 def interval_of(row: Row, metric: str) -> tuple[float, float] | None:
-    """Return the bootstrap interval that a row has for a metric, given by its name in the row."""
+    """Return the bootstrap interval of a metric, given by its name in the row; None if the row has none."""
     score = next((score for score in to_scores(row.metrics) if score.name == metric), None)
     return None if score is None or score.low is None or score.high is None else (score.low, score.high)
 
@@ -28,21 +28,20 @@ def interval_of(row: Row, metric: str) -> tuple[float, float] | None:
 def judge_claim(
     claim: Claim, sources: Sequence[Source], files: Mapping[str, Status], run_check: Callable[[str], float]
 ) -> Finding:
-    """Judge a claim by the first file that decides it; without one, say why none does.
+    """Judge a claim by the first file that decides it. If no file does, the finding says why.
 
     Args:
-        claim: of the ledger.
-        sources: result files, as `evidence.choose` orders them.
-        files: the published files that claims need, by key.
-        run_check: returns the number that a counted claim's check gives, by the check's name.
+        sources: the result files in the order of `evidence.choose`.
+        files: the status of the published files that claims need, by key.
+        run_check: returns the number that the check of this name gives.
 
     Raises:
-        UserError: the claim names no check, trend or value where its scale asks for one, or one that there is not.
+        UserError: the claim lacks the check, trend or value that its scale needs, or names one that does not exist.
     """
     support = tuple(_support(claim, sources))
     if claim.scale == "counted":
         measured = run_check(_named(claim, claim.check, "check"))
-        # A claim in words has a check that is 1 where it is true.
+        # The check of a claim in words returns 1 if the claim is true.
         claimed = 1.0 if claim.value is None else claim.value
         verdict = judge(claimed, measured, claim.tolerance)
         return Finding(
@@ -88,13 +87,13 @@ def judge_claim(
 
 
 def _why_undecided(trend: str, scale: str, sources: Sequence[Source]) -> list[str]:
-    """Return the rows that a trend lacks, with the reasons that result files give."""
+    """Return a sentence for each row that a trend lacks, with the reason that a result file gives."""
     rows = [row for source in sources if source.results.scale == scale for row in source.results.rows]
     measured = {row.id for row in rows if row.not_run is None}
     reasons = {row.id: row.not_run for row in rows if row.not_run is not None}
     lacking = [id_ for id_ in trend_rows().get(trend, ()) if id_ not in measured]
     if not lacking:
-        raise UserError(f"A claim names the trend {trend!r}, which there is not.")
+        raise UserError(f"A claim names the trend {trend!r}, which does not exist.")
     return [f"the trend {trend} rests on {id_}: {reasons.get(id_, 'in no result file')}" for id_ in lacking]
 
 
@@ -107,7 +106,7 @@ def _not_run(claim: Claim, reasons: list[str], files: Mapping[str, Status], supp
 
 
 def _comparison(claim: Claim, measured: float, interval: tuple[float, float] | None = None) -> str:
-    """Return the two numbers and what lies between them, in words."""
+    """Return a sentence with the measured and the claimed number and the tolerance."""
     if claim.value is None:
         return f"the check gives {measured:g}; 1 is true"
     between = "" if interval is None else f" (95 % interval {interval[0]:.4g} to {interval[1]:.4g})"
@@ -128,7 +127,7 @@ def _words(trend: Trend) -> str:
 
 
 def effect_of(discrepancy: Discrepancy, sources: Sequence[Source], run_check: Callable[[str], float]) -> Effect:
-    """Return what a discrepancy does, by the rows and checks that the ledger names for it."""
+    """Return the effect of a discrepancy, which the rows and checks that the ledger names for it show."""
     found = [(i, row) for i, s in enumerate(sources) for row in s.results.rows if row.id in discrepancy.rows]
     return Effect(
         discrepancy=discrepancy,
@@ -139,7 +138,7 @@ def effect_of(discrepancy: Discrepancy, sources: Sequence[Source], run_check: Ca
 
 
 def evidence_of(source: Source) -> Evidence:
-    """Return a file as the audit shows it."""
+    """Return a file as the evidence that the audit shows."""
     return Evidence(
         file=source.name,
         origin=source.origin,

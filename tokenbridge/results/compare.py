@@ -1,4 +1,4 @@
-"""The comparison of rows with stored or published ones."""
+"""The comparison of measured rows with stored or published ones."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tokenbridge.results.score import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results.verdicts import Verdict, within
 
 Judged = dict[str, tuple[Verdict, str]]
-"""Verdict and reason by a row's id."""
+"""(verdict, reason) by the row's id."""
 
 
 def compare(row: Row, reference: Row | None) -> tuple[Verdict, str]:
-    """Return the verdict on a row, and what it rests on."""
+    """Return the verdict on a row, and the reason for it."""
     if row.not_run is not None:
         return "not run", row.not_run
     if reference is None or reference.not_run is not None:
@@ -29,11 +29,10 @@ def compare(row: Row, reference: Row | None) -> tuple[Verdict, str]:
 
 
 def incomparable(results: Results, num_images: int = NUM_IMAGES) -> str | None:
-    """Return why a run's numbers do not compare with the paper's; None if they do.
+    """Return why the numbers of a run cannot be compared with those of the paper; None if they can.
 
     Args:
-        results: of any scale.
-        num_images: behind the paper's scores.
+        num_images: the number of images behind the paper's scores.
     """
     settings = results.provenance.settings
     if results.scale == STAND_IN:
@@ -48,14 +47,14 @@ def incomparable(results: Results, num_images: int = NUM_IMAGES) -> str | None:
 
 
 def judge_published(results: Results, published: Mapping[str, Row], num_images: int = NUM_IMAGES) -> Judged:
-    """Compare each row with the paper's of the same id, if the run's numbers compare with the paper's at all."""
+    """Compare each row with the paper's row of the same id, if the numbers of the run can be compared at all."""
     if (reason := incomparable(results, num_images)) is not None:
         return {row.id: ("not compared", reason) for row in results.rows}
     return {row.id: compare_published(row, published[row.id]) for row in results.rows}
 
 
 def compare_published(row: Row, published: Row) -> tuple[Verdict, str]:
-    """Compare the columns of the paper's row; one that was not measured is not held against the row."""
+    """Compare the columns of the paper's row. A column that was not measured does not fail the row."""
     if not published.metrics:
         return "not compared", f"nothing was published for {published.label}"
     measured = {name: value for name, value in row.metrics.items() if name in published.metrics}
@@ -68,7 +67,7 @@ def compare_published(row: Row, published: Row) -> tuple[Verdict, str]:
 
 
 def verdicts(results: Results, reference: Results | None) -> Judged:
-    """Return (verdict, reason) of every row by its id."""
+    """Return the verdict on every row and its reason, by the row's id."""
     if reference is None:
         without: tuple[Verdict, str] = ("not compared", "there is no stored result to compare with")
         return {row.id: ("not run", row.not_run) if row.not_run else without for row in results.rows}

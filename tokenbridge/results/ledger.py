@@ -1,8 +1,8 @@
-"""Published claims, facts and known discrepancies: what was said, by whom, and how it is checked here.
+"""The ledger of published claims, facts and known discrepancies: what was said, by whom, and how it is checked here.
 
-They are facts of others, kept in `reference_results/paper/` as YAML; nothing in them was measured by this project.
-This is their one home: tables, listings and the audit read them here. What was measured, and the verdicts, are the
-audit's.
+The ledger is kept as YAML in `reference_results/paper/`. It holds only what others published, nothing that this project
+measured. Tables, listings and the audit read published numbers here and nowhere else. The audit adds the measurements
+and the verdicts.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.strict import Strict
 
 Scale = Literal["paper", "tiny", "counted"]
-"""Where a claim is decided: with published weights on ImageNet; by the tiny models (a trend, never a number of the
-paper); or without trained weights, by counting and arithmetic."""
+"""What decides a claim. "paper": the published weights on ImageNet. "tiny": the tiny models, which decide trends only.
+"counted": counting and arithmetic without trained weights."""
 
 
 class Claim(Strict):
-    """One published number, or one sentence that a trend decides."""
+    """A published number, or a published sentence that a trend or a check decides."""
 
     id: str  # "table3/tokenbridge-l/fid": table, row, column
     text: str  # what the page shows: "TokenBridge-L, FID-50K"
@@ -37,36 +37,36 @@ class Claim(Strict):
     unit: str = ""
     row: str | None = None  # scale "paper": row of a result file ("table3/tokenbridge-l") ...
     metric: str | None = None  # ... and its metric ("FID-50K")
-    check: str | None = None  # scale "counted": name in `audit.checks.all_checks`: counted, computed, or a fact
-    trend: str | None = None  # scale "tiny": id of a trend of the results
-    supported_by: tuple[str, ...] = ()  # trends at tiny scale that point the same way; they decide nothing here
-    needs: tuple[str, ...] = ()  # keys in `artifacts.ARTIFACTS`
-    tolerance: Tolerance | None = None  # at scale "paper" that of `results.METRICS`, if none is stated
-    not_applicable: str | None = None  # why no recipe of this project measures it (other people's systems, ...)
+    check: str | None = None  # scale "counted": name of a check in `audit.checks.all_checks`
+    trend: str | None = None  # scale "tiny": id of a trend of the results (`reproduction.trends`)
+    supported_by: tuple[str, ...] = ()  # trends at tiny scale that support the claim without deciding it
+    needs: tuple[str, ...] = ()  # keys in `weights.artifacts.ARTIFACTS`
+    tolerance: Tolerance | None = None  # if none is stated at scale "paper", it is that of the metric
+    not_applicable: str | None = None  # why no recipe of this project measures it, e.g. another system
 
 
 class Fact(Strict):
-    """A setting of the official code, or a number of the paper's text, that claims are compared with."""
+    """A setting of the official code, or a number in the text of the paper, that checks compare claims with."""
 
     id: str  # "official/weight-decay"
-    value: float | bool  # a number, or whether the text is true
+    value: float | bool  # a number, or the truth of the text
     text: str
     source: str  # file and option, or table
 
 
 class Discrepancy(Strict):
-    """The paper against the code, or the code against itself."""
+    """A contradiction between the paper and the code, or within the code."""
 
     id: str  # "first-element"
     text: str  # what differs, in a sentence or two
-    source: str  # where both sides stand
+    source: str  # where both statements stand
     rows: tuple[str, ...] = ()  # rows of result files that show the effect: "discrepancies/first-element-official"
-    checks: tuple[str, ...] = ()  # or names in `audit.checks.all_checks`
-    not_measured: str | None = None  # why not, where neither is named
+    checks: tuple[str, ...] = ()  # checks in `audit.checks.all_checks` that show the effect
+    not_measured: str | None = None  # why the effect was not measured, if neither is named
 
 
 class Ledger(Strict):
-    """Everything in `reference_results/paper/`."""
+    """All claims, facts and discrepancies of `reference_results/paper/`."""
 
     claims: tuple[Claim, ...] = ()
     facts: tuple[Fact, ...] = ()
@@ -77,7 +77,7 @@ class Ledger(Strict):
         return _value(self.claims, id_)
 
     def fact(self, id_: str) -> float:
-        """Return the value of a fact; 1 for what is true, 0 for what is not."""
+        """Return the value of a fact, which is 1 for a true text and 0 for a false one."""
         return _value(self.facts, id_)
 
 
@@ -89,10 +89,10 @@ def _value(entries: Sequence[Claim | Fact], id_: str) -> float:
 
 
 def read_ledger(folder: Path | str) -> Ledger:
-    """Read all claims, facts and discrepancies: every `*.yaml` of a folder has lists of these names.
+    """Read the ledger in a folder, whose `*.yaml` files have lists named claims, facts and discrepancies.
 
     Raises:
-        ValueError: no such files, one that is damaged, an unknown field, or an id that occurs twice.
+        UserError: there are no such files, a file is damaged or has an unknown field, or an id occurs twice.
     """
     paths = sorted(Path(folder).glob("*.yaml"))
     if not paths:
@@ -105,7 +105,7 @@ def read_ledger(folder: Path | str) -> Ledger:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             read = Ledger.model_validate(content)
         except (yaml.YAMLError, ValidationError) as error:
-            raise UserError(f"{file} is no file of claims: {error}") from error
+            raise UserError(f"{file} is not a file of claims: {error}") from error
         claims += map(_with_tolerance, read.claims)
         facts += read.facts
         discrepancies += read.discrepancies
@@ -120,16 +120,18 @@ _read_once = cache(read_ledger)
 
 
 def shipped_ledger() -> Ledger:
-    """Return the ledger that comes with the package, read once in a process."""
+    """Return the ledger that comes with the package; a process reads it once."""
     return _read_once(files.reference_folder() / "paper")
 
 
 def published_metrics(row: str) -> dict[str, float]:
-    """Return what was published of a row of result files, by metric; nothing if nothing was.
+    """Return the published metrics of a row of result files; they are empty if none were published.
+
+    If both a README and the paper's table have a score, the README's is returned, because it is that of the system's
+    authors.
 
     Args:
-        row: id of the row ("table3/mar-l"). Where both a README and the paper's table have a score of it, the README's
-            is returned, which is that of the system's authors.
+        row: the id of the row ("table3/mar-l").
     """
     metrics: dict[str, float] = {}
     for claim in shipped_ledger().claims:

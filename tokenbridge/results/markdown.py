@@ -26,7 +26,7 @@ TITLES = {
 
 
 def tables(results: Results) -> dict[str, list[Row]]:
-    """Group rows by table, in the order they were measured."""
+    """Group rows by table, in the order in which they were measured."""
     grouped: dict[str, list[Row]] = {}
     for row in results.rows:
         grouped.setdefault(row.table, []).append(row)
@@ -39,7 +39,7 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
 
 
 def cell(row: Row, name: str) -> str:
-    """Format one metric of a row; a dash where it has none."""
+    """Format one metric of a row; a dash stands for a metric that the row lacks."""
     return f"{row.metrics[name]:,.{metric(name).decimals}f}" if name in row.metrics else "–"
 
 
@@ -74,18 +74,18 @@ def to_markdown(results: Results, reference: Results | None) -> str:
 
 
 def measured_by(p: Provenance, settings: str | None = None) -> str:
-    """Return the first sentence of a page, without its full stop: command, seed or other settings, time, commit."""
+    """Return the first sentence of a page without its full stop: command, seed or other settings, time, commit."""
     how = f"seed {p.seed}" if settings is None else settings
     return f"Measured by `{p.command}` ({how}) in {p.wall_seconds:.0f} s, {p.started}, {commit_of(p.commit, p.dirty)}"
 
 
 def commit_of(commit: str | None, dirty: bool | None) -> str:
-    """Return in words what code something was made by."""
+    """Return a phrase that names the commit of the code that measured."""
     return f"commit {commit or 'unknown'}{' with uncommitted changes' if dirty else ''}"
 
 
 def tolerance_lines(names: Iterable[str]) -> list[str]:
-    """Return the section on the tolerances of some metrics."""
+    """Return the lines of the section on the tolerances of metrics."""
     body = [[name, tolerance_of(metric(name)), metric(name).reason] for name in names]
     return ["## Tolerances", "", *markdown_table(["metric", "tolerance", "reason"], body)]
 

@@ -1,11 +1,11 @@
-"""Results, their comparison with stored ones, and the tables people read.
+"""Result files: their format, and how they are read and written.
 
-A result file (`results.json`) holds rows of metrics with their provenance. Each row is compared, metric by metric,
-with the row of the same id in a reference file: "reproduced" within the stated tolerances, else "not reproduced".
+A result file (`results.json`) holds rows of metrics with their provenance. `results.compare` compares each row, metric
+by metric, with the row of the same id in a reference file, and `results.markdown` formats the tables.
 
-A file carries the SHA-256 of its own contents. That detects damage and careless edits, not forgery: who changes a
-number on purpose can compute the digest anew. What speaks against a forged file is measuring again, and the hashes of
-weights, images and tokens that it must name.
+A file carries the SHA-256 of its own contents. That detects damage and careless edits, not forgery: whoever changes a
+number on purpose can compute a new digest. A forged file is exposed by measuring again, and by the hashes of weights,
+images and tokens that it must name.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tokenbridge.utils.files import write_json
 from tokenbridge.utils.strict import Strict
 
 SCHEMA = "tokenbridge-results/1"
-STAND_IN = "stand-in: no result"  # scale of what random weights gave
+STAND_IN = "stand-in: no result"  # the scale of results that random weights gave
 
 
 class Row(Strict):
-    """One row of one table: what was measured, or why it was not."""
+    """A row of a table: the metrics that were measured, or the reason why they were not."""
 
-    id: str  # "table2a/ar": table, then the row's own name
-    label: str  # what the table shows
-    metrics: dict[str, float]  # by name; units are in `METRICS`
+    id: str  # "table2a/parallel": the table, then the name of the row
+    label: str  # how the table calls it
+    metrics: dict[str, float]  # by name; see `results.tolerances.METRICS`
     not_run: str | None = None  # the reason, if it was not run
 
     @property
@@ -41,7 +41,7 @@ class Row(Strict):
 
 
 class Trend(Strict):
-    """A claim about the rows, in words, with the number that decides it."""
+    """A claim about the rows in words, and the number that decides it."""
 
     id: str
     claim: str
@@ -51,12 +51,12 @@ class Trend(Strict):
 
     @property
     def holds(self) -> bool:
-        """Whether the measured number keeps the bound."""
+        """Whether the measured number is within the bound."""
         return self.measured >= self.bound if self.relation == ">=" else self.measured <= self.bound
 
 
 class Provenance(Strict):
-    """Where the numbers come from."""
+    """How and by what the numbers were measured."""
 
     command: str
     seed: int
@@ -72,7 +72,7 @@ class Provenance(Strict):
 
 
 class Results(Strict):
-    """Everything a run measured."""
+    """The contents of a result file: everything that a run measured."""
 
     schema_version: Literal["tokenbridge-results/1"] = "tokenbridge-results/1"
     scale: str
@@ -82,10 +82,10 @@ class Results(Strict):
 
 
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a result file's contents, all but the digest itself, as canonical JSON.
+    """Return the SHA-256 of the canonical JSON of a result file's contents without the digest itself.
 
     Raises:
-        ValueError: it holds NaN or infinity.
+        ValueError: a number is NaN or infinite.
     """
     rest = {key: part for key, part in value.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -93,7 +93,7 @@ def digest_of(value: Any) -> str:
 
 
 def write(path: Path | str, results: Results) -> None:
-    """Write a result file with the digest of its contents; it appears whole or not at all.
+    """Write a result file with the digest of its contents; the file appears whole or not at all.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -106,8 +106,8 @@ def read(path: Path | str) -> Results:
     """Read a result file.
 
     Raises:
-        ValueError: it is not there, a folder, truncated, of another schema, changed after it was written, has a row
-            twice, or metrics that are NaN, infinite, unknown or impossible.
+        UserError: the file is missing, a folder, truncated, in another format, or was changed after it was written; or
+            it has a row twice, or a metric that is NaN, infinite, unknown or impossible.
     """
     path = Path(path)
     try:
@@ -124,7 +124,7 @@ def read(path: Path | str) -> Results:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "all of it"
-        raise UserError(f"{path} is no {SCHEMA} file: {where}: {first['msg']}.") from error
+        raise UserError(f"{path} is not a {SCHEMA} file: {where}: {first['msg']}.") from error
     except ValueError as error:
         raise UserError(f"{path} holds a number that is NaN or infinite.") from error
     if sha256 is None:

@@ -1,4 +1,4 @@
-"""Metrics by name: how each is printed, and how near two values must be."""
+"""How each metric is printed, and how near two values of it must be."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tokenbridge.utils.strict import Strict
 
 
 class Tolerance(Strict):
-    """The difference that a value is granted, and why this much."""
+    """The difference that is allowed between a value and its expected value, and the reason for its size."""
 
     relative: float = 0.0  # share of the expected value
     absolute: float = 0.0
     reason: str
 
     def of(self, value: float) -> float:
-        """Return the granted difference from an expected value."""
+        """Return the allowed difference from an expected value."""
         return self.absolute + self.relative * abs(value)
 
 
@@ -27,19 +27,20 @@ class Metric:
 
     decimals: int
     relative: float  # tolerance as a share of the reference value
-    absolute: float  # tolerance that is always granted
+    absolute: float  # tolerance that is added to it, in units of the metric
     reason: str  # why the tolerance has this size
-    low: float = 0.0  # of what can be; FID of equal sets rounds to a little less, so the absolute tolerance is granted
+    # The range of possible values. Files may go below it by `absolute`, because FID of equal sets rounds to below 0.
+    low: float = 0.0
     high: float = math.inf
 
     @property
     def is_compared(self) -> bool:
-        """Whether two values of it are compared; times are not."""
+        """Whether two values of the metric are compared; times are not."""
         return math.isfinite(self.relative)
 
     @property
     def tolerance(self) -> Tolerance:
-        """The difference that is granted, where values are compared."""
+        """The allowed difference between two values, for metrics that are compared."""
         return Tolerance(relative=self.relative, absolute=self.absolute, reason=self.reason)
 
 
@@ -79,10 +80,10 @@ METRICS: dict[str, Metric] = {
     "precision-50K": Metric(2, 0.0, 0.01, _PUBLISHED_SHARE, high=1.0),
     "recall-50K": Metric(2, 0.0, 0.01, _PUBLISHED_SHARE, high=1.0),
     "FID": Metric(3, 0.05, 0.002, _SAMPLING),
-    # The bootstrap's ends are moved by its bias, below 0 where FID is small.
+    # The bias of the bootstrap moves the ends of the interval, below 0 if FID is small.
     **dict.fromkeys(("FID-low", "FID-high", "FID-bias"), Metric(3, 0.05, 0.002, _SAMPLING, low=-math.inf)),
     **dict.fromkeys(("FID-cleanfid", "FID-cleanfid-legacy", "FID-cleanfid-clean"), Metric(3, 0.05, 0.002, _SAMPLING)),
-    "IS": Metric(2, 0.015, 0.0, _SAMPLING, low=0.999),  # 1 but for rounding, where all images look alike
+    "IS": Metric(2, 0.015, 0.0, _SAMPLING, low=0.999),  # 1, except for rounding, if all images look alike
     "IS-std": Metric(2, 0.015, 0.0, _SAMPLING),
     **dict.fromkeys(("KID", "KID-std"), Metric(4, 0.10, 0.0002, _SAMPLING, low=-1.0)),
     "precision": Metric(3, 0.0, 0.04, _SAMPLING, high=1.0),
@@ -114,15 +115,15 @@ METRICS: dict[str, Metric] = {
     "speed-up": Metric(2, 1.0, 0.0, _RATIO),
     "against diffusion": Metric(2, 1.0, 0.0, _RATIO),
 }
-"""Metrics by the name of a score (`results/score.py`) without extractor, remark and number of images. `-50K`: of 50,000
-images by the published Inception weights, against the paper."""
+"""Metrics by the name of a score (`results.score`), without extractor, remark and number of images. Names with `-50K`
+are scores of 50,000 images by the published Inception weights, which are compared with the paper."""
 
 
 def metric(name: str) -> Metric:
     """Return how the metric `name` is printed and compared.
 
     Raises:
-        KeyError: an unknown metric.
+        KeyError: the metric is unknown.
     """
     read = replace(read_name(name), extractor=None, remark=None)
     whole = replace(read, num_images=None)
