@@ -71,9 +71,9 @@ def test_conformance_fails_with_the_output_and_the_reason(run_command: Run, tmp_
     ("content", "reason"),
     [
         (None, "FileNotFoundError"),
-        (b"", "damaged or no .npz file"),
-        (b"tensors as text", "damaged or no .npz file"),
-        ("cut", "damaged or no .npz file"),
+        (b"", "damaged or not an .npz file"),
+        (b"tensors as text", "damaged or not an .npz file"),
+        ("cut", "damaged or not an .npz file"),
         ("other", "The file has no 'meta'."),
     ],
 )

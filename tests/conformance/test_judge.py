@@ -130,7 +130,7 @@ def test_the_other_first_element_is_noticed(
         (set_meta("entry", to="speed"), "Entry 'speed' of tokenbridge is unknown"),
         (set_meta("config", "rope", to=True), "Unknown configuration keys: rope"),
         (set_meta("config", "preset", to="tokenbridge_giant"), "Unknown preset 'tokenbridge_giant'"),
-        (set_meta("config", "preset", to="tokenbridge-tiny"), "no preset of the official code"),
+        (set_meta("config", "preset", to="tokenbridge-tiny"), "not a preset of the official code"),
         (set_meta("config", "encoder_num_heads", to=5), "not divisible by 5 heads"),
         (set_meta("config", "img_size", to=128), r"in\.latents has the shape \[3, 16, 4, 4\]"),
         (lambda meta, arrays: arrays.update({"in.mask": arrays["in.mask"][:, :9]}), r"in\.mask has the shape"),
@@ -175,7 +175,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     np.savez(damaged, meta=np.array("{"))
     assert "JSONDecodeError" in only_failure(damaged)
     np.savez(damaged, meta=np.array([print], dtype=object))
-    assert "damaged or no .npz file" in only_failure(damaged)  # objects are pickled: never loaded
+    assert "damaged or not an .npz file" in only_failure(damaged)  # objects are pickled: never loaded
 
 
 def test_shapes_and_nan(tmp_path: Path) -> None:

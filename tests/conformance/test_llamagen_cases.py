@@ -175,7 +175,7 @@ def test_padding_of_the_encoder_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("logits", set_meta("config", "rope", to=True), "Unknown configuration keys: rope"),
         ("logits", set_meta("config", "model_type", to="t2i"), "'t2i' is not built here"),
-        ("logits", set_meta("config", "block_size", to=15), "block_size 15 is no square"),
+        ("logits", set_meta("config", "block_size", to=15), "block_size 15 is not a square"),
         ("logits", set_meta("config", "preset", to="GPT-S"), "Unknown preset 'GPT-S'"),
         ("logits", set_meta("config", "class_dropout_prob", to=0.0), "no logits_null"),
         ("greedy", set_meta("config", "class_dropout_prob", to=0.0), "no guidance"),

@@ -1,1 +1,1 @@
-"""Conformance with the official code: golden cases are run, and every output is judged."""
+"""Conformance with the official code: golden cases are run, and each of their outputs is judged."""

@@ -1,4 +1,4 @@
-"""Golden cases of GIVT and its VAE, computed with our code.
+"""Our computation of the golden cases of GIVT and its VAE.
 
 Shape letters: B batch, L positions, C channels, M components of the mixture, D channels of any density, K proposals.
 """
@@ -53,7 +53,7 @@ GIVT_DEFAULTS: dict[str, Any] = {
     "per_channel_mixtures": True,
     "scan": False,
 }
-# Arguments that play no part in evaluation without an encoder, in causal style.
+# Arguments that do not change the evaluation of a causal model without an encoder.
 GIVT_UNUSED = frozenset(
     {
         "enc_dropout_rate",
@@ -68,7 +68,7 @@ GIVT_UNUSED = frozenset(
         "remat_policy",
     }
 )
-# Sizes by name (configs/proj/givt/givt_imagenet2012.py, GIVT_MODELS), and what all have in common.
+# Sizes by name (configs/proj/givt/givt_imagenet2012.py, GIVT_MODELS), and the arguments that all of them share.
 IMAGENET: dict[str, Any] = {
     "num_mixtures": 16,
     "out_dim": 16,
@@ -86,9 +86,9 @@ GIVT_PRESETS: dict[str, dict[str, Any]] = {
         ("givt_causal_256", 24, 16, 4096, 1024),
     )
 }
-# What this project's GIVT is: the causal ImageNet models.
+# The only values that our GIVT supports, which is the causal model for ImageNet.
 GIVT_FIXED: dict[str, tuple[Any, str]] = {
-    "num_layers": (0, "an encoder takes an image, which these cases have not"),
+    "num_layers": (0, "an encoder needs an image, which these cases lack"),
     "posemb_type": ("learn", "the official code asserts it"),
     "style": ("ar", "the masked (MaskGIT) model is not built here"),
     "multivariate": (False, "full covariances are not built here; no ImageNet model has them"),
@@ -108,7 +108,7 @@ VAE_DEFAULTS: dict[str, Any] = {
     "malib_ckpt": False,
     "pixel_shuffle_patch_size": (1, 1),
 }
-VAE_UNUSED = frozenset({"code_len", "code_dropout", "dtype"})  # training, or the official code's only value
+VAE_UNUSED = frozenset({"code_len", "code_dropout", "dtype"})  # used in training only, or with a single possible value
 VAE_PRESETS: dict[str, dict[str, Any]] = {
     "givt_vae": {"codeword_dim": 16, "channel_multipliers": (1, 1, 2, 2, 4), "malib_ckpt": True}
 }
@@ -117,7 +117,7 @@ VAE_FIXED: dict[str, tuple[Any, str]] = {
     "pixel_shuffle_patch_size": ((1, 1), "patches of latents are not built here; only the 512 px model has them"),
 }
 
-# Defaults of the official sampling functions; where a case has None, they hold too.
+# Defaults of the official sampling functions, which also replace None in a case.
 SAMPLE_DEFAULTS: dict[str, Any] = {
     "temp": 1.0,
     "temp_probs": 1.0,
@@ -143,10 +143,10 @@ def _without_null_preset(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_givt(given: Mapping[str, Any]) -> GIVT:
-    """Return the model of an official configuration, on the meta device.
+    """Build the model of an official configuration on the meta device.
 
     Raises:
-        UserError: as `complete`; a model without labels, or one that never uses them.
+        UserError: the configuration is refused by `complete`, or the model has no labels or never uses them.
     """
     config = givt_config(given)
     if config["num_labels"] is None:
@@ -170,7 +170,7 @@ def make_givt(given: Mapping[str, Any]) -> GIVT:
 
 
 def make_vae(given: Mapping[str, Any]) -> GivtVAE:
-    """Return the VAE of an official configuration, on the meta device."""
+    """Build the VAE of an official configuration on the meta device."""
     config = vae_config(given)
     with torch.device("meta"):
         return GivtVAE(
@@ -186,7 +186,7 @@ def make_vae(given: Mapping[str, Any]) -> GivtVAE:
 
 
 def _givt(golden: Golden) -> GIVT:
-    """Return the case's model with its weights, which the rule draws scanned or unrolled."""
+    """Return the case's model with its weights, which the rule draws in the scanned or the unrolled layout."""
     given = golden.meta["config"]
     model = make_givt(given)
     _check_count(model, golden)
@@ -219,7 +219,7 @@ def _sampling(golden: Golden) -> GivtSampling:
 
 @dataclass
 class StoredNoise:
-    """The random numbers of one position, from a golden file."""
+    """The random numbers of one position, which a golden file holds."""
 
     gumbel: Tensor | None = None  # [B, M]
     normal: Tensor | None = None  # [B, M, C] for every component, or [B, C]
@@ -228,21 +228,21 @@ class StoredNoise:
     tried: int = 0
 
     def gumbels(self) -> Tensor:
-        """Return [B, M]."""
+        """Return the Gumbel noise of the components, [B, M]."""
         assert self.gumbel is not None
         return self.gumbel
 
     def normals(self, component: Tensor) -> Tensor:
-        """Return [B, C]."""
+        """Return the normal noise of the chosen components, [B, C]."""
         assert self.normal is not None
         return self.normal if self.normal.ndim == 2 else self.normal[torch.arange(len(component)), component]
 
     def proposals(self, rows: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        """Return the next [num, len(rows), C], twice."""
+        """Return the normal and the uniform noise of the next proposals, each [num, len(rows), C]."""
         assert self.simple_noise is not None
         assert self.uniform is not None
         if self.tried + num > len(self.simple_noise):
-            raise UserError(f"The case asks for more proposals than the {len(self.simple_noise)} it has noise for.")
+            raise UserError(f"The case needs more proposals than the {len(self.simple_noise)} for which it has noise.")
         which = slice(self.tried, self.tried + num)
         self.tried += num
         return self.simple_noise[which, rows], self.uniform[which, rows]
@@ -289,11 +289,11 @@ def _run_sample_step(golden: Golden) -> Computed:
     logits = model.next_logits(x, cache, prefix.shape[1]).chunk(2)
     mixtures = [model.mixture(part, temperature=config.temperature, temp_probs=config.temp_probs) for part in logits]
     stored = {name: golden.tensor(name) for name in ("gumbel", "simple_noise", "uniform", "fallback_noise")}
-    stored = {name: value.flatten(-3, -2) for name, value in stored.items()}  # the one position
+    stored = {name: value.flatten(-3, -2) for name, value in stored.items()}  # joins the batch with the single position
     plain = StoredNoise(stored["gumbel"], golden.tensor("plain_noise")[:, 0])
     sample = draw_token(mixtures[0], None, config, plain).values
     guided = StoredNoise(stored["gumbel"], stored["fallback_noise"], stored["simple_noise"], stored["uniform"])
-    # in.component is what the Gumbel numbers choose; should ours choose another, the outputs differ.
+    # The official Gumbel noise chooses in.component. If it chooses another component here, the outputs differ.
     draw = draw_token(mixtures[0], mixtures[1], config, guided)
     component = (mixtures[0].log_weights + stored["gumbel"]).argmax(-1)
     conditional, unconditional = (mixture.component(component) for mixture in mixtures)
@@ -330,7 +330,7 @@ def _density_outputs(density: GuidedDensity, draw: Draw) -> dict[str, Tensor]:
 
 
 def _run_density(golden: Golden) -> Computed:
-    """The rejection sampler alone, on given mixtures."""
+    """Run the rejection sampler alone on given mixtures."""
     config = golden.meta["config"]
     check_keys(config, {"cfg_inference_weight", "max_samples"})
     log_weights = golden.tensor("mixture_logits").log_softmax(-1)
@@ -338,7 +338,7 @@ def _run_density(golden: Golden) -> Computed:
     batch, length = log_weights.shape[:2]
 
     def rows(name: str) -> Tensor:
-        return golden.tensor(name).flatten(-3, -2)  # batch and positions as one
+        return golden.tensor(name).flatten(-3, -2)  # joins batch and positions
 
     component = (log_weights + golden.tensor("gumbel")).argmax(-1)
     parts = [mixture.component(component) for mixture in mixtures]
@@ -362,7 +362,7 @@ def _run_decode(golden: Golden) -> Computed:
         return StoredNoise(**now)
 
     draws = list(generate_draws(model, labels, config, noise))
-    # The official loop returns 0 unless it searches with beams.
+    # The official loop returns 0 as log-probabilities unless it searches with beams.
     outputs = {
         "sequences": torch.stack([draw.values for draw in draws], 1),
         "returned_logprobs": torch.zeros(len(labels)),
@@ -382,7 +382,7 @@ def _run_vae(golden: Golden) -> Computed:
     posterior = vae.encode(images).latent_dist
     mean, log_variance = posterior.mean, posterior.logvar
     if not vae.unit_images:
-        log_variance = vae.moments(images).chunk(2, dim=1)[1]  # without malib_ckpt there is no limit
+        log_variance = vae.moments(images).chunk(2, dim=1)[1]  # without malib_ckpt the official code does not limit it
     size = tuple(mean.shape[2:])
     z = golden.tensor("z").transpose(1, 2).unflatten(2, size)
     mu, logvar = (part.flatten(2).transpose(1, 2) for part in (mean, log_variance))
@@ -400,9 +400,9 @@ def _run_vae(golden: Golden) -> Computed:
 
 
 def _decode_entry(golden: Golden) -> Entry:
-    """Return the arrays of plain or of guided decoding."""
+    """Return the entry of plain or of guided decoding."""
     arguments = f"num_params {' '.join(SAMPLE_DEFAULTS)}"
-    if golden.meta["arguments"].get("cfg_inference_weight"):  # as in the official code 0 is no guidance
+    if golden.meta["arguments"].get("cfg_inference_weight"):  # as in the official code, 0 means no guidance
         noise, trace = "simple_noise uniform fallback_noise", "accepted first_accept fac"
     else:
         noise, trace = "normal", ""

@@ -1,7 +1,7 @@
-"""Golden files: numeric cases of the official code (format 1 of reference_results/goldens/README.md).
+"""Golden files, which hold numeric cases of the official code (format 1 of reference_results/goldens/README.md).
 
-A golden file (`.npz`) holds inputs, outputs, the official constructor's arguments and a rule that makes the weights
-from the official parameter names. This module reads the format; one module for each system (`tokenbridge.py`,
+A golden file (`.npz`) holds inputs, outputs, the arguments of the official constructor and a rule that draws the
+weights from the official parameter names. This module reads the format. One module for each system (`tokenbridge.py`,
 `mar.py`, `llamagen.py`, `givt.py`) computes the outputs, and `judge.py` compares them.
 """
 
@@ -29,7 +29,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Golden:
-    """A golden file, read."""
+    """The contents of a golden file."""
 
     meta: dict[str, Any]
     inputs: Arrays
@@ -43,21 +43,21 @@ class Golden:
 
 @dataclass
 class Computed:
-    """Our outputs, and what is needed to judge them."""
+    """Our outputs, and what `judge.py` needs besides to judge them."""
 
     outputs: dict[str, Tensor]
-    # Where a token may differ: distance of the quantised value to the nearest midpoint, by output.
+    # By integer output: the distance of each quantised value to the nearest midpoint, near which the token may differ.
     midpoint_distances: dict[str, Tensor] = field(default_factory=dict)
-    # Float outputs that follow from an integer one: judged only where that one agrees.
+    # By float output: the integer output that it follows from. It is judged only where that one agrees.
     follows: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kind of golden: the arrays it must have, the arguments it may have, what computes it.
+    """An entry of a system: the arrays that its cases must have, the arguments they may have, and what computes them.
 
-    A name that ends in `_*` stands for one array of each iteration: `z_*` for z_0, z_1, ... None instead of names:
-    the names depend on the case's arguments, and `run` checks them.
+    A name that ends in `_*` stands for one array per iteration: `z_*` for z_0, z_1, ... If the names depend on the
+    case's arguments, None stands for them, and `run` checks the arrays.
     """
 
     inputs: frozenset[str] | None
@@ -68,23 +68,23 @@ class Entry:
 
 
 Entries = Mapping[str, Mapping[str, Entry | Callable[[Golden], Entry]]]
-"""Entries by system and name; a function where the arrays depend on the case's arguments."""
+"""Entries by system and name. If the arrays depend on the case's arguments, a function returns the entry of a case."""
 
 
 def entry(
     inputs: str, outputs: str, run: Callable[[Golden], Computed], arguments: str = "", optional: str = ""
 ) -> Entry:
-    """Return an entry; names are separated by spaces."""
+    """Return an entry from names that are separated by spaces."""
     names = [frozenset(text.split()) for text in (inputs, outputs, arguments, optional)]
     return Entry(names[0], names[1], run, names[2], names[3])
 
 
 def read_golden(path: Path | str) -> Golden:
-    """Read and check a golden file; nothing pickled is loaded.
+    """Read and check a golden file; pickled code is never run.
 
     Raises:
-        UserError: a file that is damaged or not of this format.
-        OSError: a file that is not there.
+        UserError: the file is damaged or in another format.
+        OSError: the file does not exist.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -92,7 +92,7 @@ def read_golden(path: Path | str) -> Golden:
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib and numpy have many ways to say that bytes are damaged
-        raise UserError(f"The file is damaged or no .npz file ({type(error).__name__}: {error}).") from error
+        raise UserError(f"The file is damaged or not an .npz file ({type(error).__name__}: {error}).") from error
     if "meta" not in arrays:
         raise UserError("The file has no 'meta'.")
     meta = json.loads(str(arrays.pop("meta")))
@@ -117,17 +117,17 @@ def complete(
     unused: frozenset[str],
     fixed: Mapping[str, tuple[Any, str]] | None = None,
 ) -> dict[str, Any]:
-    """Complete a case's official keyword arguments by its preset, if it names one, and the constructor's defaults.
+    """Complete a case's official keyword arguments by those of its preset, if any, and the constructor's defaults.
 
     Args:
         given: the case's arguments; lists become tuples.
-        defaults: of the official constructor.
-        find_sizes: returns the arguments that an official preset sets.
-        unused: arguments that play no part in what a case computes; they are dropped.
-        fixed: by argument, the only value that is built here, and why there is no other.
+        defaults: the defaults of the official constructor.
+        find_sizes: returns the arguments that the official preset of this name sets.
+        unused: arguments that do not change what a case computes; they are dropped.
+        fixed: by argument, the only value that our model supports, and the reason.
 
     Raises:
-        UserError: an unknown preset or argument, or a value for which nothing is built here.
+        UserError: a preset or an argument is unknown, or our model does not support a value.
     """
     check_keys(given, {*defaults, *unused, "preset"})
     sizes = find_sizes(str(given["preset"])) if "preset" in given else {}
@@ -140,7 +140,7 @@ def complete(
 
 
 def check_keys(given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse a configuration with keys that are not known."""
+    """Refuse a configuration with unknown keys."""
     if unknown := sorted(set(given) - set(known)):
         raise UserError(f"Unknown configuration keys: {', '.join(unknown)}.")
 
@@ -153,7 +153,7 @@ def choose_preset(presets: Mapping[str, Mapping[str, Any]], name: str) -> Mappin
 
 
 def with_rule_weights(module: Any, layout_of: Callable[[Any], Layout], golden: Golden) -> Any:
-    """Give `module`, which may be on the meta device, the weights that the golden's rule draws."""
+    """Load the weights that the case's rule draws into `module`, which may be on the meta device."""
     layout = layout_of(module)
     load_official(module, rule_state(layout, golden.meta["weights"]), layout)
     return module

@@ -1,6 +1,6 @@
-"""Run golden files and judge them: numbers of the official code against ours.
+"""Run golden files, and judge our numbers by those of the official code.
 
-What cannot be run is a failure with its reason, never a skip and never an exception.
+A file that cannot be run is a failure with a reason; it is never skipped and never raises an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tokenbridge.results.verdicts import CheckVerdict
 from tokenbridge.utils.console import colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 
-TIE = 1e-6  # latents this near to a midpoint may round to either level: float32 error of the map to normalised units
+TIE = 1e-6  # latents this near to a midpoint may get either level (float32 error of the map to normalised units)
 
 ENTRIES: Entries = {
     **golden_tokenbridge.ENTRIES,
@@ -37,18 +37,18 @@ ENTRIES: Entries = {
     **golden_mar.ENTRIES,
     **golden_givt.ENTRIES,
 }
-"""What computes each entry, by system."""
+"""All entries by system and name."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one output of a golden file, or of the whole file (name "file") if it could not be run."""
+    """The verdict on one output of a golden file, or on the whole file (name "file") if it could not be run."""
 
     name: str
-    error: float | None  # largest absolute difference; None if there was none to take
+    error: float | None  # largest absolute difference; None if none can be computed
     tolerance: str
     verdict: CheckVerdict  # "pass" or "fail"
-    reason: str = ""  # of a failure; or what the tolerance let through
+    reason: str = ""  # why it failed, or what the tolerance allowed
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ class Report:
 
 
 def run_file(path: Path | str) -> list[Outcome]:
-    """Run one golden file; one outcome for each of its outputs, or one failure if it cannot be run."""
+    """Run a golden file and return one outcome per output, or a single failure if the file cannot be run."""
     try:
         golden = read_golden(path)
         entry = _entry_of(golden)
         with torch.inference_mode():
             computed = entry.run(golden)
         return [_judge(name, golden, computed) for name in golden.outputs]
-    except Exception as error:  # a file that breaks anything at all is a failure of that file, not of the run
+    except Exception as error:  # whatever breaks is a failure of this file, not of the run
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return [Outcome("file", None, "", "fail", reason)]
 
 
 def run_files(paths: Iterable[Path | str]) -> list[Report]:
-    """Run golden files; a folder stands for all `.npz` files in it. Progress goes to stderr."""
+    """Run golden files, and show the progress on stderr. A folder stands for all `.npz` files in it."""
     reports = []
     for path in _expand(paths):
         log(f"conformance: {path}")
@@ -89,11 +89,11 @@ def run_files(paths: Iterable[Path | str]) -> list[Report]:
 
 
 def conformance(paths: Iterable[Path | str], *, as_json: bool = False) -> bool:
-    """Run golden files, print what came out on stdout, and tell whether all passed.
+    """Run golden files, print the outcomes on stdout, and return whether all passed.
 
     Args:
-        paths: `.npz` files, or folders of them.
-        as_json: print JSON instead of a table.
+        paths: `.npz` files, or folders that hold them.
+        as_json: whether to print JSON instead of a table.
     """
     reports = run_files(paths)
     passed = bool(reports) and all(report.passed for report in reports)
@@ -106,7 +106,7 @@ def conformance(paths: Iterable[Path | str], *, as_json: bool = False) -> bool:
 
 
 def print_reports(reports: Iterable[Report]) -> None:
-    """Print a table: file, output, largest error, tolerance, verdict; reasons below it."""
+    """Print a table with file, output, largest error, tolerance and verdict, and the reasons below it."""
     reports = list(reports)
     body = []
     for report in reports:
@@ -125,7 +125,7 @@ def print_reports(reports: Iterable[Report]) -> None:
 
 
 def _entry_of(golden: Golden) -> Entry:
-    """Return what runs the case, after checking that the case is whole and says nothing unknown."""
+    """Return the entry of a case, after checking that the case is complete and has no unknown parts."""
     system, name = golden.meta["system"], golden.meta["entry"]
     if system not in ENTRIES:
         raise UserError(f"System {system!r} is unknown here; there are {', '.join(ENTRIES)}.")
@@ -146,7 +146,7 @@ def _entry_of(golden: Golden) -> Entry:
         raise UserError(f"Unknown arguments: {', '.join(unknown)}.")
     tolerance = golden.meta["tolerance"]
     if unknown := sorted(set(tolerance) - {"atol", "rtol"} - set(golden.outputs)):
-        raise UserError(f"The tolerance speaks of unknown outputs: {', '.join(unknown)}.")
+        raise UserError(f"The tolerance names unknown outputs: {', '.join(unknown)}.")
     numbers = [tolerance.get(key) for key in ("atol", "rtol")]
     if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
         raise UserError(f"The tolerance {tolerance} lacks atol or rtol.")
@@ -156,7 +156,7 @@ def _entry_of(golden: Golden) -> Entry:
 
 
 def _judge(name: str, golden: Golden, computed: Computed) -> Outcome:
-    """Compare one output with the golden's, by the case's own tolerance."""
+    """Compare one output with that of the golden file by the tolerance of the case."""
     expected = golden.outputs[name]
     ours = computed.outputs[name].numpy()
     tolerance = golden.meta["tolerance"]
@@ -166,7 +166,7 @@ def _judge(name: str, golden: Golden, computed: Computed) -> Outcome:
     if ours.shape != expected.shape:
         reason = f"shape {list(ours.shape)} instead of {list(expected.shape)}"
         return Outcome(name, None, stated, "fail", reason)
-    # Equal infinities differ by NaN; a NaN of ours or theirs stays one, and fails.
+    # Equal infinities would differ by NaN. A NaN on either side stays NaN and fails.
     with np.errstate(invalid="ignore"):
         error = np.where(ours == expected, 0.0, np.abs(ours.astype(np.float64) - expected.astype(np.float64)))
     largest = float(error.max(initial=0.0))
@@ -180,7 +180,7 @@ def _judge(name: str, golden: Golden, computed: Computed) -> Outcome:
     else:
         leader = computed.follows.get(name)
         same = np.ones(error.shape, bool) if leader is None else _agree(leader, golden, computed, error.shape)
-        with np.errstate(invalid="ignore"):  # 0 times infinity, where equal infinities have the error 0
+        with np.errstate(invalid="ignore"):  # 0 times infinity is NaN, but equal infinities have the error 0
             allowed_error = tolerance["atol"] + tolerance["rtol"] * np.abs(expected.astype(np.float64))
         within = (error == 0) | (error <= allowed_error)
         good, note = bool((within | ~same).all()), _count(~within & same, "are outside")
@@ -191,7 +191,7 @@ def _judge(name: str, golden: Golden, computed: Computed) -> Outcome:
 
 
 def _judge_words(words: str, error: NDArray[np.float64], distances: NDArray[Any] | None) -> tuple[bool, str]:
-    """Judge integers by a tolerance in words; unknown words fail."""
+    """Judge integers by a tolerance in words; words that are not understood fail."""
     differ = error != 0
     if (match := re.search(r"at least ([\d.]+) ?% equal", words)) is not None:
         return bool((~differ).mean() * 100 >= float(match[1])), _count(differ, "differ")
@@ -202,11 +202,11 @@ def _judge_words(words: str, error: NDArray[np.float64], distances: NDArray[Any]
 
 
 def _agree(leader: str, golden: Golden, computed: Computed, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Return where the integer output `leader` agrees, in the layout of what follows from it."""
+    """Return where the integer output `leader` agrees, in the shape of the output that follows from it."""
     agree = computed.outputs[leader].numpy() == golden.outputs[leader]
     if agree.shape == shape:
         return agree
-    return agree.swapaxes(1, 2).reshape(shape)  # tokens [B, L, C], latents [B, C, H, W]
+    return agree.swapaxes(1, 2).reshape(shape)  # from tokens [B, L, C] to latents [B, C, H, W]
 
 
 def _count(where: NDArray[Any], verb: str) -> str:
@@ -214,7 +214,7 @@ def _count(where: NDArray[Any], verb: str) -> str:
 
 
 def _expand(paths: Iterable[Path | str]) -> list[Path]:
-    """Replace folders by their golden files; a folder without any stays, and fails."""
+    """Replace folders by their golden files; a folder without any stays in the list, and fails."""
     files: list[Path] = []
     for path in map(Path, paths):
         files += (sorted(path.glob("*.npz")) or [path]) if path.is_dir() else [path]

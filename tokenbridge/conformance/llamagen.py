@@ -1,4 +1,4 @@
-"""Golden cases of LlamaGen and its VQ tokenizers, computed with our code.
+"""Our computation of the golden cases of LlamaGen and its VQ tokenizers.
 
 Shape letters: B batch, T tokens, V codes, h, w height and width of the token grid.
 """
@@ -40,7 +40,7 @@ GPT_DEFAULTS: dict[str, Any] = {
     "cls_token_num": 1,
     "block_size": 256,
 }
-# Arguments that play no part in evaluation, or (the last three) none for a model of classes.
+# Arguments that do not change the evaluation; the last three have no meaning for a class-conditional model.
 GPT_UNUSED = frozenset(
     {
         "initializer_range",
@@ -63,7 +63,7 @@ GENERATE_DEFAULTS: dict[str, Any] = {
     "top_p": 1.0,
     "sample_logits": True,
 }
-# Defaults of the official ModelArgs (vq_model.py), and its arguments that play no part in evaluation.
+# Defaults of the official ModelArgs (vq_model.py), and its arguments that do not change the evaluation.
 VQ_DEFAULTS: dict[str, Any] = {
     "codebook_size": 16384,
     "codebook_embed_dim": 8,
@@ -83,20 +83,20 @@ def gpt_config(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choose_preset(presets: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    return choose_preset(presets, name.replace("_", "-"))  # the function GPT_B builds what the table calls GPT-B
+    return choose_preset(presets, name.replace("_", "-"))  # the official function GPT_B builds GPT-B
 
 
 def make_gpt(config: Mapping[str, Any]) -> LlamaGen:
-    """Return the model of an official configuration, on the meta device.
+    """Build the model of an official configuration on the meta device.
 
     Raises:
-        UserError: a model of captions, or a number of positions that is no square.
+        UserError: the model is not class-conditional, or its number of positions is not a square.
     """
     if config["model_type"] != "c2i":
         raise UserError(f"The model type {config['model_type']!r} is not built here: class-conditional ('c2i') only.")
     side = math.isqrt(config["block_size"])
     if side**2 != config["block_size"]:
-        raise UserError(f"block_size {config['block_size']} is no square number of positions.")
+        raise UserError(f"block_size {config['block_size']} is not a square number of positions.")
     with torch.device("meta"):
         return LlamaGen(
             latent_size=side,
@@ -115,9 +115,9 @@ def make_gpt(config: Mapping[str, Any]) -> LlamaGen:
 
 
 def gpt_with_rule_weights(golden: Golden) -> tuple[LlamaGen, bool]:
-    """Return the model of a golden, with its weights, and whether it has an embedding for "no class"."""
+    """Return the case's model with its weights, and whether it has an embedding for "no class"."""
     config = gpt_config(golden.meta["config"])
-    # With class_dropout_prob 0 the official table lacks its last row. The rule draws the rows before it alike.
+    # With class_dropout_prob 0 the official table lacks its last row. The rule draws the other rows alike.
     return with_rule_weights(make_gpt(config), llamagen_layout, golden), config["class_dropout_prob"] > 0
 
 
@@ -145,14 +145,14 @@ def _run_greedy(golden: Golden) -> Computed:
         raise UserError("With class_dropout_prob 0 there is no embedding for 'no class', and no guidance.")
     seen = []
 
-    def pick(logits: Tensor, place: int) -> Tensor:
+    def choose(logits: Tensor, place: int) -> Tensor:
         seen.append(logits)
         return logits.argmax(-1)  # temperature, top-k and top-p leave the most likely token where it is
 
-    interval = arguments["cfg_interval"]  # of decode steps, which begin with the second token; may be a fraction
+    interval = arguments["cfg_interval"]  # counts decode steps, which begin with the second token; may be a fraction
     tokens = model.sample(
         labels,
-        pick,
+        choose,
         guidance_scale=arguments["cfg_scale"],
         num_guided=math.floor(interval) + 2 if interval > -1 else None,
         num_tokens=arguments["max_new_tokens"],
@@ -161,7 +161,7 @@ def _run_greedy(golden: Golden) -> Computed:
 
 
 def _run_filter(golden: Golden) -> Computed:
-    """Filter as each output's name says: `filtered_k5_p0.9` of in.logits, `tied_filtered_k3` of in.tied_logits."""
+    """Filter in.logits or in.tied_logits as the names of the outputs say: `filtered_k5_p0.9`, `tied_filtered_k3`."""
     named = {f"filtered_k{top_k}_p{top_p}" for top_k, top_p in golden.meta["arguments"].get("combos", [])}
     if absent := sorted(named - set(golden.outputs)):
         raise UserError(f"Arrays are missing: {', '.join(f'out.{name}' for name in absent)}.")
@@ -192,7 +192,7 @@ def vq_config(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_vq(config: Mapping[str, Any]) -> LlamaGenVQ:
-    """Return the tokenizer of an official configuration, on the meta device."""
+    """Build the tokenizer of an official configuration on the meta device."""
     with torch.device("meta"):
         return LlamaGenVQ(
             num_codes=config["codebook_size"],
@@ -210,7 +210,7 @@ def _run_vq(golden: Golden) -> Computed:
     tokens = vq.nearest(z)
     codes = vq.lookup(tokens)
     normalised = vq.normalise(z, dim=1)
-    quantized = normalised + (codes - normalised)  # what the gradient passes through: the code, up to rounding
+    quantized = normalised + (codes - normalised)  # the straight-through value, which is the code up to rounding
     outputs = {
         "z": z,
         "indices": tokens.flatten(),

@@ -1,7 +1,7 @@
-"""Golden cases of MAR, computed with our code.
+"""Our computation of the golden cases of MAR.
 
-Weights go by official name, so what an entry does not use may be of any size: the backbone's entries run with the
-smallest head, the head's with the smallest backbone.
+The rule draws weights by official name, so that parts which an entry does not use may have any size. Entries of the
+backbone run with the smallest head, and entries of the head with the smallest backbone.
 
 Shape letters: B batch, L positions, C channels, N positions of any image, S diffusion steps, R noises of a position.
 """
@@ -43,8 +43,8 @@ MAR_DEFAULTS: dict[str, Any] = {
     "num_sampling_steps": "100",
     "diffusion_batch_mul": 4,
 }
-UNUSED = frozenset({"mask_ratio_min", "grad_checkpointing"})  # a case holds the mask rate; same numbers either way
-# Defaults of the official `sample_tokens`. `labels` may say that none are given; `bsz` and `progress` play no part.
+UNUSED = frozenset({"mask_ratio_min", "grad_checkpointing"})  # the mask rate is stored, checkpointing changes nothing
+# Defaults of the official `sample_tokens`. `labels` says whether labels are given; `bsz` and `progress` change nothing.
 SAMPLE_DEFAULTS: dict[str, Any] = {
     "bsz": None,
     "num_iter": 64,
@@ -63,7 +63,7 @@ def mar_config(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_mar(config: Mapping[str, Any]) -> MAR:
-    """Return the model of an official configuration, on the meta device."""
+    """Build the model of an official configuration on the meta device."""
     with torch.device("meta"):
         return MAR(
             latent_size=positions_a_side(config) * config["patch_size"],
@@ -85,7 +85,7 @@ def make_mar(config: Mapping[str, Any]) -> MAR:
 
 
 def _head(golden: Golden) -> tuple[DiffusionHead, Diffusion]:
-    """Return the diffusion head with the golden's weights, and the process that it samples by."""
+    """Return the diffusion head with the case's weights, and its diffusion process."""
     config = mar_config(golden.meta["config"])
     smallest = {"img_size": config["vae_stride"] * config["patch_size"], "encoder_depth": 0, "decoder_depth": 0}
     model = with_rule_weights(make_mar(config | smallest), mar_layout, golden)
@@ -114,7 +114,7 @@ def _run_training_loss(golden: Golden) -> Computed:
     masked = orders[:, : math.ceil(length * golden.inputs["mask_rate"].item())]
     mask = torch.zeros(batch, length).scatter(1, masked, 1.0)
     visible, masked = split_mask(mask)
-    # A row for every noise, image and position; those of visible positions do not count.
+    # The case has a row for every noise, image and position; rows of visible positions are not used.
     rows = (config["diffusion_batch_mul"], batch, length)
     t = golden.tensor("t").view(rows).gather(2, masked.expand(rows[0], -1, -1))
     noise = golden.tensor("noise").view(*rows, model.num_channels)
@@ -132,11 +132,11 @@ def _run_sample(golden: Golden) -> Computed:
     model = with_rule_weights(make_mar(config), mar_layout, golden)
     orders = golden.tensor("orders")
     if not torch.equal(orders.sort(dim=1).values, torch.arange(model.num_positions).expand_as(orders)):
-        raise UserError(f"in.orders are no permutations of {model.num_positions} positions.")
+        raise UserError(f"in.orders are not permutations of {model.num_positions} positions.")
     draws = iter(range(arguments["num_iter"]))
 
     def draw(num_drawn: int, num_steps: int) -> Tensor:
-        """Return the noise of the next iteration: rows run over images, then positions; a second half is not used."""
+        """Return the noise of the next iteration. Rows run over images, then positions; a second half is not used."""
         number = next(draws)
         initial, steps = golden.tensor(f"init_noise_{number}"), golden.tensor(f"step_noise_{number}")
         if len(steps) != num_steps or len(initial) != len(orders) * num_drawn:
@@ -157,13 +157,13 @@ def _run_sample(golden: Golden) -> Computed:
     steps = list(generation(model, labels, settings, LatentNoise(orders, draw)))
     outputs = {
         "latents": model.to_latents(steps[-1].sequence),
-        # The official mask length never reaches 0, although the last iteration predicts all.
+        # The official mask length never falls to 0, although the last iteration predicts all positions.
         "mask_len": torch.tensor([max(1, step.iteration.still_masked) for step in steps]),
         "cfg_iter": torch.tensor([step.iteration.guidance for step in steps]),
         "num_pred": torch.tensor([step.positions.numel() for step in steps]),
     }
     for number, step in enumerate(steps):
-        # Without a class, both halves of the official batch are the same.
+        # Without a class, the two halves of the official batch are equal.
         halves = 2 if arguments["cfg"] != 1 and len(step.context) == len(orders) else 1
         outputs[f"z_{number}"] = step.context.repeat(halves, 1, 1).flatten(0, 1)
         outputs[f"tokens_{number}"] = step.predicted.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Golden cases of TokenBridge and of the KL-16 VAE, computed with our code.
+"""Our computation of the golden cases of TokenBridge and of the KL-16 VAE.
 
 Shape letters: B batch, L positions, C channels, H height, W width, V levels, N positions of any image, D width.
 """
@@ -29,7 +29,7 @@ from tokenbridge.weights.official import flat_layout
 from tokenbridge.weights.published import Preset, find_preset
 
 # Defaults that the official constructors of TokenBridge and MAR share. `norm_layer_eps` stands for their argument
-# `norm_layer`: torch's own default in the bare class.
+# `norm_layer`; the default of the bare class is that of torch.
 BACKBONE_DEFAULTS: dict[str, Any] = {
     "img_size": 256,
     "vae_stride": 16,
@@ -57,7 +57,7 @@ TOKENBRIDGE_DEFAULTS: dict[str, Any] = {
     "quant_max": 5.0,
     "std_range": 3.0,
 }
-# Defaults of the official `sample_tokens`; `labels` tells whether labels are given.
+# Defaults of the official `sample_tokens`; `labels` says whether labels are given.
 SAMPLE_DEFAULTS: dict[str, Any] = {
     "num_iter": 64,
     "cfg": 1.0,
@@ -65,7 +65,7 @@ SAMPLE_DEFAULTS: dict[str, Any] = {
     "labels": True,
     "temperature": 1.0,
 }
-# Arguments that play no part in evaluation; the official code stores `use_quantized_value` nowhere.
+# Arguments that do not change the evaluation; the official code ignores `use_quantized_value` altogether.
 TRAINING_ARGUMENTS = frozenset(
     {
         "mask_ratio_min",
@@ -92,7 +92,7 @@ def tokenbridge_config(given: Mapping[str, Any]) -> dict[str, Any]:
 def backbone_sizes(preset: Preset) -> dict[str, Any]:
     """Return the arguments that an official preset function sets; the others stay at the constructor's defaults."""
     if preset.official_name is None:
-        raise UserError(f"{preset.name!r} is no preset of the official code.")
+        raise UserError(f"{preset.name!r} is not a preset of the official code.")
     model = preset.model
     sides = {
         f"{side}_{theirs}": model[ours]
@@ -103,7 +103,7 @@ def backbone_sizes(preset: Preset) -> dict[str, Any]:
 
 
 def make_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
-    """Return the quantiser of an official configuration; its range need not be symmetric about 0."""
+    """Build the quantiser of an official configuration, whose range need not be symmetric about 0."""
     half = (config["quant_max"] - config["quant_min"]) / 2
     centre = (config["quant_max"] + config["quant_min"]) / 2
     codebook = gaussian_codebook(config["quant_levels"], value_range=half, num_sigmas=config["std_range"])
@@ -111,7 +111,7 @@ def make_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
 
 
 def make_backbone(config: Mapping[str, Any]) -> MaskedBackbone:
-    """Return the backbone of an official configuration, on the meta device."""
+    """Build the backbone of an official configuration on the meta device."""
     with torch.device("meta"):
         return MaskedBackbone(
             BackboneConfig(
@@ -132,7 +132,7 @@ def make_backbone(config: Mapping[str, Any]) -> MaskedBackbone:
 
 
 def make_head(config: Mapping[str, Any]) -> ARHead:
-    """Return the head of an official configuration, on the meta device."""
+    """Build the head of an official configuration on the meta device."""
     with torch.device("meta"):
         return ARHead(
             HeadConfig(
@@ -149,10 +149,10 @@ def make_head(config: Mapping[str, Any]) -> ARHead:
 
 
 def make_model(config: Mapping[str, Any]) -> TokenBridge:
-    """Return the whole model of an official configuration, on the meta device.
+    """Build the whole model of an official configuration on the meta device.
 
     Raises:
-        UserError: a configuration with which the official code itself cannot run the whole model.
+        UserError: the official code itself cannot run the whole model with this configuration.
     """
     num_channels = len(OFFICIAL_CHANNEL_ORDER)
     if config["vae_embed_dim"] != num_channels or config["patch_size"] != 1:
@@ -187,7 +187,7 @@ def make_model(config: Mapping[str, Any]) -> TokenBridge:
 
 
 def positions_a_side(config: Mapping[str, Any]) -> int:
-    """Return height and width of the positions."""
+    """Return the height of the grid of positions, which is also its width."""
     return int(config["img_size"] // config["vae_stride"] // config["patch_size"])
 
 
@@ -235,15 +235,15 @@ def _run_training_logits(golden: Golden) -> Computed:
 
 
 def _run_head(golden: Golden) -> Computed:
-    """Force the given tokens through the cached sampling path, and collect the logits it picks from."""
+    """Force the given tokens through the cached sampling path, and collect the logits of each choice."""
     head = with_rule_weights(make_head(tokenbridge_config(golden.meta["config"])), flat_layout, golden)
     tokens, seen = golden.tensor("tokens"), []
 
-    def pick(logits: Tensor, place: int) -> Tensor:
+    def choose(logits: Tensor, place: int) -> Tensor:
         seen.append(logits)
         return tokens[:, place]
 
-    head.sample(golden.tensor("features"), pick, first="official")
+    head.sample(golden.tensor("features"), choose, first="official")
     return Computed({"logits": torch.stack(seen, dim=1)})
 
 
@@ -254,7 +254,7 @@ def _run_sample(golden: Golden) -> Computed:
     model = with_rule_weights(make_model(tokenbridge_config(golden.meta["config"])), tokenbridge_layout, golden)
     orders = golden.tensor("orders")
     if not torch.equal(orders.sort(dim=1).values, torch.arange(model.num_positions).expand_as(orders)):
-        raise UserError(f"in.orders are no permutations of {model.num_positions} positions.")
+        raise UserError(f"in.orders are not permutations of {model.num_positions} positions.")
     config = TokenBridgeSampling(
         num_iterations=arguments["num_iter"],
         guidance_scale=arguments["cfg"],
@@ -263,33 +263,33 @@ def _run_sample(golden: Golden) -> Computed:
         temperature=0.0,
         first_element="official",
     )
-    noise = ImageNoise(orders, torch.zeros(*orders.shape, model.num_channels))  # greedy: the uniforms play no part
+    noise = ImageNoise(orders, torch.zeros(*orders.shape, model.num_channels))  # greedy choices do not use the uniforms
     labels = golden.tensor("labels") if arguments["labels"] else None
     tokens = generate_tokens(model, labels, config, noise)
     return Computed({"tokens": tokens, "latents": model.to_latents(tokens)}, follows={"latents": "tokens"})
 
 
 def check_shapes(golden: Golden, config: Mapping[str, Any]) -> None:
-    """Refuse latents and masks of another size: gathers by index would not notice."""
+    """Refuse latents, masks and orders of another size, which gathering by index would not notice."""
     side = positions_a_side(config)
     length = (side**2,)
     latents = (config["vae_embed_dim"], *[side * config["patch_size"]] * 2)
     sizes = {"latents": latents, "mask": length, "orders": length}
     for name, size in sizes.items():
         if name in golden.inputs and (shape := golden.inputs[name].shape)[1:] != size:
-            raise UserError(f"in.{name} has the shape {list(shape)}; the configuration asks for [B, *{list(size)}].")
+            raise UserError(f"in.{name} has the shape {list(shape)}; the configuration needs [B, *{list(size)}].")
 
 
 def _patches(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """Take latents [B, C, H, W] to patches [B, L, C p p], channels before rows before columns of a patch."""
+    """Cut latents [B, C, H, W] into patches [B, L, C p p], in the order channel, row, column of a patch."""
     return F.pixel_unshuffle(latents, config["patch_size"]).flatten(2).transpose(1, 2).contiguous()
 
 
 def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return visible [B, n] and masked [B, L - n] positions of a mask [B, L], 1 for masked, both rising.
+    """Return the visible [B, n] and the masked [B, L - n] positions of a mask [B, L] (1 for masked), both rising.
 
     Raises:
-        UserError: rows that mask different numbers of positions, which neither code can run as one batch.
+        UserError: rows mask different numbers of positions, which neither code can run as one batch.
     """
     hidden = mask != 0
     counts = hidden.sum(dim=1)
@@ -301,7 +301,7 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_midpoint(quantizer: ScalarQuantizer, x: Tensor) -> Tensor:
-    """Return the distance of every value to the nearest midpoint of two levels, in latent units."""
+    """Return the distance of every value to the nearest midpoint between two levels, in latent units."""
     places = torch.searchsorted(quantizer.midpoints, x.contiguous())
     ends = quantizer.midpoints[torch.stack([places - 1, places]).clamp(0, len(quantizer.midpoints) - 1)]
     return (ends - x).abs().amin(0)

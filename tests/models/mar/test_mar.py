@@ -320,7 +320,7 @@ def test_the_salt_decides(case: str, tmp_path: Path) -> None:
         ("mar-sample", lambda meta, arrays: arrays.pop("in.step_noise_3"), "step_noise_3"),
         ("mar-sample", lambda meta, arrays: meta["config"].update(num_sampling_steps="20"), "has 25 steps"),
         ("mar-sample", lambda meta, arrays: meta["arguments"].update(cfg_schedule="cosine"), "Unknown guidance"),
-        ("mar-sample", lambda meta, arrays: arrays["in.orders"].__setitem__((0, 0), 0), "no permutations"),
+        ("mar-sample", lambda meta, arrays: arrays["in.orders"].__setitem__((0, 0), 0), "not permutations"),
         ("mar-sample", lambda meta, arrays: arrays.update({"in.noise_1": np.zeros(1)}), r"Unknown arrays: in\.noise_1"),
         ("mar-diffusion-sample", lambda meta, arrays: arrays.pop("in.z"), r"missing: in\.z"),
     ],
