@@ -1,7 +1,7 @@
 """TokenBridge: a reproducibility benchmark for token-based autoregressive image generation.
 
-The public names are listed in `__init__.pyi`. Each is imported at its first use, so that `import tokenbridge` is quick
-and works where torch is broken, which `tokenbridge` the command then explains.
+The public names are listed in `__init__.pyi`. Each is imported at its first use, so that `import tokenbridge` is quick,
+and the command can report a broken installation of torch.
 """
 
 import lazy_loader

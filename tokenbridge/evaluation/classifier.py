@@ -1,4 +1,4 @@
-"""A small convolutional classifier: the feature extractor of the tiny tier, where no Inception weights can be had.
+"""A small convolutional classifier: it extracts features at the small scales, where Inception's weights are missing.
 
 Its scores are named after it (`FID-digits`, ...) and never called FID: they can be compared with one another, not
 with published numbers.

@@ -1,7 +1,7 @@
 """A system: all that the rest of the package has to know about a generator. README.md says how to add one.
 
 Each system's folder has a module `system.py` with one `System`, which `registry.py` lists. Commands, training, sampling
-runs, plans and tables use only the fields of `System`; they name no system.
+runs, plans and tables use only the fields of `System`; they need no change for a new one.
 
 Shape letters: B batch, L positions, C channels, h, w latent height and width.
 """

@@ -1,10 +1,11 @@
 """A row of the paper's table 3 from published weights: sample 50,000 images, score them, compare as published.
 
-For every system: its own files, sampler, settings and published numbers (`systems.py`); one evaluation for all.
+Every system has its own files, settings and published numbers (`models/*/system.py`). One evaluation serves all.
 
-Order of work: the files first (a missing one costs seconds, not hours), then the sampling run (`run.py`: many
-processes, resumed after a kill), then the scores (`evaluation.py`): FID and Inception Score against the statistics of
-the official evaluation, precision and recall against the images of ADM's reference batch.
+The order of work is: the files first (a missing one costs seconds, not hours), then the sampling run
+(`sampling/run.py`: many processes, resumed after a kill), then the scores (`evaluation/evaluate.py`): FID and Inception
+Score against the statistics of the official evaluation, precision and recall against the images of ADM's reference
+batch.
 """
 
 from __future__ import annotations

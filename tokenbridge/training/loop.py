@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tokenbridge.configs.schema import LOG_EVERY, TrainingConfig
 from tokenbridge.utils import console
-from tokenbridge.utils.errors import UnusableImageError, UserError
+from tokenbridge.utils.errors import DivergedError, UserError
 from tokenbridge.utils.files import replacing, write_json
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def train(
 
     Raises:
         UserError: the folder holds a checkpoint of another run, or the processes cannot share a batch equally.
-        UnusableImageError: the loss became NaN or infinite; the last checkpoint is kept.
+        DivergedError: the loss became NaN or infinite; the last checkpoint is kept.
     """
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
@@ -158,7 +158,7 @@ def train(
                 ).item()  # only here the loop waits for the device
                 recent.clear()
                 if not math.isfinite(mean):
-                    raise UnusableImageError(f"The loss of {name} became {mean} by step {done}.")
+                    raise DivergedError(f"The loss of {name} became {mean} by step {done}.")
                 curve.append((done, mean))
                 advance(done, f"loss {mean:.4f}")
             if done % config.checkpoint_every == 0 or done == config.num_steps:

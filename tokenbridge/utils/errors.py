@@ -19,5 +19,9 @@ class StorageError(UserError, OSError):
     """The disk is full or cannot be written to. Files that were written before the error are kept."""
 
 
+class DivergedError(UserError, FloatingPointError):
+    """The loss of a training became NaN or infinite; its last checkpoint stays."""
+
+
 class UnusableImageError(UserError, FloatingPointError):
     """A model produced NaN or a black image. Images that were made before the error are kept."""

@@ -18,7 +18,6 @@ guidance: with the class first, without it after), H heads, E head width, K prop
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +28,6 @@ from torch import Tensor, nn
 from tokenbridge.models.givt.density import Mixture
 from tokenbridge.models.layers import Attention
 from tokenbridge.utils.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 NORM_EPS = 1e-6  # flax's default
 

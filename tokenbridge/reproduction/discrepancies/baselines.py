@@ -114,7 +114,10 @@ def draw_by(
     seed: int,
     model: givt.GIVT,
 ) -> tuple[givt_sampling.Draw, density.GuidedDensity]:
-    """Draw every token anew, as `givt.draw_token` does, from a density of the given kind; a stream for each token."""
+    """Draw every token anew from a density of the given kind, as `givt_sampling.draw_token` does.
+
+    Every token has a stream of its own.
+    """
     conditional, unconditional = mixtures
     noise = givt_sampling.StreamNoise(seed, list(range(len(conditional.log_weights))), 0, model)
     component = (conditional.log_weights + noise.gumbels()).argmax(-1)

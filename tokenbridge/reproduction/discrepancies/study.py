@@ -58,7 +58,7 @@ class Study:
 
     @property
     def labels(self) -> Tensor:
-        """Balanced labels [N], class after class in turn, as the official evaluation has them."""
+        """Balanced labels [N], one class after the other in turn."""
         return torch.arange(self.num_images) % len(self.bench.scale.classes)
 
     @property
