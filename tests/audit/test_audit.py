@@ -478,7 +478,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], bool, str]] = {
     "weights made up": (
         lambda value: value["provenance"].update(weights_sha256={"better/model.safetensors": "0" * 64}),
         True,
-        "of which none is here: better/model.safetensors",
+        "that are not on this machine: better/model.safetensors",
     ),
     "images": (other_images, True, "was measured with digits/test"),
     "own images": (own_images, True, "names no digits/train"),

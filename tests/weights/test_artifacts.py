@@ -307,7 +307,7 @@ def test_nothing_is_downloaded_if_a_file_cannot_be(
     with pytest.raises(MissingArtifactsError) as error:
         resolve(["adm-reference", "imagenet", "inception"], given={"inception": "/not/there"})
     first, second, third = error.value.missing
-    assert "once the others are there" in first.reason
+    assert "once the other files are in place" in first.reason
     assert "Data sets are not downloaded" in second.reason
     assert "where it is not" in third.reason
     assert list(folder.iterdir()) == []

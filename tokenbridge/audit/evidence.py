@@ -101,7 +101,7 @@ def check_hashes(name: str, results: Results, folders: Sequence[Path], folder: P
         if not known:
             raise UserError(f"{name} does not say what weights it was measured with.")
         if any(f.is_dir() for f in folders) and not any(known.values()):
-            raise UserError(f"{name} was measured with weights of which none is here: {', '.join(known)}.")
+            raise UserError(f"{name} was measured with weights that are not on this machine: {', '.join(known)}.")
         where = ", ".join(str(f) for f in folders)
         hint = f"has another SHA-256 in {where}; if results are of other weights, name their folder with --weights"
         named = dict(p.weights_sha256)

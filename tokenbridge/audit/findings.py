@@ -1,4 +1,4 @@
-"""What an audit finds, as `audit.json` holds it."""
+"""The findings of an audit, which are the contents of `audit.json`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenbridge.results.verdicts import Verdict
 from tokenbridge.utils.strict import Strict
 
 Origin = Literal["shipped", "found", "given"]
-"""Of a result file: it is part of this project, lies where commands leave results, or was named by the user."""
+"""Whether a result file ships with this project, was found where commands leave results, or was given by the user."""
 
 
 class Evidence(Strict):
@@ -21,28 +21,28 @@ class Evidence(Strict):
 
     file: str
     origin: Origin = "shipped"
-    sha256: str  # of the file
+    sha256: str  # hash of the file
     scale: str
     rows: tuple[Row, ...]
-    trends: tuple[Trend, ...]  # computed from the rows, not read
-    provenance: dict[str, Any]  # `results.Provenance` as JSON
-    notes: tuple[str, ...] = ()  # what was checked of it, what could not be, which file it stands in for
+    trends: tuple[Trend, ...]  # computed from the rows, not read from the file
+    provenance: dict[str, Any]  # `results.schema.Provenance` as JSON
+    notes: tuple[str, ...] = ()  # what was and was not checked, and which file it replaces
 
 
 class Finding(Strict):
-    """A claim, judged."""
+    """The verdict on a claim, and its evidence."""
 
     claim: Claim
     verdict: Verdict
     why: str
     measured: float | None = None
     interval: tuple[float, float] | None = None  # 95 %, where the evidence has one
-    evidence: int | None = None  # number in `Audit.evidence`; None where nothing or only counting was needed
+    evidence: int | None = None  # index in `Audit.evidence`; None if no file decided the claim
     support: tuple[str, ...] = ()  # "at tiny scale: <claim> holds (19.7 >= 2)"; decides nothing
 
 
 class Effect(Strict):
-    """A discrepancy, and what it does as far as that was measured."""
+    """A discrepancy, and its measured effect."""
 
     discrepancy: Discrepancy
     rows: tuple[Row, ...] = ()
@@ -51,7 +51,7 @@ class Effect(Strict):
 
 
 class Audit(Strict):
-    """What `tokenbridge audit` finds, as `audit.json` holds it."""
+    """The outcome of `tokenbridge audit`, which `audit.json` holds."""
 
     schema_version: Literal["tokenbridge-audit/1"] = "tokenbridge-audit/1"
     made: str  # UTC, ISO 8601
@@ -61,11 +61,11 @@ class Audit(Strict):
     findings: tuple[Finding, ...]
     effects: tuple[Effect, ...]
     evidence: tuple[Evidence, ...]
-    failures: tuple[str, ...] = ()  # what fails the gate, in words; none: it is green
+    failures: tuple[str, ...] = ()  # one sentence for each failure of the gate; empty if it passes
 
     @property
     def own_run(self) -> Path | None:
-        """The folder of the user's own tiny tables, whose pictures lie beside them; None if there is none."""
+        """The folder of the user's own tiny tables and their pictures; None if the user has no such results."""
         for file in self.evidence:
             tables = {row.table for row in file.rows} - {"discrepancies"}
             if file.origin != "shipped" and file.scale == "tiny" and tables:

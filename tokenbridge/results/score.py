@@ -1,13 +1,14 @@
-"""Scores, and the names under which result files hold them.
+"""Scores, and the names by which result files hold them.
 
-A result file has metrics by name (`FID-digits`, `FID-50K`, `FID (50 images)`). A name says which metric it is, by whose
-features, and of how many images. This module alone makes and reads such names:
+A result file has metrics by name (`FID-digits`, `FID-50K`, `FID (50 images)`). A name says which metric it is, which
+extractor computed the features, and how many images were scored. This module alone makes and reads such names:
 
     METRIC[-PART][-50K][-EXTRACTOR][ (N images)][ (REMARK)]
 
-`FID-digits` is by the features of the digits' classifier, `FID-other-inception (50 images)` by an Inception whose
-weights are not the published ones. A name without an extractor is by the published Inception, or needs no features.
-`FID-50K` is of 50,000 images by the published Inception, which is what papers print. `IS-std` is a part of `IS`.
+`FID-digits` uses the features of the classifier of digits, `FID-other-inception (50 images)` those of an Inception
+whose weights are not the published ones. A name without an extractor stands for the published Inception, or for a
+metric that needs no features. `FID-50K` is the FID of 50,000 images by the published Inception, which papers print.
+`IS-std` is a part of `IS`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-NUM_IMAGES = 50_000  # behind the paper's scores
+NUM_IMAGES = 50_000  # images behind the paper's scores
 OTHER_INCEPTION = "other-inception"  # the extractor of scores by Inception weights that are not the published ones
 
 Part = Literal["std", "low", "high", "bias"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-DEVIATION, CHANGE = "± ", "change of "  # metrics made of others: of seeds, and against another arm
+DEVIATION, CHANGE = "± ", "change of "  # prefixes: deviation over seeds, and change against another arm
 
 _HYPHENATED = ("FID-cleanfid-legacy", "FID-cleanfid-clean", "FID-cleanfid", "speed-up")  # metrics; longer ones first
 _NAME = re.compile(
@@ -40,16 +41,16 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class ScoreName:
-    """What a name says; `str` gives the name."""
+    """The parts of a name; `str` returns the name."""
 
     metric: str  # "FID", "class accuracy", "change of FID", "± FID" (the deviation over seeds)
     part: Part | None = None
-    extractor: str | None = None  # None: the published Inception, or no features at all
-    num_images: int | None = None  # as far as the name says it: 50,000, or so few that they need saying
+    extractor: str | None = None  # None stands for the published Inception, or for no features
+    num_images: int | None = None  # None if the name does not say it
     remark: str | None = None
 
     def __str__(self) -> str:
-        """Return the name; one of a part leaves `-50K` to the score that it belongs to."""
+        """Return the name, in which a part of a score omits `-50K`."""
         papers = self.num_images == NUM_IMAGES
         return "".join(
             (
@@ -64,19 +65,19 @@ class ScoreName:
 
 
 def read_name(name: str) -> ScoreName:
-    """Return what the name of a metric says; a text that is not of this form is taken for a metric as a whole."""
+    """Return the parts of a name. A text that is not of this form counts as the name of a metric."""
     match = _NAME.fullmatch(name)
     if match is None:
         return ScoreName(name)
     count = match["count"] or (match["images"] or "").replace(",", "")
     num_images = NUM_IMAGES if match["paper"] else int(count) if count else None
-    part: Part | None = match["part"]  # type: ignore[assignment]  # the pattern has no others
+    part: Part | None = match["part"]  # type: ignore[assignment]  # the pattern matches no other parts
     return ScoreName(match["metric"], part, match["extractor"], num_images, match["remark"])
 
 
 @dataclass(frozen=True)
 class Score:
-    """One measured value: which metric, by whose features, of how many images, with its spread and interval.
+    """A measured value with its metric, extractor and number of images, and with its spread and interval.
 
     `metric`, `extractor`, `num_images` and `remark` are as in `ScoreName`.
     """
@@ -89,10 +90,10 @@ class Score:
     std: float | None = None  # over the splits of the Inception Score, or the subsets of KID
     low: float | None = None  # ends of the bootstrap's 95 % interval
     high: float | None = None
-    bias: float | None = None  # of the estimator, by the bootstrap
+    bias: float | None = None  # bias of the estimator, by the bootstrap
 
     def __post_init__(self) -> None:
-        """Refuse what would be read back as something else."""
+        """Refuse a name that would be read back as another one."""
         read = read_name(self.name)
         if read.part is not None:  # a part without its value
             read = replace(read, metric=f"{read.metric}-{read.part}", part=None)
@@ -100,7 +101,7 @@ class Score:
 
     @property
     def label(self) -> ScoreName:
-        """What the name says."""
+        """The parts of the name."""
         return ScoreName(self.metric, None, self.extractor, self.num_images, self.remark)
 
     @property
@@ -110,12 +111,12 @@ class Score:
 
     @property
     def bare(self) -> Score:
-        """The value alone, without spread, interval and bias."""
+        """The same score without spread, interval and bias."""
         return replace(self, std=None, low=None, high=None, bias=None)
 
 
 def to_metrics(scores: Iterable[Score]) -> dict[str, float]:
-    """Return scores by name, as a result file's row holds them: values with their spreads, then the intervals."""
+    """Return scores as the metrics of a row of a result file: values with their spreads, then intervals."""
     scores = list(scores)
     named: list[tuple[Score, Part | None]] = []
     for parts in ((None, "std"), ("low", "high", "bias")):
@@ -131,7 +132,7 @@ def to_metrics(scores: Iterable[Score]) -> dict[str, float]:
 
 
 def to_scores(metrics: Mapping[str, float]) -> list[Score]:
-    """Return the scores in a row of a result file; a part without its value is a score of its own."""
+    """Return the scores in a row of a result file; a part whose value is missing becomes a score of its own."""
     labels = {name: read_name(name) for name in metrics}
     found = {
         label: Score(label.metric, metrics[name], label.extractor, label.num_images, label.remark)

@@ -176,7 +176,7 @@ def resolve(
         except UserError as error:
             reasons[artifact.key] = f"Not downloaded: {error}."
     if reasons:
-        waiting = "Its download will be tried once the others are there."
+        waiting = "Its download will be tried once the other files are in place."
         missing = [a for a in absent if a.key not in found]
         raise MissingArtifactsError([Missing(a, _place(a, folder), reasons.get(a.key, waiting)) for a in missing])
     for artifact in chosen:
