@@ -20,6 +20,7 @@ from tokenbridge.data.images import pixels_to_images
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.classifier import Classifier
 from tokenbridge.results.score import to_metrics
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -272,20 +273,22 @@ def test_scores_carry_the_extractors_name(classifier: Classifier, pair: tuple[Te
 
 
 @pytest.mark.parametrize(
-    ("samples", "reference", "message"),
+    ("samples", "reference", "error", "message"),
     [
-        (torch.zeros(4, 1, 16, 16), random_images(0, 4), "uint8"),
-        (random_images(0, 4), torch.zeros(4, 1, 16, 16), "uint8"),
-        (random_images(0, 4)[0], random_images(0, 4), "uint8"),
-        (random_images(0, 1), random_images(0, 4), "at least 2"),
-        (random_images(0, 4), random_images(0, 1), "at least 2"),
-        (random_images(0, 4), random_images(0, 4, channels=3), "reference"),
-        (random_images(0, 4, channels=3), random_images(0, 4, channels=3), "classifier takes"),
-        (random_images(0, 4)[..., :8], random_images(0, 4)[..., :8], "classifier takes"),
+        (torch.zeros(4, 1, 16, 16), random_images(0, 4), AssertionError, "uint8"),
+        (random_images(0, 4), torch.zeros(4, 1, 16, 16), AssertionError, "uint8"),
+        (random_images(0, 4)[0], random_images(0, 4), AssertionError, "N, C, H, W"),
+        (random_images(0, 1), random_images(0, 4), AssertionError, "at least 2"),
+        (random_images(0, 4), random_images(0, 1), AssertionError, "at least 2"),
+        (random_images(0, 4), random_images(0, 4, channels=3), UserError, "classifier takes"),
+        (random_images(0, 4, channels=3), random_images(0, 4, channels=3), UserError, "classifier takes"),
+        (random_images(0, 4)[..., :8], random_images(0, 4)[..., :8], UserError, "classifier takes"),
     ],
 )
-def test_score_refuses(samples: Tensor, reference: Tensor, message: str, classifier: Classifier) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_score_refuses(
+    samples: Tensor, reference: Tensor, error: type[Exception], message: str, classifier: Classifier
+) -> None:
+    with pytest.raises(error, match=message):
         score(samples, reference, classifier)
 
 
@@ -318,12 +321,9 @@ def test_class_accuracy() -> None:
     assert metrics.class_accuracy(images, labels, rigged, batch_size=3) == 1.0
     assert metrics.class_accuracy(images, (labels + 1) % 10, rigged) == 0.0
     assert metrics.class_accuracy(images, labels.clamp(max=6), rigged) == 0.7
-    with pytest.raises(ValueError, match="labels"):
-        metrics.class_accuracy(images, labels[:9], rigged)
-    with pytest.raises(ValueError, match="labels"):
-        metrics.class_accuracy(images, labels[:, None], rigged)
-    with pytest.raises(ValueError, match="batch size"):
-        metrics.class_accuracy(images, labels, rigged, batch_size=0)
+    for wrong in (labels[:9], labels[:, None]):
+        with pytest.raises(AssertionError, match="labels"):
+            metrics.class_accuracy(images, wrong, rigged)
 
 
 # --- reconstructions ---
@@ -368,5 +368,12 @@ def test_more_noise_scores_lower(seed: int, noise: int) -> None:
 def test_reconstructions_refuse(metric: Callable[[Tensor, Tensor], Tensor]) -> None:
     images = random_images(6, 2)
     for wrong in (images.float(), images[:1], images[:, :, 1:], images[0], images[:0]):
-        with pytest.raises(ValueError, match=r"econstructions|images"):
+        with pytest.raises(AssertionError, match=r"econstructions|images"):
             metric(images, wrong)
+
+
+def test_images_smaller_than_the_window_of_ssim() -> None:
+    images = random_images(6, 2)[:, :, :6]
+    with pytest.raises(UserError, match="6 x 16"):
+        metrics.ssim(images, images)
+    assert metrics.psnr(images, images).isinf().all()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from scored_images import LABEL, NUM_SAMPLES, SIZE, folder_of, random_images
 
 from tokenbridge.cli import main as cli
-from tokenbridge.evaluation.evaluate import evaluate
-from tokenbridge.reproduction.evaluation import measure_evaluation
+from tokenbridge.evaluation.evaluate import Evaluation, ScoredSet
+from tokenbridge.reproduction import evaluation
 from tokenbridge.results import markdown
 from tokenbridge.results import schema as results
+from tokenbridge.results.score import Score
 from tokenbridge.weights.artifacts import FOLDER_VARIABLE
 
 pytest_plugins = ("scored_images",)
@@ -65,28 +66,45 @@ def test_the_command_names_missing_weights(
     assert "weights-inception-2015-12-05-6726825d.pth" in capsys.readouterr().err
 
 
-def test_rows_of_an_evaluation(root: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def scored_set(name: str, fid: float) -> ScoredSet:
+    scores = (Score("FID", fid, num_images=18, low=1.0, high=3.0, bias=0.5), Score("IS", 5.0, num_images=18, std=0.1))
+    return ScoredSet(name, 18, scores, (Score("FID-cleanfid-legacy", 2 * fid, num_images=18),))
+
+
+def test_rows_of_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The file says nothing but what `evaluate` found, in the order that the command prints."""
+    evaluated = Evaluation(
+        sets=(scored_set("a", 2.0), scored_set("b", 3.0)),
+        not_run={("precision", "recall", "KID"): "no images", ("FID-cleanfid-clean",): "only statistics"},
+        notes=("FID is biased.",),
+        data_sha256={"a": "00", "reference": "11"},
+        weights_sha256={"inception": "22"},
+        settings={"bootstrap": 2},
+    )
+    evaluate = Mock(return_value=evaluated)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     monkeypatch.setattr(sys, "argv", ["tokenbridge", "evaluate"])
-    samples = [root / "seed0", root / "seed1"]
-    options["num_bootstrap"] = 2
-    measured = measure_evaluation(samples, root / "reference", seed=5, **options)
-    evaluated = evaluate(samples, root / "reference", seed=5, **options)
-    first, second, mean, deviation, cleanfid = measured.rows
-    names = ("FID", "FID-cleanfid", "IS", "IS-std", "precision", "recall", "KID", "KID-std")
-    ends = ("FID-low", "FID-high", "FID-bias")
-    assert list(first.metrics) == list(second.metrics) == ["images", *(name + LABEL for name in (*names, *ends))]
-    assert [first.metrics, second.metrics] == [{"images": NUM_SAMPLES, **one.metrics} for one in evaluated.sets]
-    assert list(mean.metrics) == list(deviation.metrics) == [n + LABEL for n in names if not n.endswith("-std")]
-    assert mean.metrics["FID" + LABEL] == (first.metrics["FID" + LABEL] + second.metrics["FID" + LABEL]) / 2
-    assert [row.id for row in measured.rows] == [
-        *(f"evaluation/{name}" for name in ("1", "2", "mean", "std")),
-        "evaluation/FID-cleanfid-legacy, FID-cleanfid-clean",
+    measured = evaluation.measure_evaluation(["a", "b"], "reference", seed=5, allow_few=True)
+    evaluate.assert_called_once_with(["a", "b"], "reference", seed=5, allow_few=True)
+    assert [(row.id, row.label, row.not_run) for row in measured.rows] == [
+        ("evaluation/1", "a", None),
+        ("evaluation/2", "b", None),
+        ("evaluation/mean", "mean of 2", None),
+        ("evaluation/std", "standard deviation", None),
+        ("evaluation/precision, recall, KID", "precision, recall, KID", "no images"),
+        ("evaluation/FID-cleanfid-clean", "FID-cleanfid-clean", "only statistics"),
     ]
-    assert [mean.label, deviation.label] == ["mean of 2", "standard deviation"]
-    assert cleanfid.not_run is not None
+    first, second, mean, deviation = (list(row.metrics.items()) for row in measured.rows[:4])
+    of = "(18 images)"
+    assert first == [
+        ("images", 18),
+        *((f"FID {of}", 2.0), (f"IS {of}", 5.0), (f"IS-std {of}", 0.1)),
+        *((f"FID-low {of}", 1.0), (f"FID-high {of}", 3.0), (f"FID-bias {of}", 0.5)),
+        (f"FID-cleanfid-legacy {of}", 4.0),
+    ]
+    assert dict(second)[f"FID {of}"] == 3.0
+    assert mean == [(f"FID {of}", 2.5), (f"IS {of}", 5.0), (f"FID-cleanfid-legacy {of}", 5.0)]
+    assert dict(deviation) == pytest.approx({f"FID {of}": 0.5**0.5, f"IS {of}": 0, f"FID-cleanfid-legacy {of}": 2**0.5})
     p = measured.provenance
     assert (p.seed, p.data_sha256, p.weights_sha256) == (5, evaluated.data_sha256, evaluated.weights_sha256)
-    assert p.settings["samples"] == {"sets": 2, "images": NUM_SAMPLES, "size": [SIZE, SIZE]}
-    assert p.settings["reference"]["statistics"] == "computed here"
-    assert p.settings["notes"] == list(evaluated.notes)
+    assert p.settings == {"bootstrap": 2, "notes": ["FID is biased."]}

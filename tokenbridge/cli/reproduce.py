@@ -267,8 +267,10 @@ def _print_plans(planned: Sequence[Planned]) -> None:
 
 def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
     from tokenbridge.results.markdown import cell, columns_of
+    from tokenbridge.results.score import NUM_IMAGES, read_name
 
-    columns = [c for c in columns_of([o.published for o in outcomes] + [o.row for o in outcomes]) if c.endswith("-50K")]
+    names = columns_of([o.published for o in outcomes] + [o.row for o in outcomes])
+    columns = [name for name in names if read_name(name).num_images == NUM_IMAGES]
     body = []
     for outcome in outcomes:
         cells = [f"{cell(outcome.row, c)} ({cell(outcome.published, c)})" for c in columns]

@@ -170,7 +170,7 @@ def open_samples(samples: Sequence[Path | str], *, allow_few: bool = False) -> l
     """Open sets of samples, without reading pixels.
 
     Raises:
-        ValueError: sets of different numbers or sizes, or twice the same; fewer than 2,048 images unless allowed.
+        UserError: sets of different numbers or sizes, or twice the same; fewer than 2,048 images unless allowed.
     """
     if not samples:
         raise UserError("There are no samples to evaluate.")

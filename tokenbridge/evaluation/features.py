@@ -33,7 +33,7 @@ def inception_features(
     """Return features [N, F] and logits [N, K], float32 on the CPU; from the cache, if they were extracted before.
 
     Raises:
-        ValueError: features that are not finite, or a damaged file in the cache.
+        UserError: features that are not finite, or a damaged file in the cache.
     """
     version = importlib.metadata.version("torch-fidelity")
     file = Path(cache) / f"{images.sha256}-{inception.sha256[:16]}-torch-fidelity-{version}.safetensors"

@@ -42,6 +42,7 @@ SEED = 2020  # torch-fidelity's default, and so the official evaluation's: shuff
 ISC_SPLITS = 10  # parts that the Inception Score is averaged over (torch-fidelity's and the paper's default)
 KID_SUBSET_SIZE = 1000  # images per KID subset (torch-fidelity's default)
 PRC_NEIGHBOURS = 3  # radius of the manifold: distance to the 3rd neighbour (the paper's and ADM's value)
+SSIM_WINDOW = 7  # pixels
 PRC_BATCH_SIZE = 1000  # rows of the distance matrix held at once; changes memory, not values
 
 
@@ -75,10 +76,8 @@ def score(
     Returns:
         What `scores_of` returns.
     """
-    _check_images("The samples", samples, minimum=2)
-    _check_images("The reference images", reference, minimum=2)
-    if samples.shape[1:] != reference.shape[1:]:
-        raise UserError(f"Samples are {list(samples.shape[1:])} and reference images {list(reference.shape[1:])}.")
+    _check_pixels(samples, minimum=2)
+    _check_pixels(reference, minimum=2)
     features, logits = extract_features(samples, classifier, batch_size)
     others, _ = extract_features(reference, classifier, batch_size)
     return scores_of(features, logits, statistics_of(others), others, seed=seed, extractor=extractor)
@@ -193,20 +192,18 @@ def kernel_distance(samples: Tensor, reference: Tensor, seed: int) -> tuple[floa
 def extract_features(images: Tensor, classifier: Classifier, batch_size: int = 256) -> tuple[Tensor, Tensor]:
     """Return the classifier's features [N, F] and logits [N, K] of images, float64 on the CPU.
 
-    Evaluated without dropout, in the classifier's own precision. The results are widened because
-    torch-fidelity averages in the precision it is given: float32 features would get a float32 mean.
+    The classifier runs without dropout, in its own precision. The results are widened because torch-fidelity
+    averages in the precision it is given: float32 features would get a float32 mean.
 
     Args:
-        images: uint8 [N, C, H, W] of the classifier's size, N >= 1, on any device.
-        classifier: evaluated where it is; its training mode is restored.
+        images: uint8 [N, C, H, W], N >= 1, on any device.
+        classifier: runs where it is, and its training mode is restored.
         batch_size: images per forward pass.
 
     Raises:
-        ValueError: another dtype or shape, no images, or a batch size below 1.
+        UserError: the images are not of the classifier's size.
     """
-    _check_images("The images", images, minimum=1)
-    if batch_size < 1:
-        raise UserError(f"The batch size is at least 1, not {batch_size}.")
+    _check_pixels(images)
     size = classifier.config.image_size
     expected = [classifier.config.in_channels, size, size]
     if list(images.shape[1:]) != expected:
@@ -246,14 +243,10 @@ def class_accuracy(samples: Tensor, labels: Tensor, classifier: Classifier, *, b
     Args:
         samples: uint8 [N, C, H, W], N >= 1.
         labels: integers [N] in [0, K).
-        classifier: see `extract_features`.
+        classifier: see `extract_features`, as for errors.
         batch_size: images per forward pass.
-
-    Raises:
-        ValueError: images that `extract_features` refuses, or not one label per image.
     """
-    if list(labels.shape) != [len(samples)]:
-        raise UserError(f"{len(samples)} samples need as many labels, not {list(labels.shape)}.")
+    assert list(labels.shape) == [len(samples)], f"{len(samples)} samples, but labels {list(labels.shape)}"
     _, logits = extract_features(samples, classifier, batch_size)
     return (logits.argmax(dim=1) == labels.cpu()).double().mean().item()
 
@@ -264,9 +257,6 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     Args:
         images: uint8 [N, C, H, W].
         reconstructions: uint8 [N, C, H, W].
-
-    Raises:
-        ValueError: another dtype, different shapes, or no images.
     """
     with np.errstate(divide="ignore"):  # equal images
         return _per_image(partial(peak_signal_noise_ratio, data_range=255), images, reconstructions)
@@ -275,31 +265,33 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Return the structural similarity of each image, float64 [N] in [-1, 1]; 1 for equal images.
 
-    scikit-image's defaults: a uniform 7x7 window and sample covariances; mean over channels.
+    scikit-image's defaults are used: a uniform window of 7 x 7 pixels, sample covariances, and the mean over channels.
 
     Args:
-        images: uint8 [N, C, H, W], H and W at least 7.
+        images: uint8 [N, C, H, W].
         reconstructions: uint8 [N, C, H, W].
 
     Raises:
-        ValueError: another dtype, different shapes, no images, or images smaller than the window.
+        UserError: the images are smaller than the window.
     """
-    return _per_image(partial(structural_similarity, data_range=255, channel_axis=0), images, reconstructions)
+    if min(images.shape[-2:]) < SSIM_WINDOW:
+        height, width = images.shape[-2:]
+        raise UserError(f"SSIM compares windows of {SSIM_WINDOW} pixels; these images have {height} x {width}.")
+    return _per_image(
+        partial(structural_similarity, data_range=255, channel_axis=0, win_size=SSIM_WINDOW), images, reconstructions
+    )
 
 
 def _per_image(metric: Callable[[np.ndarray, np.ndarray], float], first: Tensor, second: Tensor) -> Tensor:
     """Apply a metric of two arrays [C, H, W] to each pair of images."""
-    _check_images("The images", first, minimum=1)
-    _check_images("The reconstructions", second, minimum=1)
-    if first.shape != second.shape:
-        raise UserError(f"Images are {list(first.shape)} and reconstructions {list(second.shape)}.")
+    _check_pixels(first)
+    _check_pixels(second)
+    assert first.shape == second.shape, f"images {list(first.shape)}, reconstructions {list(second.shape)}"
     pairs = zip(first.cpu().numpy(), second.cpu().numpy(), strict=True)
     return torch.tensor([metric(a, b) for a, b in pairs], dtype=torch.float64)
 
 
-def _check_images(what: str, images: Tensor, minimum: int) -> None:
-    """Refuse anything but `minimum` or more uint8 images [N, C, H, W]."""
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise UserError(f"{what} must be uint8 [N, C, H, W], not {images.dtype} {list(images.shape)}.")
-    if len(images) < minimum:
-        raise UserError(f"{what} must be at least {minimum}, not {len(images)}.")
+def _check_pixels(images: Tensor, minimum: int = 1) -> None:
+    assert images.dtype == torch.uint8, f"images are uint8, not {images.dtype}"
+    assert images.ndim == 4, f"images are [N, C, H, W], not {list(images.shape)}"
+    assert len(images) >= minimum, f"at least {minimum} images are needed, not {len(images)}"

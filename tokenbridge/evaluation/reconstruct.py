@@ -107,7 +107,7 @@ def reconstruct(
         seed: of the draw.
 
     Raises:
-        ValueError: `inception_weights` is given and not there, images or tokenizer cannot be had, an unknown setting,
+        UserError: `inception_weights` is given and not there, images or tokenizer cannot be had, an unknown setting,
             or images whose size is no multiple of the autoencoder's down-sampling factor.
     """
     if quantizer not in QUANTIZERS:
@@ -172,7 +172,7 @@ def load_tokenizer_model(name: str) -> Any:
             of either. Weights are read from safetensors only: other formats can run code.
 
     Raises:
-        ValueError: there is none, it is no autoencoder, or it does not hold all of the model's weights.
+        UserError: there is none, it is no autoencoder, or it does not hold all of the model's weights.
     """
     root = Path(name) if Path(name).is_dir() else _download(name)
     folder = next((f for f in (root, *(root / p for p in PIPELINE_PARTS)) if (f / "config.json").is_file()), None)

@@ -42,7 +42,7 @@ def load_reference(
     """Load statistics, and the features of reference images if there are any; see `evaluate` for the formats.
 
     Raises:
-        ValueError: there is neither, statistics of another feature size, not finite, or made with other weights.
+        UserError: there is neither, statistics of another feature size, not finite, or made with other weights.
     """
     path = Path(path)
     stored, meta, names = _read_file(path) if path.is_file() else (None, {}, ["arr_0"])
@@ -96,7 +96,7 @@ def make_reference(
         What `meta` says: source, number of images, hashes of pixels and weights, provenance.
 
     Raises:
-        ValueError: images or weights that cannot be used, or more images to keep than there are.
+        UserError: images or weights that cannot be used, or more images to keep than there are.
     """
     out = Path(out)
     if out.suffix != ".npz":

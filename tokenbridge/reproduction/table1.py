@@ -215,7 +215,7 @@ def measure(
         seed: of the posterior samples.
 
     Raises:
-        ValueError: files that are not what they should be, or too few images.
+        UserError: files that are not what they should be, or too few images.
     """
     stopwatch = provenance.Stopwatch()
     reference = read_statistics(files[STATISTICS])  # first the files that load at once
@@ -265,7 +265,7 @@ def choose_images(labels: Tensor, num_images: int, num_classes: int) -> Tensor:
     Where `num_images` is no multiple of the classes, the first classes give one image more.
 
     Raises:
-        ValueError: another number of classes, or a class that has too few images.
+        UserError: another number of classes, or a class that has too few images.
     """
     counts = torch.bincount(labels)
     if len(counts) != num_classes or not bool((counts > 0).all()):

@@ -14,6 +14,7 @@ from tokenbridge.data.images import labels_of, load_images, pixels_of
 from tokenbridge.sampling.load import ModelSampler, scale_model
 from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.training.train import load
+from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def open_workbench(scale: Scale, weights: Path | str) -> Workbench:
         MissingFileError: the weights of the classifier are missing.
         UserError: the images are missing, or the test images are the training images.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     classifier = load(scale.recipe("classifier"), weights).to(device)
     train, test = (load_images(scale.data, split) for split in ("train", "test"))
     train_pixels, test_pixels = (pixels_of(d, size=scale.image_size, channels=scale.channels) for d in (train, test))
