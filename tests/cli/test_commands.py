@@ -608,9 +608,6 @@ def test_sample(run: Callable[..., tuple[int, str, str]], world: World, tmp_path
             "The setting position_order of mini/tokenbridge-64 cannot be 'spiral': Input should be",
         ),
         (["--batch-size", "0"], "batch size must be at least 1"),
-        (["--randomness", "true"], "Unknown randomness 'true'; there are per-image, official"),
-        (["--format", "jpg"], "Unknown format 'jpg'; there are png, npz"),
-        (["--dtype", "fp8"], "Unknown dtype 'fp8'; there are fp32, bf16, fp16"),
         (["--variant", "paper"], "no variants"),
         (["--preset", "tokenbridge-l"], "no path 'mini/tokenbridge-64'"),
     ],
@@ -620,6 +617,20 @@ def test_sample_refuses(
 ) -> None:
     arguments = ["sample", "mini/tokenbridge-64", "--weights", world.weights, "--out", tmp_path / "out"]
     assert message in error_of(run(*arguments, *options))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [("--randomness", ("per-image", "official")), ("--format", ("png", "npz")), ("--dtype", ("fp32", "bf16", "fp16"))],
+)
+def test_sample_names_the_choices(
+    run: Callable[..., tuple[int, str, str]], option: str, choices: tuple[str, ...], tmp_path: Path
+) -> None:
+    code, out, err = run("sample", "mini/tokenbridge-64", option, "other", "--out", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert f"Invalid value for '{option}'" in err
+    assert all(f"'{choice}'" in err for choice in choices)
     assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ from tokenbridge.reproduction import small_scale, table1, table3, targets
 from tokenbridge.reproduction.options import Options
 from tokenbridge.reproduction.targets import GROUPS, USED_BY, Target, find_targets
 from tokenbridge.results.schema import Results
-from tokenbridge.sampling.config import Randomness
+from tokenbridge.sampling.config import Format, Randomness
 from tokenbridge.utils.devices import Dtype
 from tokenbridge.utils.errors import UserError
 from tokenbridge.weights import artifacts
@@ -155,6 +155,7 @@ def test_options_that_a_target_uses_reach_it(run_command: Run, monkeypatch: pyte
 def test_choices_are_those_of_the_package() -> None:
     assert get_args(cli_options.DtypeName) == get_args(Dtype)
     assert get_args(cli_options.Randomness) == get_args(Randomness)
+    assert get_args(cli_options.FileFormat) == get_args(Format)
 
 
 # Plans

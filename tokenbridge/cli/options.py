@@ -21,4 +21,5 @@ Data = Annotated[
 DtypeName = Literal["fp32", "bf16", "fp16"]
 Randomness = Literal["per-image", "official"]
 Labels = Literal["balanced", "random"]
+FileFormat = Literal["png", "npz"]
 ScaleName = Annotated[str, typer.Argument(help="Which scale: tiny (digits) or small (CIFAR-10).")]

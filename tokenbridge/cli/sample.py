@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 import typer
 from pydantic_core import to_jsonable_python
 from rich.markup import escape
 
-from tokenbridge.cli.options import Json, app
+from tokenbridge.cli.options import DtypeName, FileFormat, Json, Randomness, app
 from tokenbridge.utils.console import print_table
 from tokenbridge.utils.errors import UserError
 
@@ -44,13 +43,17 @@ def sample(
         str | None, typer.Option(help="Of a preset's settings: official (default), or paper, unguided, if it has them.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
-    randomness: Annotated[str, typer.Option(help="per-image, or official: global streams.")] = "per-image",
+    randomness: Annotated[Randomness, typer.Option(help="A stream for each image, or the official global ones.")] = (
+        "per-image"
+    ),
     batch_size: Annotated[int, typer.Option(help="Images at a time in each process.")] = 16,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; by default as published for such models on GPUs, else fp32.")
+        DtypeName | None, typer.Option(help="By default as published for such models on GPUs, else fp32.")
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile backbone and VAE decoder.")] = False,
-    file_format: Annotated[str, typer.Option("--format", help="png: a folder; npz: one file as ADM reads.")] = "png",
+    file_format: Annotated[
+        FileFormat, typer.Option("--format", help="png: a folder; npz: one file as ADM reads.")
+    ] = "png",
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/MODEL-samples by default.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, and do nothing.")] = False,
     stand_in: Annotated[
@@ -63,56 +66,40 @@ def sample(
     Sampling settings of the model are options too: --guidance-scale 3 --temperature 0.9 --num-iterations 64 ... Which
     ones a model has, and their values, is listed by `tokenbridge models`.
     """
-    from tokenbridge.models.system import read_settings
-    from tokenbridge.sampling.config import RunConfig
-    from tokenbridge.sampling.load import STAND_IN_IMAGES, find_model
-    from tokenbridge.sampling.plan import plan_run
-    from tokenbridge.sampling.sample import NUM_IMAGES, sample_model
+    from tokenbridge.sampling.sample import choose_run, plan_sampling, sample_model
     from tokenbridge.utils.devices import process_state
 
-    named = find_model(model, preset=preset, variant=variant, weights=weights, vae=vae)
-    if stand_in:
-        named = named.for_stand_in()
-        if num_images is None and labels in (None, "balanced", "random"):
-            num_images = STAND_IN_IMAGES
-    named = replace(named, settings=read_settings(named.name, named.settings, _settings(context.args)))
-    chosen_labels = named.labels if label is None and labels is None else _labels(label, labels, num_images)
-    if num_images is None:
-        num_images = len(chosen_labels) if isinstance(chosen_labels, tuple) else NUM_IMAGES
-    config = RunConfig(
-        num_images,
-        labels=chosen_labels,
+    named, config = choose_run(
+        model,
+        preset=preset,
+        variant=variant,
+        weights=weights,
+        vae=vae,
+        num_images=num_images,
+        label=label,
+        labels=_labels(labels),
         seed=seed,
-        randomness=cast("Any", randomness),
+        randomness=randomness,
         batch_size=batch_size,
-        format=cast("Any", file_format),
+        format=file_format,
+        stand_in=stand_in,
+        **_settings(context.args),
     )
-    named.check(config)
-    out = out or Path("runs") / f"{named.name.replace('/', '-')}-{'stand-in' if stand_in else 'samples'}"
-    state = process_state()
     if plan:
-        planned = plan_run(
-            named,
-            config,
-            out,
-            device=state.device,
-            dtype=named.dtype(dtype, state.device),
-            num_processes=state.num_processes,
-            missing=[] if stand_in else named.missing(),
-        )
+        planned = plan_sampling(named, config, out, dtype=dtype, stand_in=stand_in)
         if as_json:
             print(json.dumps(planned.as_json(), indent=2))
         else:
             print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
         return
     done = sample_model(named, config, out, dtype=dtype, compiled=compiled, stand_in=stand_in)
-    if not state.is_main_process:
+    if not process_state().is_main_process:
         return
-    sampler, report = done.sampler, done.report
+    name, report = done.sampler.name, done.report
     if as_json:
-        print(json.dumps({"folder": str(out), "model": sampler.name, **to_jsonable_python(report)}, indent=2))
+        print(json.dumps({"folder": str(done.folder), "model": name, **to_jsonable_python(report)}, indent=2))
     else:
-        print(f"{report.num_images} images ({sampler.name}) are in {report.samples}, an overview in {done.overview}.")
+        print(f"{report.num_images} images ({name}) are in {report.samples}, an overview in {done.overview}.")
 
 
 def _settings(words: Sequence[str]) -> dict[str, str]:
@@ -131,22 +118,18 @@ def _settings(words: Sequence[str]) -> dict[str, str]:
     return settings
 
 
-def _labels(
-    label: int | None, labels: str | None, num_images: int | None
-) -> tuple[int, ...] | Literal["random"] | None:
-    """Return the labels that the options --label and --labels ask for; None for balanced ones."""
-    if label is not None and labels is not None:
-        raise UserError("--label gives one class for all images, --labels one for each: name one of them.")
-    if label is not None:
-        return (label,) * (100 if num_images is None else num_images)
-    if labels is None or labels == "balanced":
+def _labels(text: str | None) -> tuple[int, ...] | Literal["balanced", "random"] | None:
+    """Return what the option --labels names: a way to choose the classes, or one for each image."""
+    if text is None:
         return None
-    if labels == "random":
+    if text == "balanced":
+        return "balanced"
+    if text == "random":
         return "random"
     try:
-        return tuple(int(number) for number in labels.split(","))
+        return tuple(int(number) for number in text.split(","))
     except ValueError as error:
-        raise UserError(f"Labels are whole numbers separated by commas, balanced or random, not {labels!r}.") from error
+        raise UserError(f"Labels are whole numbers separated by commas, balanced or random, not {text!r}.") from error
 
 
 @app.command()

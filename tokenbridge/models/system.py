@@ -91,23 +91,26 @@ def change_settings(owner: str, settings: Any, changes: Mapping[str, Any]) -> An
     return replace(settings, **changes)
 
 
-def read_settings(owner: str, settings: Any, words: Mapping[str, str]) -> Any:
-    """Return sampling settings with some of them replaced by what a user typed.
+def read_settings(owner: str, settings: Any, values: Mapping[str, Any]) -> Any:
+    """Return sampling settings with some of them replaced by what a user asks for.
 
     Args:
         owner: name of the model that has the settings, for error messages.
-        words: setting to text, which is read as YAML and converted to the setting's type.
+        values: setting to value. Text, as it is typed, is read as YAML; all is converted to the setting's type.
 
     Raises:
         UserError: a setting does not exist, or its value is out of range or of another type.
     """
     types = get_type_hints(type(settings))
     changes: dict[str, Any] = {}
-    for name, word in words.items():
+    for name, value in values.items():
         try:
-            changes[name] = TypeAdapter(types.get(name, Any)).validate_python(yaml.safe_load(word))
+            plain = yaml.safe_load(value) if isinstance(value, str) else value
+            changes[name] = TypeAdapter(types.get(name, Any)).validate_python(plain)
         except ValidationError as error:
-            raise UserError(f"The setting {name} of {owner} cannot be {word!r}: {error.errors()[0]['msg']}.") from error
+            raise UserError(
+                f"The setting {name} of {owner} cannot be {value!r}: {error.errors()[0]['msg']}."
+            ) from error
         except yaml.YAMLError as error:
-            raise UserError(f"The setting {name} of {owner} cannot be {word!r}.") from error
+            raise UserError(f"The setting {name} of {owner} cannot be {value!r}.") from error
     return change_settings(owner, settings, changes)

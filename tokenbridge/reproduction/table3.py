@@ -32,8 +32,8 @@ from tokenbridge.results.schema import Provenance, Results, Row, write
 from tokenbridge.results.score import Score, to_metrics
 from tokenbridge.sampling.config import RunConfig
 from tokenbridge.sampling.load import STAND_IN_IMAGES, NamedModel, find_model
-from tokenbridge.sampling.plan import Plan, plan_run
-from tokenbridge.sampling.sample import sample_model
+from tokenbridge.sampling.plan import Plan
+from tokenbridge.sampling.sample import plan_sampling, sample_model
 from tokenbridge.utils import provenance
 from tokenbridge.utils.devices import process_state
 from tokenbridge.utils.errors import UserError
@@ -130,16 +130,8 @@ def plan(name: str, options: Options, *, out: Path | str) -> Plan:
     model = find_model(preset.name, variant=options.variant)
     config = _run_config(options, model)
     model.check(config)
-    state = process_state()
-    return plan_run(
-        model,
-        config,
-        Path(out),
-        device=state.device,
-        dtype=model.dtype(options.dtype, state.device),
-        num_processes=state.num_processes,
-        missing=[f"{s.artifact.key}: {s.artifact.origin}" for s in files(name, options) if s.state == "missing"],
-    )
+    missing = [f"{s.artifact.key}: {s.artifact.origin}" for s in files(name, options) if s.state == "missing"]
+    return plan_sampling(model, config, out, dtype=options.dtype, missing=missing)
 
 
 def files(name: str, options: Options) -> list[Status]:

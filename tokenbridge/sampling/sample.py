@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tokenbridge.models.system import read_settings
 from tokenbridge.sampling.config import Format, Randomness, RunConfig
-from tokenbridge.sampling.load import ModelSampler, NamedModel, find_model
+from tokenbridge.sampling.load import STAND_IN_IMAGES, ModelSampler, NamedModel, find_model
+from tokenbridge.sampling.plan import Plan, plan_run
 from tokenbridge.sampling.run import RunReport, sampling_run, save_overview
 from tokenbridge.utils.console import track
-from tokenbridge.utils.devices import process_state
+from tokenbridge.utils.devices import Dtype, process_state
 from tokenbridge.utils.errors import UserError
 
+MODEL = "tokenbridge-tiny"
 NUM_IMAGES = 100
 
 
@@ -26,43 +29,31 @@ class Sampled:
 
     sampler: ModelSampler
     report: RunReport
+    folder: Path
     overview: Path  # picture of the first images
 
 
 def sample(
-    model: str = "tokenbridge-tiny",
+    model: str = MODEL,
     *,
-    out: Path | str,
-    num_images: int = NUM_IMAGES,
-    labels: tuple[int, ...] | Literal["random"] | None = None,
-    seed: int = 0,
-    randomness: Randomness = "per-image",
-    batch_size: int = 16,
-    dtype: str | None = None,
+    out: Path | str | None = None,
+    dtype: Dtype | None = None,
     compiled: bool = False,
-    format: Format = "png",  # noqa: A002  as the option and the field are called
-    weights: Path | None = None,
-    vae: Path | None = None,
+    stand_in: bool = False,
     show_progress: bool = True,
-    **settings: Any,
+    **wishes: Any,
 ) -> RunReport:
     """Generate images with a model by name; a run that was killed makes only the images that are still missing.
 
     Args:
-        model: a preset (`tokenbridge-l`) or a recipe of a scale (`tiny/parallel-64`).
-        out: folder of the run; images go to `out/images`, and an overview to `out/grid.png`.
-        num_images: number of images of the whole run.
-        labels: a label for each image, or "random"; None means those of the model's published evaluation.
-        seed: non-negative number; with per-image randomness, an image is a function of seed, number and label.
-        randomness: one stream for each image ("per-image"), or the global streams of the official code ("official").
-        batch_size: number of images at a time in each process.
+        model: see `choose_run`.
+        out: folder of the run, `runs/MODEL-samples` by default; images go to `out/images`, and an overview to
+            `out/grid.png`.
         dtype: fp32, bf16 or fp16; None means the precision of the published evaluation on a GPU, otherwise float32.
         compiled: compile the backbone and the decoder of the VAE.
-        format: "png" for a folder of PNG files, or "npz" for one file.
-        weights: the generator's file or folder; None means the usual places, or a download.
-        vae: the tokenizer's file or folder; None means the usual places, or a download.
+        stand_in: use weights that are drawn by a rule, and sample few images in few iterations; they are not a result.
         show_progress: show the progress on stderr.
-        settings: sampling settings such as `guidance_scale` that replace the model's own.
+        wishes: all other arguments of `choose_run`, such as `num_images` and `guidance_scale`.
 
     Raises:
         MissingArtifactsError: files are missing and cannot be downloaded; the message lists all of them.
@@ -70,19 +61,116 @@ def sample(
         UnusableImageError: an image is NaN or black; the finished images are kept.
         StorageError: the disk is full or cannot be written to; the finished images are kept.
     """
-    named = find_model(model, weights=weights, vae=vae).sampled(**settings)
-    config = RunConfig(num_images, named.labels if labels is None else labels, seed, randomness, batch_size, format)
-    done = sample_model(named, config, out, dtype=dtype, compiled=compiled, show_progress=show_progress)
+    named, config = choose_run(model, stand_in=stand_in, **wishes)
+    done = sample_model(
+        named, config, out, dtype=dtype, compiled=compiled, stand_in=stand_in, show_progress=show_progress
+    )
     return done.report
+
+
+def choose_run(
+    model: str = MODEL,
+    /,
+    *,
+    preset: str | None = None,
+    variant: str | None = None,
+    weights: Path | None = None,
+    vae: Path | None = None,
+    num_images: int | None = None,
+    label: int | None = None,
+    labels: Sequence[int] | Literal["balanced", "random"] | None = None,
+    seed: int = 0,
+    randomness: Randomness = "per-image",
+    batch_size: int = 16,
+    format: Format = "png",  # noqa: A002  as the option and the field are called
+    stand_in: bool = False,
+    **settings: Any,
+) -> tuple[NamedModel, RunConfig]:
+    """Return a model by name with its settings, and a run of it; both are checked, and nothing is loaded.
+
+    Args:
+        model: a preset (`tokenbridge-l`), a recipe of a scale (`tiny/parallel-64`), or the path of a model.
+        preset: name of the preset that the path holds.
+        variant: name of the preset's sampling settings; None means the official ones.
+        weights: the generator's file or folder; None means the usual places, or a download.
+        vae: the tokenizer's file or folder; None means the usual places, or a download.
+        num_images: number of images of the whole run; None means one for each of `labels`, or 100, or 2 of a stand-in.
+        label: one label for all images.
+        labels: a label for each image, "balanced" or "random"; None means as in the model's published evaluation.
+        seed: non-negative number; with per-image randomness, an image is a function of seed, number and label.
+        randomness: one stream for each image ("per-image"), or the global streams of the official code ("official").
+        batch_size: number of images at a time in each process.
+        format: "png" for a folder of PNG files, or "npz" for one file.
+        stand_in: choose settings that make a stand-in quick.
+        settings: sampling settings such as `guidance_scale` that replace the model's own.
+
+    Raises:
+        UserError: the model or a setting is unknown, or a value is out of range.
+    """
+    named = find_model(model, preset=preset, variant=variant, weights=weights, vae=vae)
+    if stand_in:
+        named = named.for_stand_in()
+    named = replace(named, settings=read_settings(named.name, named.settings, settings))
+    if label is not None and labels is not None:
+        raise UserError("--label gives one class for all images, --labels one for each: name one of them.")
+    each = None if labels is None or isinstance(labels, str) else tuple(labels)
+    if num_images is None:
+        num_images = len(each) if each is not None else STAND_IN_IMAGES if stand_in else NUM_IMAGES
+    if label is not None:
+        each = (label,) * num_images
+    drawn = named.labels if labels is None else "random" if labels == "random" else None
+    config = RunConfig(num_images, drawn if each is None else each, seed, randomness, batch_size, format)
+    named.check(config)
+    return named, config
+
+
+def plan_sampling(
+    model: NamedModel,
+    config: RunConfig,
+    out: Path | str | None = None,
+    *,
+    dtype: Dtype | None = None,
+    stand_in: bool = False,
+    missing: Sequence[str] | None = None,
+) -> Plan:
+    """Estimate what `sample_model` would take with the same arguments; nothing is loaded or written.
+
+    Args:
+        model: see `sample_model`, as for the next four.
+        config: see there.
+        out: see there.
+        dtype: see there.
+        stand_in: see there.
+        missing: the files that the run lacks, a line each; None means those of the model and its tokenizer.
+    """
+    state = process_state()
+    if missing is None:
+        missing = [] if stand_in else model.missing()
+    return plan_run(
+        model,
+        config,
+        run_folder(model, out, stand_in=stand_in),
+        device=state.device,
+        dtype=model.dtype(dtype, state.device),
+        num_processes=state.num_processes,
+        missing=missing,
+    )
+
+
+def run_folder(model: NamedModel, out: Path | str | None = None, *, stand_in: bool = False) -> Path:
+    """Return the folder of a run, `runs/MODEL-samples` or `runs/MODEL-stand-in` by default."""
+    if out is not None:
+        return Path(out)
+    return Path("runs") / f"{model.name.replace('/', '-')}-{'stand-in' if stand_in else 'samples'}"
 
 
 def sample_model(
     model: NamedModel,
     config: RunConfig,
-    out: Path | str,
+    out: Path | str | None = None,
     *,
     overview: Path | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     compiled: bool = False,
     stand_in: bool = False,
     show_progress: bool = True,
@@ -93,14 +181,16 @@ def sample_model(
 
     Args:
         model: the model before loading. Files that the user did not name are looked for and otherwise downloaded.
-        out: folder of the run.
-        overview: path of the picture of the first images; None means `grid.png` in `out`.
+        config: number of images, labels and random numbers of the run.
+        out: folder of the run; None means `run_folder`.
+        overview: path of the picture of the first images; None means `grid.png` in the folder.
         dtype: fp32, bf16 or fp16; None means the precision of the published evaluation on a GPU, otherwise float32.
         compiled: compile the backbone and the decoder of the VAE.
         stand_in: use weights that are drawn by a rule; the images are then not a result.
+        show_progress: show the progress on stderr.
     """
     model.check(config)
-    state = process_state()
+    state, folder = process_state(), run_folder(model, out, stand_in=stand_in)
     precision = model.dtype(dtype, state.device)
     if stand_in:
         sampler = model.stand_in(state.device, dtype=precision, compiled=compiled)
@@ -108,11 +198,11 @@ def sample_model(
         with state.main_process_first():  # one process downloads the files, and the others find them
             model = model.with_artifacts()
         sampler = model.load(state.device, dtype=precision, compiled=compiled)
-    report = sampling_run(sampler, config, out, show_progress=show_progress)
-    overview = overview or Path(out) / "grid.png"
+    report = sampling_run(sampler, config, folder, show_progress=show_progress)
+    overview = overview or folder / "grid.png"
     if state.is_main_process:
         save_overview(overview, report.samples, f"{sampler.name}, seed {config.seed}, {report.num_images} images")
-    return Sampled(sampler, report, overview)
+    return Sampled(sampler, report, folder, overview)
 
 
 def sample_pixels(
