@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import stat
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tokenbridge.utils.files import replacing, replacing_folder, sha256_of, write_json, write_text
+from tokenbridge.utils import files
+from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
+from tokenbridge.utils.files import (
+    full_disk_errors,
+    make_folder,
+    replacing,
+    replacing_folder,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 
@@ -130,3 +144,72 @@ def test_sha256_of_known_values(tmp_path: Path) -> None:
     ):
         (tmp_path / "x").write_bytes(content)
         assert sha256_of(tmp_path / "x") == expected == hashlib.sha256(content).hexdigest()
+
+
+# ------------------------------------------------------------------------------- disks and folders that refuse
+
+
+def raise_in(block: AbstractContextManager[object], error: Exception) -> None:
+    with block:
+        raise error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_advice(tmp_path: Path, number: int) -> None:
+    full = OSError(number, os.strerror(number))
+    with pytest.raises(FullDiskError, match=re.escape(f"There is no space left for {tmp_path / 'a'}. Make room")):
+        raise_in(replacing(tmp_path / "a"), full)
+    with pytest.raises(FullDiskError, match=r"no space left for .*folder\. Make room"):
+        raise_in(replacing_folder(tmp_path / "folder"), full)
+    assert names(tmp_path) == []
+
+    def nested() -> None:
+        with full_disk_errors("the run", "Images stay."), replacing(tmp_path / "a"):
+            raise full
+
+    with pytest.raises(FullDiskError, match=r"^There is no space left for the run\. Images stay\.$"):
+        nested()
+
+
+def test_libraries_have_other_errors_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save raises a RuntimeError: it counts as a full disk if the disk is full, and as itself if not."""
+    with pytest.raises(RuntimeError, match="of torch"):
+        raise_in(replacing(tmp_path / "a"), RuntimeError("of torch"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(FullDiskError):
+        raise_in(replacing(tmp_path / "a"), RuntimeError("of torch"))
+    with pytest.raises(UserError, match="of the user"):  # has its sentence already
+        raise_in(replacing(tmp_path / "a"), UserError("of the user"))
+
+
+def test_make_folder(tmp_path: Path) -> None:
+    assert make_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert make_folder(str(tmp_path / "a")).is_dir()
+    assert names(tmp_path / "a") == ["b"]
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "sub"):
+        with pytest.raises(StorageError, match=re.escape(f"{folder} cannot be written to: ")):
+            make_folder(folder)
+    with pytest.raises(StorageError, match="cannot be written to"):
+        raise_in(replacing(tmp_path / "file" / "a"), AssertionError("this comes later"))
+
+
+def test_errors_about_other_files_are_not_about_the_one_that_is_written(tmp_path: Path) -> None:
+    def read_another() -> None:
+        with replacing(tmp_path / "a"):
+            (tmp_path / "other").read_text()
+
+    with pytest.raises(FileNotFoundError, match="other") as caught:
+        read_another()
+    assert not isinstance(caught.value, UserError)
+
+
+def test_references_in_another_folder(tmp_path: Path) -> None:
+    own = files.reference_folder()
+    assert (own / "tiny" / "results.json").is_file()
+    with files.references_in(tmp_path / "a"), files.references_in(tmp_path / "b"):
+        assert files.reference_folder() == tmp_path / "b"
+    with pytest.raises(RuntimeError, match="no"):
+        raise_in(files.references_in(tmp_path), RuntimeError("no"))
+    assert files.reference_folder() == own

@@ -20,11 +20,13 @@ import datetime
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenbridge.audit.checks import all_checks
 from tokenbridge.audit.evidence import choose, gather
-from tokenbridge.audit.expected import WORSE, gate_failures, read_expected
+from tokenbridge.audit.expected import WORSE, gate_failures, read_expected, write_expected
 from tokenbridge.audit.findings import Audit
+from tokenbridge.audit.report import write_report
 from tokenbridge.audit.samples import score_samples
 from tokenbridge.audit.verdicts import effect_of, evidence_of, judge_claim
 from tokenbridge.results import schema as result_files
@@ -37,6 +39,53 @@ from tokenbridge.weights import artifacts
 Checks = Mapping[str, Callable[[], float]]
 
 
+def run_audit(
+    results: Sequence[Path | str] = (),
+    *,
+    samples: Path | str | None = None,
+    claim: str | None = None,
+    out: Path | str = "runs/audit",
+    accept: str | None = None,
+    weights: Path | str | None = None,
+    folder: Path | str | None = None,
+    fail_on: Collection[str] = (),
+    **scoring: Any,
+) -> Audit:
+    """Judge claims by results or by samples, and write the report: what the command `audit` does.
+
+    Args:
+        results: see `audit_claims`.
+        samples: images to score; see `audit_samples`.
+        claim: the claim that the samples are judged by.
+        out: the folder of the report.
+        accept: the reason for which today's verdicts become the expected ones; None keeps those.
+        weights: see `audit_claims`.
+        folder: see `audit_claims`.
+        fail_on: see `audit_claims`; without any, a verdict that is worse than the stored one, or nothing if today's
+            verdicts are accepted.
+        scoring: the other arguments of `audit_samples`.
+
+    Raises:
+        UserError: as `audit_claims` and `audit_samples`; or what is asked for does not go together.
+    """
+    if (samples is None) != (claim is None) or (samples is not None and (results or accept)):
+        raise UserError("--samples and --claim go together, without result files and without --accept.")
+    if accept is not None and not accept.strip():
+        raise UserError("Verdicts are accepted for a reason: give one.")
+    if weights is not None and not Path(weights).is_dir():
+        raise UserError(f"There is no folder of models {weights}.")
+    failing = fail_on or ([] if accept is not None else [WORSE])
+    files.make_folder(out)
+    if samples is not None and claim is not None:
+        done = audit_samples(samples, claim, out=out, folder=folder, fail_on=failing, **scoring)
+    else:
+        done = audit_claims(results, weights=weights, folder=folder, fail_on=failing)
+    write_report(done, out, reference=files.reference_folder())
+    if accept is not None:
+        write_expected(files.reference_folder() / "paper" / "expected.json", done, accept)
+    return done
+
+
 def audit_claims(
     results: Sequence[Path | str] = (),
     *,
@@ -47,9 +96,7 @@ def audit_claims(
     row: str | None = None,
     checks: Checks | None = None,
 ) -> Audit:
-    """Judge every published claim by the shipped result files and those of the user.
-
-    This is what the command `audit` does.
+    """Judge every published claim by the shipped result files and those of the user; nothing is written.
 
     Args:
         results: result files that replace the shipped ones or add to them; without any, those in `runs` are read.

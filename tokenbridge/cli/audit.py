@@ -12,7 +12,6 @@ from rich.markup import escape
 from tokenbridge.cli.options import Json, app
 from tokenbridge.utils import files
 from tokenbridge.utils.console import print_line, print_table
-from tokenbridge.utils.errors import UserError
 
 
 @app.command()
@@ -97,34 +96,22 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Judge every published number by what was measured: verdicts, evidence, a page; exit code 1 if the gate fails."""
-    from tokenbridge.audit.audit import audit_claims as run
-    from tokenbridge.audit.audit import audit_samples
-    from tokenbridge.audit.expected import WORSE, write_expected
-    from tokenbridge.audit.report import write_report
+    from tokenbridge.audit.audit import run_audit
     from tokenbridge.results.markdown import cell
 
-    if (samples is None) != (claim is None) or (samples is not None and (results or accept)):
-        raise UserError("--samples and --claim go together, without result files and without --accept.")
-    if accept is not None and not accept.strip():
-        raise UserError("Verdicts are accepted for a reason: give one.")
-    failing = fail_on or ([] if accept is not None else [WORSE])
-    if samples is not None:
-        assert claim is not None
-        done = audit_samples(
-            samples,
-            claim,
-            out=out,
-            folder=folder,
-            given={"inception": inception, "adm-statistics": reference, "adm-reference": reference_batch},
-            other_inception=other_inception,
-            num_bootstrap=num_bootstrap,
-            fail_on=failing,
-        )
-    else:
-        done = run(results or [], weights=weights, folder=folder, fail_on=failing)
-    write_report(done, out, reference=files.reference_folder())
-    if accept is not None:
-        write_expected(files.reference_folder() / "paper" / "expected.json", done, accept)
+    done = run_audit(
+        results or [],
+        samples=samples,
+        claim=claim,
+        out=out,
+        accept=accept,
+        weights=weights,
+        folder=folder,
+        fail_on=fail_on or (),
+        given={"inception": inception, "adm-statistics": reference, "adm-reference": reference_batch},
+        other_inception=other_inception,
+        num_bootstrap=num_bootstrap,
+    )
     if as_json:
         print(done.model_dump_json(indent=2))
     else:

@@ -25,7 +25,7 @@ def reconstruct(
     value_range: Annotated[float, typer.Option(help="Latents beyond this size are clamped.")] = 5.0,
     scale: Annotated[str, typer.Option(help="Latent scale: config, measure or a number.")] = "config",
     split: Annotated[str, typer.Option(help="Split of the source.")] = "test",
-    image_size: Annotated[int | None, typer.Option(help="Centre-crop to this size.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Centre-crop to this size.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     inception_weights: Annotated[
@@ -99,11 +99,11 @@ def evaluate(
     from tokenbridge.evaluation.inception import find_inception, load_cleanfid_inception, load_inception
     from tokenbridge.reproduction.evaluation import measure_evaluation
     from tokenbridge.results.markdown import cell, columns_of
-    from tokenbridge.results.schema import write
 
     measured = measure_evaluation(
         samples,
         reference,
+        out=out,
         inception=load_inception(inception or find_inception(), allow_other=allow_other_inception),
         cleanfid_inception=None
         if cleanfid_inception is None
@@ -114,8 +114,6 @@ def evaluate(
         batch_size=batch_size,
         cache=cache,
     )
-    if out is not None:
-        write(out, measured)
     if as_json:
         print(json.dumps(measured.model_dump(), indent=2))
         return
@@ -134,7 +132,7 @@ def reference(
     source: Annotated[str, typer.Argument(help="Images: a folder, Parquet, digits, cifar10, imagenet or a hub name.")],
     out: Annotated[Path, typer.Option(help="File to write (.npz).")],
     split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
-    image_size: Annotated[int, typer.Option(min=1, help="Centre-crop to this size, as ADM does.")] = 256,
+    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Centre-crop to this size, as ADM does.")] = 256,
     keep_images: Annotated[
         int, typer.Option(min=0, help="Store so many of the images too, for precision, recall and KID.")
     ] = 0,

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenbridge.data.images import IMAGE_SUFFIXES, to_pixels
+from tokenbridge.data.images import IMAGE_SUFFIXES, decoding_errors, to_pixels
 from tokenbridge.utils.console import track
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
@@ -144,7 +144,9 @@ class CroppedImages(Dataset[Tensor]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tensor:
-        return to_pixels([self.dataset[index]["image"]], size=self.size[0])[0]
+        with decoding_errors():
+            image = self.dataset[index]["image"]
+        return to_pixels([image], size=self.size[0])[0]
 
 
 ImageSet = ImageFiles | ImageArray

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from datasets import Dataset
 
@@ -223,8 +224,19 @@ def truncated_pixels(images: Tensor) -> Tensor:
 
 
 def pixels_of(dataset: Dataset, *, size: int | None = None, channels: int = 3) -> Tensor:
-    """Return all images of a small data set as one uint8 tensor [N, C, H, W]."""
-    return to_pixels(list(dataset["image"]), size=size, channels=channels)
+    """Return all images of a small data set as one uint8 tensor [N, C, H, W]; errors as `decoding_errors`."""
+    with decoding_errors():
+        images = list(dataset["image"])
+    return to_pixels(images, size=size, channels=channels)
+
+
+@contextmanager
+def decoding_errors() -> Iterator[None]:
+    """Within the block, where a data set decodes images, turn the errors of a damaged image into a `UserError`."""
+    try:
+        yield
+    except (OSError, SyntaxError) as error:  # PIL has several for what it cannot decode
+        raise UserError(f"An image is damaged: {error}.") from error
 
 
 def labels_of(dataset: Dataset) -> Tensor:

@@ -42,7 +42,7 @@ from tokenbridge.tokenizers.quantizer import (
 from tokenbridge.utils import provenance
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import write_json, write_text
+from tokenbridge.utils.files import make_folder, write_json, write_text
 from tokenbridge.weights.artifacts import MissingArtifactsError
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
 
@@ -56,6 +56,7 @@ QUANTIZERS = ("gaussian", "uniform", "lloyd-max")
 COLUMNS = ("PSNR", "SSIM", "rFID", "bits per image")
 STD_RANGE = (0.5, 2.0)  # the codebooks are made for latents of unit variance; beyond this they are badly used
 NUM_SHOWN = 8  # images in the grid
+MAX_LEVELS = 2**16  # of a quantiser; far more than latents have digits
 PIPELINE_PARTS = ("vae", "vqvae", "movq")  # what the autoencoder's folder is called in pipelines
 PROBE_SIZE = 64  # pixels; a multiple of every down-sampling factor in use
 
@@ -112,10 +113,13 @@ def reconstruct(
     """
     if quantizer not in QUANTIZERS:
         raise UserError(f"Unknown quantiser {quantizer!r}; there are {', '.join(QUANTIZERS)}.")
+    if max(levels) > MAX_LEVELS:
+        raise UserError(f"A quantiser has {MAX_LEVELS:,} levels at most here, not {max(levels):,}.")
     inception, notes = _find_inception(inception_weights)  # first: a bad file must not cost hours
     model = load_tokenizer_model(tokenizer).to(best_device())
     pixels = _load_pixels(source, split, image_size, limit, seed, channels=getattr(model.config, "in_channels", 3))
     _check_size(model, pixels)
+    make_folder(out)
 
     tokenizers: dict[str, Tokenizer] = {}
     distortions: dict[str, Distortion] = {}

@@ -20,7 +20,7 @@ from tokenbridge.evaluation.inception import NUM_FEATURES, Inception
 from tokenbridge.evaluation.metrics import Statistics
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import replacing, sha256_of
+from tokenbridge.utils.files import make_folder, replacing, sha256_of
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def make_reference(
         raise UserError(f"Statistics are written as .npz, not as {out.name}.")
     if image_size < 1 or batch_size < 1:
         raise UserError("Image size and batch size are at least 1.")
+    make_folder(out.parent)
     images = CroppedImages(load_images(source, split), image_size)
     if len(images) < 2 or not 0 <= keep_images <= len(images):
         raise UserError(f"{source} has {len(images)} images: at least 2 are needed, and {keep_images} are to be kept.")

@@ -32,7 +32,7 @@ from tokenbridge.results.verdicts import CheckVerdict, is_worse
 from tokenbridge.utils import junit
 from tokenbridge.utils.console import colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import references_in, sha256_of, write_text
+from tokenbridge.utils.files import make_folder, references_in, sha256_of, write_text
 from tokenbridge.utils.provenance import hash_of_dataset
 
 if TYPE_CHECKING:
@@ -317,6 +317,7 @@ def run_gate(
     references, out = Path(references), Path(out)
     if unknown := sorted(set(parts) - set(PARTS)):
         raise UserError(f"The gate has no part {', '.join(unknown)}; it has {', '.join(PARTS)}.")
+    make_folder(out)
     done: list[Part] = []
 
     def own() -> Path | None:

@@ -18,7 +18,7 @@ from tokenbridge.reproduction.small_scale import reproduce_scale
 from tokenbridge.results import compare, markdown, tolerances, verdicts
 from tokenbridge.results import schema as results
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import replacing_folder, write_text
+from tokenbridge.utils.files import make_folder, replacing_folder, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -69,6 +69,7 @@ def update(
         raise UserError(f"There are no references {', '.join(unknown)}; there are {', '.join(PARTS)}.")
     if why is not None and not why.strip():
         raise UserError("References change for a reason: say it with --why.")
+    make_folder(out)
     commit = None if why is None else clean_commit(source)  # checked first, since measuring takes minutes
     changes: list[Change] = []
     fresh: dict[str, Path] = {}  # new files by their names in `folder`

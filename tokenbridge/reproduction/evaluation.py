@@ -8,20 +8,25 @@ from typing import Any
 
 from tokenbridge.evaluation.evaluate import evaluate
 from tokenbridge.evaluation.metrics import SEED
-from tokenbridge.results.schema import Provenance, Results, Row
+from tokenbridge.results.schema import Provenance, Results, Row, write
 from tokenbridge.results.score import to_metrics
+from tokenbridge.utils.files import make_folder
 from tokenbridge.utils.provenance import Stopwatch
 
 
 def measure_evaluation(
-    samples: Sequence[Path | str], reference: Path | str, *, seed: int = SEED, **options: Any
+    samples: Sequence[Path | str], reference: Path | str, *, out: Path | None = None, seed: int = SEED, **options: Any
 ) -> Results:
-    """Return the scores of sets of samples as results; arguments and errors as `evaluation.evaluate`.
+    """Return the scores of sets of samples as results, and write them to the file `out` if it is given.
+
+    The other arguments and the errors are those of `evaluation.evaluate`.
 
     Each set has its row. Of several, rows with mean and standard deviation follow; then, without numbers, what was not
     run, and why.
     """
     stopwatch = Stopwatch()
+    if out is not None:
+        make_folder(out.parent)
     evaluated = evaluate(samples, reference, seed=seed, **options)
     rows = [
         Row(id=f"evaluation/{i}", label=one.name, metrics={"images": one.num_images, **one.metrics})
@@ -35,7 +40,7 @@ def measure_evaluation(
     for metrics, why in evaluated.not_run.items():
         name = ", ".join(metrics)
         rows.append(Row(id=f"evaluation/{name}", label=name, metrics={}, not_run=why))
-    return Results(
+    measured = Results(
         scale="evaluation",
         provenance=Provenance(
             **stopwatch.record(),
@@ -47,3 +52,6 @@ def measure_evaluation(
         rows=rows,
         trends=[],
     )
+    if out is not None:
+        write(out, measured)
+    return measured

@@ -38,7 +38,7 @@ from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.utils.files import make_folder, sha256_of, write_text
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def reproduce_scale(
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
     stored = results.read(reference) if reference is not None else None  # first: a damaged file must not cost minutes
     bench = open_workbench(scale, weights)
+    make_folder(out)
     rows = [*reconstruction_rows(bench, out), *generation_rows(bench, out, num_images, seed)]
     write_text(out / "tokens.json", json.dumps(golden_tokens(bench)))
     rows += prediction_time_rows(bench)

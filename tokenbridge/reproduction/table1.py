@@ -25,7 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenbridge.data.images import labels_of, load_images, pixels_of, pixels_to_images, to_pixels, truncated_pixels
+from tokenbridge.data.images import (
+    decoding_errors,
+    labels_of,
+    load_images,
+    pixels_of,
+    pixels_to_images,
+    to_pixels,
+    truncated_pixels,
+)
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.inception import (
     NUM_FEATURES,
@@ -52,7 +60,7 @@ from tokenbridge.utils import provenance
 from tokenbridge.utils.console import track
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import replacing, sha256_of, write_text
+from tokenbridge.utils.files import make_folder, replacing, sha256_of, write_text
 from tokenbridge.utils.flop import count, placeholder
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS, Status
@@ -120,6 +128,7 @@ def reproduce_table1(options: Options, *, out: Path | str) -> tuple[Results, Jud
     paths = artifacts.resolve(_needed(options), folder=folder, given=_given(options))
     inception = load_inception(other or paths[INCEPTION], allow_other=other is not None)
     hashes = {key: artifacts.fingerprint(paths[key], folder=folder) for key in (KL16_VAE, STATISTICS)}
+    make_folder(out)
     results = measure(
         paths,
         inception,
@@ -227,7 +236,9 @@ def measure(
     outputs: dict[tuple[int | None, float | None], list[tuple[Tensor, Tensor]]] = {q: [] for q in tokenizers}
     batches = chosen.split(batch_size)
     for number, indices in enumerate(track(batches, "Table 1", transient=False)):
-        pixels = to_pixels(list(dataset.select(indices.tolist())["image"]), size=IMAGE_SIZE)
+        with decoding_errors():
+            images = list(dataset.select(indices.tolist())["image"])
+        pixels = to_pixels(images, size=IMAGE_SIZE)
         digest.update(pixels.numpy().tobytes())
         first = number * batch_size
         latents = sample_latents(tokenizers[None, None], pixels, range(first, first + len(indices)), seed)

@@ -13,6 +13,7 @@ from tokenbridge.utils.errors import UserError
 
 Randomness = Literal["per-image", "official"]
 Format = Literal["png", "npz"]
+MAX_IMAGES = 10_000_000  # the labels of a run are held in memory
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise UserError(f"The number of images must be at least 1, not {self.num_images}.")
+        if self.num_images > MAX_IMAGES:
+            raise UserError(f"A run makes {MAX_IMAGES:,} images at most, not {self.num_images:,}.")
         if self.batch_size < 1:
             raise UserError(f"The batch size must be at least 1, not {self.batch_size}.")
         if self.seed < 0:
@@ -82,7 +85,7 @@ def run_labels(config: RunConfig, num_classes: int) -> Tensor | None:
         return None
     if config.labels == "random":
         return torch.tensor(random_labels(config.num_images, num_classes, config.seed))
-    labels = torch.tensor(config.labels or balanced_labels(config.num_images, num_classes))
-    if strange := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
+    labels = config.labels or balanced_labels(config.num_images, num_classes)
+    if strange := sorted({label for label in labels if not 0 <= label < num_classes}):
         raise UserError(f"There is no class {strange[0]}; the labels are 0 to {num_classes - 1}.")
-    return labels
+    return torch.tensor(labels)

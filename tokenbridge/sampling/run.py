@@ -21,12 +21,10 @@ Shape letters: N images of the run, B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,8 +42,8 @@ from tokenbridge.sampling.config import RunConfig, run_labels
 from tokenbridge.sampling.store import STORES, read_first_images, remove
 from tokenbridge.utils import console, provenance
 from tokenbridge.utils.devices import peak_memory, process_state
-from tokenbridge.utils.errors import StorageError, UnusableImageError, UserError
-from tokenbridge.utils.files import replacing, write_json
+from tokenbridge.utils.errors import UnusableImageError, UserError
+from tokenbridge.utils.files import replacing, storage_errors, write_json
 
 RECIPE_FILE = "run.json"
 NUM_LISTED = 8  # an error message lists at most this many differences
@@ -161,7 +159,8 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
     labels = run_labels(config, sampler.num_classes)
     state = process_state()
     store = STORES[config.format](folder, config, "no-result" if sampler.stand_in else None)
-    with _storage_errors(folder):
+    advice = "The finished images are kept: make room, and the same command makes the others."
+    with storage_errors(folder, advice):
         left: list[Any] = [None]
         if state.is_main_process:
             _claim(folder, run_recipe(sampler, config, state.num_processes))
@@ -340,19 +339,3 @@ def _differences(there: Any, now: Any, name: str = "") -> list[str]:
         return [text for key in keys for text in _differences(there.get(key), now.get(key), f"{prefix}{key}")]
     short = [f"{text[:60]}..." if len(text) > 60 else text for text in (json.dumps(there), json.dumps(now))]
     return [] if there == now else [f"{name} was {short[0]} and is now {short[1]}"]
-
-
-@contextmanager
-def _storage_errors(folder: Path) -> Iterator[None]:
-    """Within the block, turn errors of a full or read-only disk into a StorageError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"There is no space left for {folder}. The finished images are kept: make room, and the same command "
-                "makes the others."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise StorageError(f"{folder} cannot be written to: {error.strerror} ({error.filename}).") from error
-        raise

@@ -27,7 +27,7 @@ from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_po
 from tokenbridge.training.loop import train
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import sha256_of, write_json
+from tokenbridge.utils.files import make_folder, sha256_of, write_json
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model, save_model
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def train_recipe(
     """
     recipe = scale.recipe(name)
     runs = Path(runs) / name
+    for folder in (runs, Path(weights)):
+        make_folder(folder)  # before hours of work whose results it is to hold
     changes: dict[str, Any] = {}
     options: dict[str, Any] = {}
     if not recipe.is_generator:

@@ -23,5 +23,9 @@ class DivergedError(UserError, FloatingPointError):
     """The loss of a training became NaN or infinite; its last checkpoint stays."""
 
 
+class FullDiskError(StorageError):
+    """The disk is full. Files that were written before the error are kept."""
+
+
 class UnusableImageError(UserError, FloatingPointError):
     """A model produced NaN or a black image. Images that were made before the error are kept."""

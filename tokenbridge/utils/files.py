@@ -2,16 +2,74 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+@contextmanager
+def full_disk_errors(place: Path | str, advice: str = "Make room, and run the command again.") -> Iterator[None]:
+    """Within the block, turn the many errors of a full disk into a `FullDiskError` that says what to do.
+
+    Args:
+        place: the file or folder that is written, for the message.
+        advice: sentences for the user. Of nested blocks, the outermost one speaks.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        full = isinstance(error, FullDiskError) or number in (errno.ENOSPC, errno.EDQUOT)
+        # torch and safetensors have errors of their own for a write that fails.
+        if full or (number is None and not isinstance(error, UserError) and _is_full(Path(place))):
+            raise FullDiskError(f"There is no space left for {place}. {advice}") from error
+        raise
+
+
+@contextmanager
+def storage_errors(place: Path | str, advice: str = "Make room, and run the command again.") -> Iterator[None]:
+    """Like `full_disk_errors`, and also turn the errors of a place that cannot be written to into a `StorageError`."""
+    with full_disk_errors(place, advice):
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, UserError) or error.errno not in _NOT_WRITABLE:
+                raise
+            raise StorageError(f"{place} cannot be written to: {error.strerror} ({error.filename}).") from error
+
+
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+
+
+def _is_full(place: Path) -> bool:
+    """Whether the disk that holds a file or folder has no space left."""
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(there).free < 2**12
+
+
+def make_folder(folder: Path | str) -> Path:
+    """Make a folder if it does not exist and return it: before the work whose results it is to hold.
+
+    Raises:
+        StorageError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    return folder
 
 
 @contextmanager
@@ -22,16 +80,18 @@ def replacing(path: Path | str) -> Iterator[Path]:
     leaves at most a hidden file (`.NAME-xxxxxxxx`) behind, never half of `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files, but others should be able to read results
-        os.replace(temporary, path)
+        with full_disk_errors(path):
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp makes private files, but others should be able to read results
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,8 +100,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
 def replacing_folder(folder: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`, which replaces `folder` only if the block succeeds."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+    make_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name, full_disk_errors(folder):
         fresh = Path(name) / "new"
         fresh.mkdir()
         yield fresh

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from typing import Any
@@ -56,6 +57,8 @@ def spaced_timesteps(spacing: int | str, num_timesteps: int = NUM_TIMESTEPS) -> 
         UserError: the number of timesteps is out of range, or no integer stride gives it.
     """
     text = str(spacing)
+    if not re.fullmatch(r"(ddim)?\d+|(\d+(,\d+)*)?", text):
+        raise UserError(f"The diffusion steps are a number, ddim and a number, or numbers in sections, not {text!r}.")
     if text.startswith("ddim"):
         for stride in range(1, num_timesteps):
             if len(strided := range(0, num_timesteps, stride)) == int(text[4:]):

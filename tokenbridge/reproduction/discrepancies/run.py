@@ -114,6 +114,7 @@ def measure_discrepancies(
         read_latents(latents)  # first: a bad file must not cost minutes
     weights = Path(weights or files.reference_folder() / scale.name / "weights")
     bench = open_workbench(scale, weights)
+    files.make_folder(out)
     study = Study(bench, num_images, seed, latents)
     rows = []
     for title, compare in COMPARISONS.values():

@@ -1,0 +1,223 @@
+"""Exit codes: 2 and one sentence for what the user can mend, 3 with a traceback for a bug, never 1 for either."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run, error_of
+from PIL import Image, UnidentifiedImageError
+
+from tokenbridge.reproduction import listing
+from tokenbridge.utils.errors import MissingFileError, UserError
+from tokenbridge.utils.provenance import EnvironmentProblemError
+
+
+@pytest.fixture
+def fail(run_command: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[int, str, str]]:
+    """Return a function that runs a command which calls another function on its way."""
+
+    def run(function: Callable[[], Any]) -> tuple[int, str, str]:
+        monkeypatch.setattr(listing, "list_presets", function)
+        return run_command("models")
+
+    return run
+
+
+def raiser(error: BaseException) -> Callable[[], Any]:
+    def function() -> Any:
+        raise error
+
+    return function
+
+
+# ------------------------------------------------------------------------------------------------- the rule
+
+
+@pytest.mark.parametrize("error", [UserError("Mend this."), MissingFileError("Mend this.")])
+def test_what_the_user_can_mend(fail: Callable[..., tuple[int, str, str]], error: Exception) -> None:
+    assert error_of(fail(raiser(error))) == "Error: Mend this."
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: torch.zeros(2).view(3),  # a RuntimeError
+        lambda: torch.zeros(2) @ torch.zeros(3),
+        lambda: torch.distributions.Normal(0.0, -1.0),  # a ValueError of torch's
+        lambda: np.zeros(2).reshape(3),  # a ValueError of numpy's
+        lambda: int("many"),
+        lambda: {"a": 1}["b"],
+        lambda: [][0],
+        raiser(AssertionError("an invariant")),
+        raiser(OSError("of no file")),
+        raiser(FloatingPointError("a number")),
+    ],
+)
+def test_a_bug(fail: Callable[..., tuple[int, str, str]], function: Callable[[], Any]) -> None:
+    """A library's ValueError is a bug of ours like any other: its traceback is shown."""
+    code, out, err = fail(function)
+    assert (code, out) == (3, "")
+    assert err.startswith("Traceback (most recent call last):")
+    last = err.rstrip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert last.endswith("This is a bug of tokenbridge; please report it with the above.")
+    assert "test_errors.py" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/file"), "No such file or directory: a/file"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/file"), "Permission denied: a/file"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a/folder"), "Is a directory: a/folder"),
+        (OSError(errno.ENOSPC, "No space left on device"), "There is no space left on the disk."),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "There is no space left on the disk."),
+        (UnidentifiedImageError("cannot identify image file 'a.png'"), "An image is damaged: cannot identify image"),
+        (MemoryError(), "There is not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "There is not enough memory; a smaller batch takes less."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "There is not enough memory"),
+    ],
+)
+def test_what_the_machine_refuses(fail: Callable[..., tuple[int, str, str]], error: Exception, sentence: str) -> None:
+    assert error_of(fail(raiser(error))).startswith(f"Error: {sentence}")
+
+
+def test_packages_that_do_not_fit(run_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenbridge.cli.main.check_environment", raiser(EnvironmentProblemError("They do not fit.")))
+    assert error_of(run_command("models")) == "Error: They do not fit."
+
+
+def test_an_interrupt_is_130(fail: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = fail(raiser(KeyboardInterrupt()))
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_an_interrupted_process(tmp_path: Path) -> None:
+    """^C while a run is under way; the same command then makes the rest."""
+    arguments = ["sample", "tokenbridge-tiny", "--num-images", "4000", "--batch-size", "4", "--out", tmp_path / "run"]
+    command = [sys.executable, "-m", "tokenbridge", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/images/*.png")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_usage(run_command: Run) -> None:
+    for arguments in ([], ["nothing"], ["sample", "--seed", "x"], ["train", "--jobs", "0"], ["convert"]):
+        code, out, err = run_command(*arguments)
+        assert code == 2
+        assert "Traceback" not in err
+        assert (out + err).strip()
+
+
+# ---------------------------------------------------------------------------------- what users get wrong
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a folder with files and folders of every wrong kind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "some.json").write_text('{"a": 1}')
+    np.savez(tmp_path / "some.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    for name in ("photos", "damaged"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.fromarray(np.full((32, 32, 3), 100 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    whole = (tmp_path / "damaged" / "1.png").read_bytes()
+    (tmp_path / "damaged" / "1.png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        # folders in the place of files, and the reverse
+        ("audit photos", "photos is a folder; name a result file"),
+        ("reproduce tiny --reference photos", "photos is a folder"),
+        ("reproduce tiny --weights text", "no weights at text/classifier"),
+        ("reproduce table1 --folder text", "The folder of the published files is text"),
+        ("sample tiny/mar --out text --num-images 1", "text cannot be written to"),
+        ("sample tokenbridge-l --weights photos --vae photos", "There is no checkpoint at photos/checkpoint-last.pth"),
+        ("discrepancies --latents photos", "Is a directory: photos"),
+        ("train tiny vae --data text", "text is neither a folder of images nor a Parquet file"),
+        ("reconstruct text", "text is neither a folder of images nor a Parquet file"),
+        # files of another kind
+        ("audit text", "text is not JSON"),
+        ("audit some.npz", "some.npz is not JSON"),
+        ("audit some.json", "scale: Field required"),
+        ("convert text kl16 --out out", "text (5 bytes) is truncated, damaged or not a checkpoint of torch"),
+        ("convert text givt-vae --out out", "text (5 bytes) is damaged"),
+        ("evaluate photos --reference text --inception text", "text is not the published weights-inception"),
+        ("evaluate photos --reference text --inception text --allow-other-inception", "text does not hold the weights"),
+        ("reconstruct damaged --split train --out out", "An image is damaged"),
+        # what is not there
+        ("audit nowhere", "There is no result file nowhere"),
+        ("audit --weights nowhere", "There is no folder of models nowhere"),
+        ("convert nowhere kl16 --out out", "There is no checkpoint at nowhere"),
+        ("discrepancies --latents nowhere", "No such file or directory: nowhere"),
+        ("train tiny vae --data empty", "no Parquet files in empty"),
+        ("train tiny vae --data nobody/nothing", "Could not load the data set 'nobody/nothing'"),
+        ("reconstruct photos --split train --tokenizer nobody/nothing", "There is no tokenizer 'nobody/nothing'"),
+        # folders that cannot be written, found before the work whose results they are to hold
+        ("train tiny vae --out text", "text/vae cannot be written to"),
+        ("reproduce tiny --out text", "text cannot be written to"),
+        ("discrepancies --out text", "text cannot be written to"),
+        ("reconstruct photos --split train --out text", "text cannot be written to"),
+        ("audit --out text", "text cannot be written to"),
+        ("gate goldens --out text", "text cannot be written to"),
+        ("update-references verdicts --out text", "text cannot be written to"),
+        # numbers
+        ("sample tiny/mar --num-images 99999999999999999999 --plan", "A run makes 10,000,000 images at most"),
+        ("sample tiny/mar --label 99999999999999999999", "There is no class 99999999999999999999"),
+        ("sample tiny/mar --temperature nan", "temperature must be at least 0, not nan"),
+        ("sample tiny/mar --num-diffusion-steps many", "not 'many'"),
+        ("sample tiny/mar --num-diffusion-steps ddim", "not 'ddim'"),
+        ("sample tiny/mar --num-iterations 1.5", "Input should be a valid integer"),
+        ("sample tiny/mar --bogus 3", "tiny/mar has no setting bogus; it has num_iterations"),
+        ("sample tiny/mar --model x", "tiny/mar has no setting model"),
+        ("reconstruct photos --split train --levels 99999999999", "65,536 levels at most"),
+        ("reconstruct photos --split train --value-range nan", "value_range must be positive and finite"),
+        ("discrepancies --num-images 7", "multiple of twice the 10 classes"),
+    ],
+)
+def test_one_sentence(run_command: Run, line: str, message: str) -> None:
+    result = run_command(*line.split())
+    assert message in error_of(result)
+    assert not Path("out").exists() or not list(Path("out").iterdir())
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ["run.json", "images/000000.png"])
+def test_damaged_runs(run_command: Run, name: str) -> None:
+    arguments = ["sample", "tiny/mar", "--num-images", "1", "--num-iterations", "1", "--out", "run"]
+    assert run_command(*arguments)[0] == 0
+    (Path("run") / name).write_text("{")
+    assert "is damaged" in error_of(run_command(*arguments))
+
+
+def test_results_of_a_bug_are_never_json(fail: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = fail(raiser(RuntimeError("no")))
+    assert code == 3
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(out)
