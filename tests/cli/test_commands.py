@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import error_of
+from conftest import Run, error_of
 from datasets import Dataset
 from PIL import Image
 
@@ -646,3 +646,34 @@ def test_sample_names_the_choices(
 )
 def test_sample_wants_a_generator(run: Callable[..., tuple[int, str, str]], model: str, message: str) -> None:
     assert message in error_of(run("sample", model))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--temperature", "0.5", "--guidance-scale=2", "tiny/tokenbridge-64"),
+        ("tiny/tokenbridge-64", "--guidance-scale", "2", "--temperature=0.5"),
+        ("--temperature=0.5", "--guidance-scale=2"),  # the default model has the same settings
+    ],
+)
+def test_settings_are_options_wherever_they_stand(run_command: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
+    options = ("--num-images", "2", "--num-iterations", "2", "--label", "1", "--out", tmp_path)
+    code, _, err = run_command("sample", *words, *options)
+    assert code == 0, err
+    settings = json.loads((tmp_path / "run.json").read_text())["recipe"]["sampler"]["sampling"]
+    assert (settings["temperature"], settings["guidance_scale"], settings["num_iterations"]) == (0.5, 2.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--temperature", "yes"), "temperature of tiny/mar cannot be 'yes'"),
+        (("--temperature", "-1"), "temperature must be at least 0"),
+        (("--num-diffusion-steps", "foo"), "diffusion steps"),
+        (("--planx", "3"), "has no setting planx"),
+        (("--planx",), "The option --planx needs a value"),
+        (("--randomness", "official", "--seed", str(2**32)), "below 2**32"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(run_command: Run, words: tuple[str, ...], message: str) -> None:
+    assert message in error_of(run_command("sample", "tiny/mar", *words))

@@ -19,6 +19,7 @@ from tokenbridge.evaluation.inception import (
     load_inception,
     write_random_inception,
 )
+from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION
 
@@ -56,7 +57,7 @@ def test_other_inception_weights_are_marked_as_such(tmp_path: Path) -> None:
     inception = load_inception(file, allow_other=True)
     assert not inception.published
     assert inception.extractor == "other-inception"
-    features, logits = inception.network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    features, logits = inception.network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=best_device()))
     assert (features.shape, logits.shape) == ((2, NUM_FEATURES), (2, NUM_LOGITS))
     assert features.isfinite().all()
     assert features.std() > 0.01

@@ -41,6 +41,7 @@ from tokenbridge.results.score import Score, to_metrics
 from tokenbridge.results.tolerances import metric
 from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
+from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import INCEPTION, MissingArtifactsError
@@ -360,7 +361,10 @@ def test_inception_rfid_is_the_frechet_distance_of_its_features(random_inception
     coarse = grey // 64 * 64
     inception = load_inception(random_inception, allow_other=True)
     with torch.no_grad():
-        features = [inception.network(x.expand(-1, 3, -1, -1))[0].double().numpy() for x in (coarse, grey)]
+        features = [
+            inception.network(x.expand(-1, 3, -1, -1).to(best_device()))[0].double().cpu().numpy()
+            for x in (coarse, grey)
+        ]
     # |mean - mean|² + tr S_a + tr S_b - 2 tr sqrt(S_a S_b), from the singular values of the centred features.
     means = [x.mean(axis=0) for x in features]
     roots = [(x - mean) / np.sqrt(len(x) - 1) for x, mean in zip(features, means, strict=True)]

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from tokenbridge.results.compare import compare, incomparable, verdicts
 from tokenbridge.results.markdown import columns_of, markdown_table, tables, to_markdown
 from tokenbridge.results.schema import SCHEMA, STAND_IN, Results, Row, Trend, digest_of, read, write
-from tokenbridge.results.tolerances import METRICS, metric
-from tokenbridge.results.verdicts import within
+from tokenbridge.results.tolerances import METRICS, Tolerance, metric
+from tokenbridge.results.verdicts import judge, within
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -328,3 +328,10 @@ def test_page_without_reference_or_commit() -> None:
     page = to_markdown(RESULTS.model_copy(update={"provenance": unknown, "trends": []}), None)
     assert "commit unknown." in page
     assert "argument" not in page
+
+
+def test_a_number_that_is_not_finite_is_not_reproduced() -> None:
+    tolerance = Tolerance(absolute=10.0, reason="tests")
+    for measured in (math.nan, math.inf):
+        assert judge(1.0, measured, tolerance) == "not reproduced"
+    assert judge(1.0, 2.0, tolerance) == "reproduced"  # the control

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
+from tokenbridge.utils.errors import UserError
+
+SETTINGS = "tokenbridge.settings"  # where a command keeps them in its context
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -23,3 +27,35 @@ Randomness = Literal["per-image", "official"]
 Labels = Literal["balanced", "random"]
 FileFormat = Literal["png", "npz"]
 ScaleName = Annotated[str, typer.Argument(help="Which scale: tiny (digits) or small (CIFAR-10).")]
+
+
+class SettingsCommand(TyperCommand):
+    """A command whose unknown options are settings of the model it is about, wherever they stand among the words."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the settings out, for `settings_of`, and parse the rest as usual."""
+        options: list[Any] = [param for param in self.params if param.param_type_name == "option"]
+        known = {name: not option.is_flag for option in options for name in (*option.opts, *option.secondary_opts)}
+        known |= dict.fromkeys(self.get_help_option_names(ctx), False)
+        settings: dict[str, str] = {}
+        words, rest = list(args), []
+        while words:
+            word = words.pop(0)
+            name, equals, value = word.partition("=")
+            if not word.startswith("--") or len(word) == 2:
+                rest.append(word)
+            elif name in known:
+                rest.append(word)
+                if known[name] and not equals and words:
+                    rest.append(words.pop(0))
+            elif equals or words:
+                settings[name[2:].replace("-", "_")] = value if equals else words.pop(0)
+            else:
+                raise UserError(f"The option {name} needs a value.")
+        ctx.meta[SETTINGS] = settings
+        return super().parse_args(ctx, rest)
+
+
+def settings_of(context: typer.Context) -> dict[str, str]:
+    """Return the settings that were given to a `SettingsCommand`, as they were typed."""
+    return dict(context.meta[SETTINGS])

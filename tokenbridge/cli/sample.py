@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,12 +10,12 @@ import typer
 from pydantic_core import to_jsonable_python
 from rich.markup import escape
 
-from tokenbridge.cli.options import DtypeName, FileFormat, Json, Randomness, app
+from tokenbridge.cli.options import DtypeName, FileFormat, Json, Randomness, SettingsCommand, app, settings_of
 from tokenbridge.utils.console import print_table
 from tokenbridge.utils.errors import UserError
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(cls=SettingsCommand)
 def sample(
     context: typer.Context,
     model: Annotated[
@@ -63,8 +62,9 @@ def sample(
 ) -> None:
     """Generate images, in one process or under torchrun; a run that was killed goes on where it was.
 
-    Sampling settings of the model are options too: --guidance-scale 3 --temperature 0.9 --num-iterations 64 ... Which
-    ones a model has, and their values, is listed by `tokenbridge models`.
+    The model's own sampling settings are options too: --guidance-scale 3 (GIVT: --guidance-weight), --temperature 0.9,
+    --num-iterations 64, --top-k, --top-p, --num-diffusion-steps, --position-order, --first-element. A wrong one is
+    refused with the list of those that the model has; `tokenbridge models` shows the published values.
     """
     from tokenbridge.sampling.sample import choose_run, plan_sampling, sample_model
     from tokenbridge.utils.devices import process_state
@@ -83,7 +83,7 @@ def sample(
         batch_size=batch_size,
         format=file_format,
         stand_in=stand_in,
-        **_settings(context.args),
+        **settings_of(context),
     )
     if plan:
         planned = plan_sampling(named, config, out, dtype=dtype, stand_in=stand_in)
@@ -100,22 +100,6 @@ def sample(
         print(json.dumps({"folder": str(done.folder), "model": name, **to_jsonable_python(report)}, indent=2))
     else:
         print(f"{report.num_images} images ({name}) are in {report.samples}, an overview in {done.overview}.")
-
-
-def _settings(words: Sequence[str]) -> dict[str, str]:
-    """Return the sampling settings among the words of the command: --guidance-scale 3 or --guidance-scale=3."""
-    settings: dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        option, equals, value = rest.pop(0).partition("=")
-        if not option.startswith("--") or len(option) == 2:
-            raise UserError(f"The command has no use for {option!r}.")
-        if not equals:
-            if not rest:
-                raise UserError(f"The option {option} needs a value.")
-            value = rest.pop(0)
-        settings[option[2:].replace("-", "_")] = value
-    return settings
 
 
 def _labels(text: str | None) -> tuple[int, ...] | Literal["balanced", "random"] | None:

@@ -106,6 +106,8 @@ def read_settings(owner: str, settings: Any, values: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         try:
             plain = yaml.safe_load(value) if isinstance(value, str) else value
+            if isinstance(plain, bool) and types.get(name, bool) is not bool:  # YAML reads "yes" so
+                raise UserError(f"The setting {name} of {owner} cannot be {value!r}.")
             changes[name] = TypeAdapter(types.get(name, Any)).validate_python(plain)
         except ValidationError as error:
             raise UserError(

@@ -327,7 +327,7 @@ def reconstruct(tokenizer: LatentTokenizer, latents: Tensor) -> Tensor:
 
 def inception_outputs(inception: Inception, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Return features [B, 2048] and logits [B, 1008] of uint8 images [B, 3, H, W], on the CPU."""
-    features, logits = inception.network(pixels)
+    features, logits = inception.network(pixels.to(best_device()))
     return features.cpu(), logits.cpu()
 
 

@@ -205,7 +205,7 @@ def reproduce(
             log(f"{'Stand-in of' if options.stand_in else 'Running'} {target.name}")
         try:
             found = None if reason is not None else _run(target, options, folder, show_progress)
-        except UserError as error:  # of one target's files; the others can be run
+        except (UserError, OSError) as error:  # of one target's files; the others can be run
             if not several:
                 raise
             found, reason = None, str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 from tokenbridge.results.tolerances import Tolerance, metric
@@ -41,6 +42,8 @@ def judge(
     expected: float, measured: float, tolerance: Tolerance | None, interval: tuple[float, float] | None = None
 ) -> Verdict:
     """Judge a measured value or its interval by the tolerance around the expected value; None asks for equality."""
+    if not math.isfinite(measured):
+        return "not reproduced"
     low, high = (measured, measured) if interval is None else (min(*interval, measured), max(*interval, measured))
     # 1.33 - 1.11 differs from 0.22 in the last bit of float arithmetic, which must not count as a difference.
     granted = (tolerance.of(expected) if tolerance is not None else 0.0) + 1e-12 * abs(expected)

@@ -37,6 +37,8 @@ class RunConfig:
             raise UserError(f"The batch size must be at least 1, not {self.batch_size}.")
         if self.seed < 0:
             raise UserError(f"The seed must be at least 0, not {self.seed}.")
+        if self.randomness == "official" and self.seed >= 2**32:
+            raise UserError(f"A seed of the official streams is below 2**32, not {self.seed}.")
         if self.randomness not in get_args(Randomness):
             raise UserError(f"Unknown randomness {self.randomness!r}; there are {', '.join(get_args(Randomness))}.")
         if self.format not in get_args(Format):

@@ -14,10 +14,10 @@ from tokenbridge.models.system import read_settings
 from tokenbridge.sampling.config import Format, Randomness, RunConfig
 from tokenbridge.sampling.load import STAND_IN_IMAGES, ModelSampler, NamedModel, find_model
 from tokenbridge.sampling.plan import Plan, plan_run
-from tokenbridge.sampling.run import RunReport, sampling_run, save_overview
+from tokenbridge.sampling.run import BadImageError, RunReport, sampling_run, save_overview
 from tokenbridge.utils.console import track
 from tokenbridge.utils.devices import Dtype, process_state
-from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.errors import UnusableImageError, UserError
 
 MODEL = "tokenbridge-tiny"
 NUM_IMAGES = 100
@@ -208,9 +208,21 @@ def sample_model(
 def sample_pixels(
     sampler: ModelSampler, labels: Tensor, seed: int, *, batch_size: int = 250, show_progress: bool = True
 ) -> Tensor:
-    """Return one image for each of the labels [N], as uint8 pixels [N, C, H, W] on the CPU, without writing files."""
-    batches = image_batches(len(labels), batch_size, show_progress=show_progress)
-    return torch.cat([sampler.images(labels[indices], indices, seed) for indices in batches])
+    """Return one image for each of the labels [N], as uint8 pixels [N, C, H, W] on the CPU, without writing files.
+
+    Raises:
+        UnusableImageError: an image is NaN.
+    """
+    pixels = []
+    for indices in image_batches(len(labels), batch_size, show_progress=show_progress):
+        try:
+            pixels.append(sampler.images(labels[indices], indices, seed))
+        except BadImageError as error:
+            index = indices[error.row]
+            raise UnusableImageError(
+                f"Image {index} (seed {seed}, class {int(labels[index])}) of {sampler.name} {error}."
+            ) from error
+    return torch.cat(pixels)
 
 
 def image_batches(num_images: int, batch_size: int, *, show_progress: bool) -> Iterator[list[int]]:
