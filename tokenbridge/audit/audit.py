@@ -75,7 +75,6 @@ def run_audit(
     if weights is not None and not Path(weights).is_dir():
         raise UserError(f"There is no folder of models {weights}.")
     failing = fail_on or ([] if accept is not None else [WORSE])
-    files.make_folder(out)
     if samples is not None and claim is not None:
         done = audit_samples(samples, claim, out=out, folder=folder, fail_on=failing, **scoring)
     else:

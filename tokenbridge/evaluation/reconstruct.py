@@ -119,7 +119,6 @@ def reconstruct(
     model = load_tokenizer_model(tokenizer).to(best_device())
     pixels = _load_pixels(source, split, image_size, limit, seed, channels=getattr(model.config, "in_channels", 3))
     _check_size(model, pixels)
-    make_folder(out)
 
     tokenizers: dict[str, Tokenizer] = {}
     distortions: dict[str, Distortion] = {}
@@ -137,6 +136,7 @@ def reconstruct(
             distortions[_row_id(label)] = measure_distortion(chosen, latents)
             tokenizers[label] = LatentTokenizer(model, chosen.to(model.device))
 
+    make_folder(out)
     shown = torch.linspace(0, len(pixels) - 1, min(NUM_SHOWN, len(pixels))).long()  # sources come sorted by class
     rows, pictures = [], {"original": pixels[shown]}
     for label, chosen_tokenizer in tokenizers.items():

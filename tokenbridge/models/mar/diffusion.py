@@ -57,7 +57,7 @@ def spaced_timesteps(spacing: int | str, num_timesteps: int = NUM_TIMESTEPS) -> 
         UserError: the number of timesteps is out of range, or no integer stride gives it.
     """
     text = str(spacing)
-    if not re.fullmatch(r"(ddim)?\d+|(\d+(,\d+)*)?", text):
+    if not re.fullmatch(r"ddim\d+|(-?\d+(,-?\d+)*)?", text):
         raise UserError(f"The diffusion steps are a number, ddim and a number, or numbers in sections, not {text!r}.")
     if text.startswith("ddim"):
         for stride in range(1, num_timesteps):
