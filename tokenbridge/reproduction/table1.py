@@ -52,6 +52,7 @@ from tokenbridge.results.markdown import TITLES, cell, markdown_table, measured_
 from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
 from tokenbridge.results.score import Score, ScoreName, to_metrics
+from tokenbridge.sampling.load import STAND_IN_RULE
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.cost import decoder_flop
 from tokenbridge.tokenizers.kl16 import create_kl16, kl16_layout, load_kl16
@@ -64,7 +65,7 @@ from tokenbridge.utils.files import make_folder, replacing, sha256_of, write_tex
 from tokenbridge.utils.flop import count, placeholder
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS, Status
-from tokenbridge.weights.rule import RULE, rule_state
+from tokenbridge.weights.rule import rule_state
 
 FILES = (IMAGENET, KL16_VAE, INCEPTION, STATISTICS)
 IMAGE_SIZE = 256
@@ -389,7 +390,7 @@ def write_stand_ins(folder: Path) -> tuple[dict[str, Path], Inception]:
     """Write files in the formats of the real ones; return them as `measure` takes them."""
     files = {IMAGENET: folder / "imagenet", KL16_VAE: folder / "kl16.ckpt", STATISTICS: folder / "statistics.npz"}
     write_photographs(files[IMAGENET])
-    torch.save({"model": rule_state(kl16_layout(create_kl16()), {"rule": RULE, "salt": "stand-in"})}, files[KL16_VAE])
+    torch.save({"model": rule_state(kl16_layout(create_kl16()), STAND_IN_RULE)}, files[KL16_VAE])
     write_random_inception(folder / "inception.pth")
     inception = load_inception(folder / "inception.pth", allow_other=True)
     pixels = pixels_of(load_images(str(files[IMAGENET]), "train"), size=IMAGE_SIZE)

@@ -26,6 +26,7 @@ from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
 from tokenbridge.training.loop import train
 from tokenbridge.utils import provenance
+from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.utils.files import make_folder, sha256_of, write_json
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model, save_model
@@ -147,9 +148,7 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
 
     The table is that of `data.latents.cache_latents`, and it is kept in a sub-folder of `folder`.
     """
-    autoencoder = load(scale.recipe("vae"), weights)
-    if torch.cuda.is_available():
-        autoencoder.cuda()
+    autoencoder = load(scale.recipe("vae"), weights).to(best_device())
     images = labelled_images(scale, "train")
     # The folder's name has a hash, so that latents of another autoencoder or of other images are never used.
     options: dict[str, Any] = {
@@ -172,8 +171,7 @@ def tokens_of(scale: Scale, weights: Path | str) -> Dataset:
     """
     from datasets import Sequence, Value
 
-    vq = load(scale.recipe("vq"), weights)
-    tokenizer = VQTokenizer(vq.cuda() if torch.cuda.is_available() else vq)
+    tokenizer = VQTokenizer(load(scale.recipe("vq"), weights).to(best_device()))
     table = encode_images(
         labelled_images(scale, "train"),
         lambda images: tokenizer.encode(images.to(tokenizer.device)).flatten(1),

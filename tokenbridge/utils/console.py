@@ -23,6 +23,8 @@ COLORS = {
     "not reproduced": "bold red",
     "not run": "yellow",
     "not compared": "yellow",
+    "within doubt": "yellow",
+    "not applicable at this scale": "yellow",
     "pass": "green",
     "fail": "bold red",
     "skipped": "yellow",
