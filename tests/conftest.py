@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,10 +17,14 @@ from official_names import with_rule_weights
 from torch import Tensor
 
 from tokenbridge.cli import main as cli
+from tokenbridge.configs.scales import SCALES
 from tokenbridge.conformance.golden import read_golden
 from tokenbridge.conformance.tokenbridge import make_model, tokenbridge_config
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.weights.rule import RULE
+
+if TYPE_CHECKING:
+    from mini_scale import World
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "reference_results" / "goldens"  # computed with the official code; README.md there
@@ -122,6 +126,36 @@ def run_command(
         return code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def built_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Train the miniature scale once."""
+    import mini_scale
+
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
+        return mini_scale.build_world(root)
+
+
+@pytest.fixture(scope="module")
+def world(built_world: World) -> Iterator[World]:
+    """Stand in the folder of the miniature scale."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(built_world.root)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", built_world.root / "cache")
+        yield built_world
+
+
+@pytest.fixture
+def run(world: World, monkeypatch: pytest.MonkeyPatch, run_command: Run) -> Run:
+    """Return `run_command`, with the miniature as a scale."""
+    import mini_scale
+
+    monkeypatch.setitem(SCALES, "mini", mini_scale.MINI)
+    return run_command
 
 
 def error_of(result: tuple[int, str, str]) -> str:
