@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +20,7 @@ from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
 from tokenbridge.utils.files import (
     full_disk_errors,
     make_folder,
+    read_bytes,
     replacing,
     replacing_folder,
     sha256_of,
@@ -29,7 +31,6 @@ from tokenbridge.utils.files import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -213,3 +214,16 @@ def test_references_in_another_folder(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no"):
         raise_in(files.references_in(tmp_path), RuntimeError("no"))
     assert files.reference_folder() == own
+
+
+def test_foreign_files_are_read_within_bounds(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "a", limit=5) == b"12345"
+    with pytest.raises(UserError, match=r"a is longer than 4 bytes"):
+        read_bytes(tmp_path / "a", limit=4)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        read_bytes(tmp_path / "b")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(UserError, match="is no regular file"):
+            read_bytes(path)

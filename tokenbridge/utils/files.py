@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
+from tokenbridge.utils.errors import FullDiskError, MissingFileError, StorageError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,6 +119,29 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity raise ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False))
+
+
+def read_bytes(path: Path | str, limit: int = 2**26) -> bytes:
+    """Return the content of a file that somebody else may have made; hash these very bytes, and parse them.
+
+    Args:
+        path: a regular file; pipes and devices never end, and are refused before they are opened.
+        limit: the most bytes that are read.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is no regular file, or longer than `limit`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MissingFileError(f"There is no file {path}.")
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file.")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f"{path} is longer than {limit:,} bytes, the most that a file of its kind should have.")
+    return content
 
 
 def sha256_of(path: Path | str) -> str:
