@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from tokenbridge.utils.text import plain
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
-
-_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
-
 
 Result = Literal["failure", "error", "skipped"]
 
@@ -39,8 +37,8 @@ class Suite:
 
 
 def to_xml(name: str, suites: Iterable[Suite]) -> str:
-    """Return suites as JUnit XML; characters that XML cannot hold are replaced."""
-    root = ET.Element("testsuites", name=_text(name))
+    """Return suites as JUnit XML. What XML cannot hold, and what steers a terminal, is replaced."""
+    root = ET.Element("testsuites", name=plain(name))
     for suite in suites:
         results = [case.result for case in suite.cases]
         counts = {
@@ -49,16 +47,16 @@ def to_xml(name: str, suites: Iterable[Suite]) -> str:
             "errors": str(results.count("error")),
             "skipped": str(results.count("skipped")),
         }
-        element = ET.SubElement(root, "testsuite", {"name": _text(suite.name), **counts, **suite.attributes})
+        element = ET.SubElement(root, "testsuite", {"name": plain(suite.name), **counts, **suite.attributes})
         for case in suite.cases:
-            test = ET.SubElement(element, "testcase", classname=_text(case.classname), name=_text(case.name))
+            test = ET.SubElement(element, "testcase", classname=plain(case.classname), name=plain(case.name))
             if case.result is not None:
-                result = ET.SubElement(test, case.result, message=_text(case.message))
-                result.text = _text(case.text) or None
+                result = ET.SubElement(test, case.result, message=plain(case.message))
+                result.text = plain(case.text) or None
                 if case.kind:
-                    result.set("type", case.kind)
+                    result.set("type", plain(case.kind))
             elif case.text:
-                ET.SubElement(test, "system-out").text = _text(case.text)
+                ET.SubElement(test, "system-out").text = plain(case.text)
     ET.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode")
 
@@ -71,7 +69,3 @@ def read_failed(path: Path | str) -> list[str]:
     cases = ET.parse(path).iter("testcase")  # noqa: S314  pytest wrote it
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     return ["::".join(filter(None, (case.get("file"), case.get("name")))) for case in bad]
-
-
-def _text(text: str) -> str:
-    return _NOT_XML.sub("�", text)
