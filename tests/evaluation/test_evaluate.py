@@ -239,8 +239,11 @@ def cleanfid_weights(root: Path) -> Path:
     return root / CLEANFID_FILE
 
 
-def test_whole_number_is_clean_fids(root: Path, batch: Path, cleanfid_weights: Path, options: dict[str, Any]) -> None:
-    options["cleanfid_inception"] = load_cleanfid_inception(cleanfid_weights, allow_other=True)
+def test_whole_number_is_clean_fids(
+    root: Path, batch: Path, cleanfid_weights: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenbridge.evaluation.inception.CLEANFID_SHA256", sha256_of(cleanfid_weights))
+    options["cleanfid_inception"] = replace(load_cleanfid_inception(cleanfid_weights), published=False)
     measured = evaluate([root / "seed0"], root / "reference", **options)
     scores = measured.sets[0].metrics
     assert set(measured.weights_sha256) == {"inception", "clean-fid's inception"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from official_files import Malicious as MakesFolder
 
+from tokenbridge.evaluation import inception as inception_module
 from tokenbridge.evaluation.inception import (
     CLEANFID_FILE,
     NUM_FEATURES,
@@ -42,13 +43,39 @@ def test_weights_that_cannot_be_used(weights: Path, tmp_path: Path, capsys: pyte
     assert "this was run" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="no file of Inception weights"):
         load_inception(tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match="asks for a file called"):
-        load_cleanfid_inception(cut, allow_other=True)
-    cut.rename(tmp_path / CLEANFID_FILE)
-    with pytest.raises(ValueError, match="not the published"):
-        load_cleanfid_inception(tmp_path / CLEANFID_FILE)
-    with pytest.raises(ValueError, match="does not hold clean-fid's"):
-        load_cleanfid_inception(tmp_path / CLEANFID_FILE, allow_other=True)
+
+
+class Writer(torch.nn.Module):
+    """A TorchScript program that writes a file when it is asked for features."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        torch.save(x, self.path)
+        return x
+
+
+def test_cleanfids_file_is_a_program_and_only_the_published_one_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / CLEANFID_FILE
+    torch.jit.script(Writer(str(tmp_path / "written"))).save(str(file))
+
+    def run(*_: Any, **__: Any) -> None:
+        pytest.fail("the program was loaded")
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="another one is never run"):
+        patched.setattr(torch.jit, "load", run)
+        load_cleanfid_inception(file)
+    with pytest.raises(ValueError, match="no file of Inception weights"):
+        load_cleanfid_inception(tmp_path / "absent.pt")
+    # A damaged file of the right hash is one sentence.
+    file.write_bytes(file.read_bytes()[:1000])
+    monkeypatch.setattr(inception_module, "CLEANFID_SHA256", sha256_of(file))
+    with pytest.raises(ValueError, match="cannot be read as clean-fid's Inception"):
+        load_cleanfid_inception(file)
 
 
 def test_other_inception_weights_are_marked_as_such(tmp_path: Path) -> None:

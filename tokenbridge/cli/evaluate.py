@@ -83,7 +83,7 @@ def evaluate(
         Path | None, typer.Option(help="clean-fid's inception-2015-12-05.pt, for FID by its own features.")
     ] = None,
     allow_other_inception: Annotated[
-        bool, typer.Option("--allow-other-inception", help="Take unpublished weights; scores are labelled.")
+        bool, typer.Option("--allow-other-inception", help="Take other weights of --inception; scores are labelled.")
     ] = False,
     allow_few: Annotated[
         bool, typer.Option("--allow-few", help="Take fewer than 2,048 images; scores are labelled.")
@@ -105,9 +105,7 @@ def evaluate(
         reference,
         out=out,
         inception=load_inception(inception or find_inception(), allow_other=allow_other_inception),
-        cleanfid_inception=None
-        if cleanfid_inception is None
-        else load_cleanfid_inception(cleanfid_inception, allow_other=allow_other_inception),
+        cleanfid_inception=None if cleanfid_inception is None else load_cleanfid_inception(cleanfid_inception),
         allow_few=allow_few,
         num_bootstrap=num_bootstrap,
         seed=seed,

@@ -1,11 +1,13 @@
 """Inception-v3 as torch-fidelity has it, and as clean-fid has it: which weights, and the network.
 
 FID and Inception Score are defined by one file of weights. Scores by any other weights are not FID, so the file is
-checked by its hash; other weights must be asked for as such, and label every score that rests on them.
+checked by its hash; other weights must be asked for as such, and label every score that rests on them. No file is
+run as code, save clean-fid's published one, whose hash is known.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tempfile
 from dataclasses import dataclass
@@ -19,8 +21,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from tokenbridge.results.score import OTHER_INCEPTION
 from tokenbridge.utils.devices import best_device
-from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import replacing, sha256_of
+from tokenbridge.utils.errors import UserError, reading
+from tokenbridge.utils.files import read_bytes, replacing, sha256_of
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, resolve
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ NUM_LOGITS = 1008
 # The hash that k-diffusion checks and several public repositories quote for NVIDIA's TorchScript file.
 CLEANFID_FILE = "inception-2015-12-05.pt"
 CLEANFID_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{CLEANFID_FILE}"
+LARGEST_FILE = 2**29  # bytes; clean-fid's file has 91 MB
 CLEANFID_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
@@ -97,20 +100,29 @@ def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
     return Inception(network.to(best_device()), sha256, sha256 == declared.sha256)
 
 
-def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
+def load_cleanfid_inception(path: Path | str) -> Inception:
     """Load clean-fid's Inception, on the GPU if there is one; it returns features [B, 2048].
 
+    The file is TorchScript, which is a program: it can do whatever torch can, and write files. Therefore it is loaded
+    only if its hash is the published one, and from the very bytes that were hashed. No option allows another file.
+
     Raises:
-        UserError: there is no such file, it has another name, or is not the published one.
+        UserError: there is no such file, or it is not the published one.
     """
     path = Path(path)
-    sha256 = _hash_of_weights(path, CLEANFID_FILE, CLEANFID_SHA256, allow_other)
-    if path.name != CLEANFID_FILE:
-        raise UserError(f"clean-fid asks for a file called {CLEANFID_FILE}, not {path.name}.")
-    try:
-        network: Any = InceptionV3W(str(path.parent), download=False)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not hold clean-fid's Inception: {_reason(error)}") from error
+    if not path.is_file():
+        raise UserError(f"There is no file of Inception weights {path}.")
+    content = read_bytes(path, LARGEST_FILE)
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != CLEANFID_SHA256:
+        raise UserError(
+            f"{path} is not the published {CLEANFID_FILE}: its SHA-256 is {sha256}, not {CLEANFID_SHA256}. The file is "
+            "a program (TorchScript), and another one is never run, whatever the options."
+        )
+    with tempfile.TemporaryDirectory() as folder:  # clean-fid takes a folder that holds a file of its name
+        (Path(folder) / CLEANFID_FILE).write_bytes(content)
+        with reading(path, "clean-fid's Inception"):
+            network: Any = InceptionV3W(folder, download=False)
     network.to(best_device())
 
     def extract(images: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +130,7 @@ def load_cleanfid_inception(path: Path | str, *, allow_other: bool = False) -> I
         network.resize_inside = images.dtype == torch.uint8
         return (network(images.float()),)
 
-    return Inception(extract, sha256, sha256 == CLEANFID_SHA256)
+    return Inception(extract, sha256, published=True)
 
 
 def write_random_inception(path: Path | str, seed: int = 0) -> None:
