@@ -66,9 +66,10 @@ def test_cleanfids_file_is_a_program_and_only_the_published_one_is_loaded(
     def run(*_: Any, **__: Any) -> None:
         pytest.fail("the program was loaded")
 
-    with monkeypatch.context() as patched, pytest.raises(ValueError, match="another one is never run"):
+    with monkeypatch.context() as patched:
         patched.setattr(torch.jit, "load", run)
-        load_cleanfid_inception(file)
+        with pytest.raises(ValueError, match="another one is never run"):
+            load_cleanfid_inception(file)
     with pytest.raises(ValueError, match="no file of Inception weights"):
         load_cleanfid_inception(tmp_path / "absent.pt")
     # A damaged file of the right hash is one sentence.

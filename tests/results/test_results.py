@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,28 @@ def into_folder(path: Path) -> None:
     path.mkdir()
 
 
+def into_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def into_link(target: str) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(target)
+
+    return apply
+
+
+def replaced(old: str, new: str) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return apply
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-20]), "cut off"),
     "empty": (lambda path: path.write_bytes(b""), "cut off"),
@@ -237,6 +260,41 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "IS below 1": (signed(lambda v: v["rows"][0]["metrics"].update(IS=0.5)), "IS 0.5, which no measurement"),
     "row twice": (signed(lambda v: v["rows"].append(v["rows"][0])), "rows twice: table1a/vae"),
+    "IS above the number of classes": (
+        signed(lambda v: v["rows"][0]["metrics"].update(IS=1009.0)),
+        "IS 1009, which no measurement",
+    ),
+    "name without end": (signed(lambda v: v["rows"][0]["metrics"].update({"a" * 10**6: 1.0})), "unknown metric 'aaaa"),
+    "number as text": (signed(lambda v: v["rows"][0]["metrics"].update(PSNR="25.0")), "rows.0.metrics.PSNR"),
+    "number as truth": (signed(lambda v: v["rows"][0]["metrics"].update(SSIM=True)), "rows.0.metrics.SSIM"),
+    "NaN as text": (signed(lambda v: v["rows"][0]["metrics"].update(PSNR="nan")), "rows.0.metrics.PSNR"),
+    "number as null": (signed(lambda v: v["rows"][0]["metrics"].update(PSNR=None)), "rows.0.metrics.PSNR"),
+    "infinity by overflow": (replaced('"PSNR": 25.0', '"PSNR": 1e999'), "rows.0.metrics.PSNR"),
+    "seed as text": (signed(lambda v: v["provenance"].update(seed="0")), "provenance.seed"),
+    "seed as a fraction": (signed(lambda v: v["provenance"].update(seed=0.5)), "provenance.seed"),
+    "negative seed": (signed(lambda v: v["provenance"].update(seed=-1)), "seed is -1"),
+    "endless integer": (replaced('"seed": 0', '"seed": 1' + "0" * 5000), "whole number of 5001 digits"),
+    "large integer": (replaced('"seed": 0', f'"seed": {2**63}'), "whole number of 19 digits"),
+    "negative time": (signed(lambda v: v["provenance"].update(wall_seconds=-5.0)), "it took -5 seconds"),
+    "time in words": (signed(lambda v: v["provenance"].update(started="tomorrow")), "started at 'tomorrow'"),
+    "time without zone": (signed(lambda v: v["provenance"].update(started="2026-01-01")), "no time with a time zone"),
+    "dirty in words": (signed(lambda v: v["provenance"].update(dirty="no")), "provenance.dirty"),
+    "byte order mark": (lambda path: path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes()), "cut off"),
+    "UTF-16": (lambda path: path.write_bytes(path.read_text().encode("utf-16")), "cut off"),
+    "key twice": (replaced('"seed": 0', '"seed": 0, "seed": 0'), "has the key 'seed' twice"),
+    "key twice, elsewhere": (replaced('"PSNR": 25.0', '"PSNR": 1.0, "PSNR": 25.0'), "has the key 'PSNR' twice"),
+    "deep nesting": (
+        signed(lambda v: v["provenance"]["settings"].update(x=json.loads("[" * 200 + "]" * 200))),
+        "nested more than 50 levels",
+    ),
+    "half a character": (signed(lambda v: v["rows"][0].update(label="\ud800")), "cannot be read as a result file"),
+    "half a character in a key": (
+        signed(lambda v: v["provenance"]["settings"].update({"\ud800": 1})),
+        "cannot be read",
+    ),
+    "pipe": (into_pipe, "no regular file"),
+    "device": (into_link("/dev/zero"), "no regular file"),
+    "sparse file": (lambda path: os.truncate(path, 2**33), "longer than"),
     "other relation": (edit(lambda v: v["trends"][0].update(relation="=")), "trends.0.relation"),
 }
 

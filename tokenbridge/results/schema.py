@@ -10,8 +10,10 @@ images and tokens that it must name.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from pydantic import ValidationError
 from tokenbridge.results.tolerances import metric
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
-from tokenbridge.utils.strict import Strict
+from tokenbridge.utils.strict import Strict, read_json
 
 SCHEMA = "tokenbridge-results/1"
 STAND_IN = "stand-in: no result"  # the scale of results that random weights gave
@@ -110,36 +112,51 @@ def read(path: Path | str) -> Results:
             it has a row twice, or a metric that is NaN, infinite, unknown or impossible.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a result file (results.json) in it.")
+    if not path.exists():
+        raise UserError(f"There is no result file {path}.")
+    value = read_json(path, "a result file")
+    sha256 = value.pop("sha256", None) if isinstance(value, dict) else None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        sha256 = value.pop("sha256", None) if isinstance(value, dict) else None
-        results = Results.model_validate(value)
-        found = digest_of(value)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no result file {path}.") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; name a result file (results.json) in it.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON (cut off?): {error}.") from error
+        results = Results.model_validate(value, strict=True)  # "1.76" and true are no numbers
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "all of it"
         raise UserError(f"{path} is not a {SCHEMA} file: {where}: {first['msg']}.") from error
+    try:
+        found = digest_of(value)
     except ValueError as error:
         raise UserError(f"{path} holds a number that is NaN or infinite.") from error
     if sha256 is None:
         raise UserError(f"{path} has no digest of its contents (field sha256): it is not as it was written.")
     if sha256 != found:
         raise UserError(f"{path} was changed after it was written: its contents have digest {found}, not {sha256}.")
-    ids = [row.id for row in results.rows]
-    if twice := sorted({id_ for id_ in ids if ids.count(id_) > 1}):
-        raise UserError(f"{path} has rows twice: {', '.join(twice)}.")
+    if twice := [id_ for id_, count in Counter(row.id for row in results.rows).items() if count > 1]:
+        raise UserError(f"{path} has rows twice: {', '.join(sorted(twice)[:5])}.")
+    if wrong := _impossible(results.provenance):
+        raise UserError(f"{path}: {wrong}.")
     for row in results.rows:
         for name, value in row.metrics.items():
             try:
                 m = metric(name)
             except KeyError as error:
-                raise UserError(f"{path} has an unknown metric {name!r}.") from error
+                raise UserError(f"{path} has an unknown metric {name[:80]!r}.") from error
             if not m.low - m.absolute <= value <= m.high:
                 raise UserError(f"{path}: {row.id} has {name} {value:g}, which no measurement can give.")
     return results
+
+
+def _impossible(p: Provenance) -> str | None:
+    """Return what no measurement could have recorded; None if there is no such thing."""
+    if p.seed < 0:
+        return f"its seed is {p.seed}, and seeds are at least 0"
+    if p.wall_seconds < 0:
+        return f"it took {p.wall_seconds:g} seconds, which no measurement can"
+    try:
+        zone = datetime.datetime.fromisoformat(p.started).tzinfo
+    except ValueError:
+        zone = None
+    if zone is None:
+        return f"it started at {p.started[:80]!r}, which is no time with a time zone (ISO 8601)"
+    return None

@@ -70,12 +70,14 @@ _HALF = "where rounding flips a first token, the rest of the image is drawn anew
 _TIMING = "a time depends on the machine and is not compared; the ratios within one run are"
 _RATIO = "ratio of two times of one run, on a machine that others may share; a trend and the benchmarks judge speed"
 
+NUM_CLASSES = 1008  # of Inception's logits: the Inception Score of images that are spread evenly over sure classes
+
 METRICS: dict[str, Metric] = {
     "PSNR": Metric(2, 0.0, 0.05, _SAME_NUMBERS),
     "SSIM": Metric(4, 0.0, 0.002, _SAME_NUMBERS, low=-1.0, high=1.0),
     "rFID": Metric(4, 0.03, 0.001, _SAME_NUMBERS),
     "rFID-50K": Metric(2, 0.01, 0.03, _PUBLISHED_RECONSTRUCTION),
-    "IS-50K": Metric(1, 0.01, 0.0, _PUBLISHED_INCEPTION_SCORE, low=0.999),
+    "IS-50K": Metric(1, 0.01, 0.0, _PUBLISHED_INCEPTION_SCORE, low=0.999, high=NUM_CLASSES),
     "FID-50K": Metric(2, 0.03, 0.005, _PUBLISHED_SAMPLES),
     "precision-50K": Metric(2, 0.0, 0.01, _PUBLISHED_SHARE, high=1.0),
     "recall-50K": Metric(2, 0.0, 0.01, _PUBLISHED_SHARE, high=1.0),
@@ -83,7 +85,9 @@ METRICS: dict[str, Metric] = {
     # The bias of the bootstrap moves the ends of the interval, below 0 if FID is small.
     **dict.fromkeys(("FID-low", "FID-high", "FID-bias"), Metric(3, 0.05, 0.002, _SAMPLING, low=-math.inf)),
     **dict.fromkeys(("FID-cleanfid", "FID-cleanfid-legacy", "FID-cleanfid-clean"), Metric(3, 0.05, 0.002, _SAMPLING)),
-    "IS": Metric(2, 0.015, 0.0, _SAMPLING, low=0.999),  # 1, except for rounding, if all images look alike
+    "IS": Metric(
+        2, 0.015, 0.0, _SAMPLING, low=0.999, high=NUM_CLASSES
+    ),  # 1, except for rounding, if all images look alike
     "IS-std": Metric(2, 0.015, 0.0, _SAMPLING),
     **dict.fromkeys(("KID", "KID-std"), Metric(4, 0.10, 0.0002, _SAMPLING, low=-1.0)),
     "precision": Metric(3, 0.0, 0.04, _SAMPLING, high=1.0),
@@ -119,12 +123,17 @@ METRICS: dict[str, Metric] = {
 are scores of 50,000 images by the published Inception weights, which are compared with the paper."""
 
 
+LONGEST_NAME = 200  # of a metric; ours have at most 60 characters
+
+
 def metric(name: str) -> Metric:
     """Return how the metric `name` is printed and compared.
 
     Raises:
         KeyError: the metric is unknown.
     """
+    if len(name) > LONGEST_NAME:
+        raise KeyError(name[:LONGEST_NAME])
     read = replace(read_name(name), extractor=None, remark=None)
     whole = replace(read, num_images=None)
     found = METRICS.get(str(read)) or METRICS.get(str(whole)) or METRICS.get(read.metric)
