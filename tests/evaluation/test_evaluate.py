@@ -91,7 +91,7 @@ def test_swapped_sets_would_be_noticed(extracted: tuple[Tensor, Tensor, Referenc
 
 
 def score_features(features: Tensor, logits: Tensor, reference: Reference) -> dict[str, float]:
-    scores = metrics.scores_of(
+    scores, _ = metrics.scores_of(
         features, logits, reference.statistics, reference.features, seed=metrics.SEED, extractor=None
     )
     return to_metrics(scores)

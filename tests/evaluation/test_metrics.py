@@ -377,3 +377,19 @@ def test_images_smaller_than_the_window_of_ssim() -> None:
     with pytest.raises(UserError, match="6 x 16"):
         metrics.ssim(images, images)
     assert metrics.psnr(images, images).isinf().all()
+
+
+def test_a_cross_check_that_fails_is_not_run_and_loses_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    def imaginary(*_: object) -> float:
+        raise ValueError("Imaginary component 0.018")
+
+    features, logits = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.randn(12, 4)
+    statistics = metrics.statistics_of(features)
+    complete, nothing = metrics.scores_of(features, logits, statistics, features, seed=0, extractor="digits")
+    monkeypatch.setattr("cleanfid.fid.frechet_distance", imaginary)
+    scores, not_run = metrics.scores_of(features, logits, statistics, features, seed=0, extractor="digits")
+    assert nothing == {}
+    assert scores == [score for score in complete if score.metric != "FID-cleanfid"]
+    ((names, why),) = not_run.items()
+    assert names == ("FID-cleanfid",)
+    assert "Imaginary component 0.018" in why

@@ -79,8 +79,11 @@ class Evaluation:
 
     def _over_sets(self, summary: Callable[[list[float]], float]) -> tuple[Score, ...]:
         """Summarise each score; spreads and bounds within one set have no summary."""
-        columns = zip(*([*one.scores, *one.cleanfid] for one in self.sets), strict=True)
-        return tuple(replace(column[0].bare, value=summary([score.value for score in column])) for column in columns)
+        found = [{score.name: score for score in (*one.scores, *one.cleanfid)} for one in self.sets]
+        names = [name for name in found[0] if all(name in scores for scores in found)]  # a cross-check may have failed
+        return tuple(
+            replace(found[0][name].bare, value=summary([scores[name].value for scores in found])) for name in names
+        )
 
 
 def evaluate(
@@ -124,7 +127,7 @@ def evaluate(
     not_run: dict[tuple[str, ...], str] = {}
     for images in sets:
         features, logits = inception_features(images, inception, batch_size=batch_size, cache=cache)
-        scores = metrics.scores_of(
+        scores, reasons = metrics.scores_of(
             features,
             logits,
             target.statistics,
@@ -133,6 +136,7 @@ def evaluate(
             extractor=inception.extractor,
             num_images=num_images,
         )
+        not_run |= reasons
         if num_bootstrap:
             scores = [
                 with_interval(s, features, target.statistics, num_bootstrap, seed) if s.metric == "FID" else s

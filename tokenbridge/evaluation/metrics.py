@@ -43,7 +43,7 @@ ISC_SPLITS = 10  # parts that the Inception Score is averaged over (torch-fideli
 KID_SUBSET_SIZE = 1000  # images per KID subset (torch-fidelity's default)
 PRC_NEIGHBOURS = 3  # radius of the manifold: distance to the 3rd neighbour (the paper's and ADM's value)
 SSIM_WINDOW = 7  # pixels
-PRC_BATCH_SIZE = 1000  # rows of the distance matrix held at once; changes memory, not values
+PRC_DISTANCES = 25_000_000  # distances held at once (twice, for a moment); changes memory, not values
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ def score(
     _check_pixels(reference, minimum=2)
     features, logits = extract_features(samples, classifier, batch_size)
     others, _ = extract_features(reference, classifier, batch_size)
-    return scores_of(features, logits, statistics_of(others), others, seed=seed, extractor=extractor)
+    scores, not_run = scores_of(features, logits, statistics_of(others), others, seed=seed, extractor=extractor)
+    for why in not_run.values():
+        warnings.warn(why, stacklevel=2)
+    return scores
 
 
 def scores_of(
@@ -92,8 +95,10 @@ def scores_of(
     seed: int,
     extractor: str | None,
     num_images: int | None = None,
-) -> list[Score]:
+) -> tuple[list[Score], dict[tuple[str, ...], str]]:
     """Return FID, FID by clean-fid's formula and Inception Score; with reference features also precision, recall, KID.
+
+    The second value says why a score is missing: clean-fid's formula, a cross-check, has no value for some covariances.
 
     With few images the settings shrink to what is there: Inception Score splits to N, KID subsets to the smaller set,
     neighbours to one less than the smaller set.
@@ -112,21 +117,25 @@ def scores_of(
     mean, std = inception_score(logits, seed)
     scores = [
         Score("FID", frechet_distance(statistics, reference), **label),
-        Score("FID-cleanfid", cleanfid_distance(statistics, reference), **label),
         Score("IS", mean, std=std, **label),
     ]
+    not_run: dict[tuple[str, ...], str] = {}
+    try:
+        scores.insert(1, Score("FID-cleanfid", cleanfid_distance(statistics, reference), **label))
+    except ValueError as error:  # clean-fid's, of a root that is not real
+        not_run["FID-cleanfid",] = f"clean-fid's formula gives no number for these covariances: {error}"
     if reference_features is None:
-        return scores
+        return scores, not_run
     # torch-fidelity averages in the precision it is given.
     samples, others = features.double(), reference_features.double()
     precision, recall = precision_and_recall(samples.to(best_device()), others.to(best_device()))
     mean, std = kernel_distance(samples, others, seed)
-    return [
-        *scores,
+    scores += [
         Score("precision", precision, **label),
         Score("recall", recall, **label),
         Score("KID", mean, std=std, **label),
     ]
+    return scores, not_run
 
 
 def statistics_of(features: Tensor) -> Statistics:
@@ -174,7 +183,7 @@ def precision_and_recall(samples: Tensor, reference: Tensor) -> tuple[float, flo
         samples,
         reference,
         prc_neighborhood=neighbours,
-        prc_batch_size=PRC_BATCH_SIZE,
+        prc_batch_size=max(1, min(1000, PRC_DISTANCES // max(len(samples), len(reference)))),
         save_cpu_ram=True,  # never the whole distance matrix
         verbose=False,
     )
