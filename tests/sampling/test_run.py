@@ -44,6 +44,7 @@ from tokenbridge.sampling.load import ModelSampler, find_model
 from tokenbridge.sampling.run import BadImageError, Sampler, refuse, run_recipe, sampling_run, save_overview
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import create_kl16
+from tokenbridge.utils import files
 from tokenbridge.weights.published import Preset, SamplingRecipe
 from tokenbridge.weights.rule import RULE
 
@@ -303,7 +304,8 @@ def test_lost_image_is_made_again_and_no_other(tmp_path: Path, randomness: Any) 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     quiet(Flat(), RunConfig(4), tmp_path)
-    begun = ["images/.000001-abcdef12.png", ".run-abcdef12.json", ".streams-0001-a_cdef12.pt", ".grid-abcdef12.png"]
+    dead = f".tokenbridge-{files._machine()}-{10**9}-1-abcdef12"  # Linux numbers no process so high
+    begun = [f"images/{dead}.png", f"{dead}.json", f"{dead}.pt"]
     for name in [*begun, ".mine", "images/.mine"]:
         (tmp_path / name).write_text("half")
     quiet(Flat(), RunConfig(4), tmp_path)

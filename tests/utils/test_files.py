@@ -8,19 +8,27 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import stat
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tokenbridge.utils import files
 from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
 from tokenbridge.utils.files import (
+    check_writable,
+    clear_leftovers,
     full_disk_errors,
     make_folder,
     read_bytes,
+    recover,
     replacing,
     replacing_folder,
     sha256_of,
@@ -29,7 +37,7 @@ from tokenbridge.utils.files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
 
@@ -227,3 +235,194 @@ def test_foreign_files_are_read_within_bounds(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
         with pytest.raises(UserError, match="is no regular file"):
             read_bytes(path)
+
+
+# --------------------------------------------------------------------------- whole at every moment, whatever happens
+
+
+def write_file(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_folder(path: Path, text: str) -> None:
+    with replacing_folder(path) as temporary:
+        (temporary / "a").write_text(text)
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "b").write_text(text)
+
+
+def content_of(path: Path) -> str | None:
+    """Return the text of a whole file or folder, None if there is none; anything else is an error."""
+    if not path.exists():
+        return None
+    if path.is_file():
+        return path.read_text()
+    assert names(path) == ["a", "sub"]
+    (text,) = {(path / "a").read_text(), (path / "sub" / "b").read_text()}
+    return text
+
+
+OPERATIONS = ("fsync", "rename", "replace", "mkdir", "open", "chmod", "unlink", "rmdir")  # of the module os
+WRITERS = {"file": write_file, "folder": write_folder}
+KINDS = [*((kind, True) for kind in WRITERS), ("folder", False)]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]}{'' if kind[1] else ', no exchange'}")
+def writer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], None]:
+    """Yield a writer of files, or of folders where the file system can exchange two of them, or cannot."""
+    kind, exchanges = request.param
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    return WRITERS[kind]
+
+
+class Killed(BaseException):
+    """The process ends here: nothing that follows is done."""
+
+
+def operations(monkeypatch: pytest.MonkeyPatch, at: int, error: BaseException | None) -> list[str]:
+    """Make the file operation number `at` fail, and every later one too if the process is killed; list them."""
+    done: list[str] = []
+
+    def failing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            done.append(name)
+            if error is not None and (len(done) == at + 1 or (len(done) > at and isinstance(error, Killed))):
+                raise error
+            return function(*args, **options)
+
+        return call
+
+    for name in OPERATIONS:
+        monkeypatch.setattr(os, name, failing(name, getattr(os, name)))
+    return done
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt(), Killed()], ids=repr)
+def test_old_or_new_is_whole_after_every_failure(
+    writer: Callable[[Path, str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    old: str | None,
+) -> None:
+    """Whichever file operation fails, or is the last one of the process: nothing is lost, and a later run recovers."""
+    path = tmp_path / "x" / "results"
+    path.parent.mkdir()
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is cut here
+    if old is not None:
+        writer(path, old)
+    with monkeypatch.context() as patch:
+        count = len(run_with(patch, 10**9, None, writer, tmp_path / "y" / "results"))
+    assert count > 5
+    for at in range(count + 5):
+        with monkeypatch.context() as patch:
+            run_with(patch, at, error, writer, path)
+        if old is not None and not path.exists():
+            assert isinstance(error, Killed)
+            assert files._exchange(path, path) is False  # nothing else has such an instant
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_may_live", lambda *_: False)
+            recover(path) if writer is write_folder else clear_leftovers(path.parent)
+            clear_leftovers(path.parent)
+        assert content_of(path) in (old, "new"), at
+        assert names(path.parent) in (["results"], [] if old is None else ["results"]), at
+        if old is not None:
+            writer(path, old)
+
+
+def run_with(
+    patch: pytest.MonkeyPatch, at: int, error: BaseException | None, write: Callable[[Path, str], None], path: Path
+) -> list[str]:
+    files._clear_once.cache_clear()
+    done = operations(patch, at, error)
+    with suppress(BaseException):
+        write(path, "new")
+    return done
+
+
+def test_exchange_of_folders_leaves_no_instant_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a single operation of the module os takes the old folder away, unlike the way round it."""
+    write_folder(tmp_path / "a", "old")
+    seen = []
+    rename = os.rename
+
+    def watching(*args: Any) -> None:
+        rename(*args)
+        seen.append(content_of(tmp_path / "a"))
+
+    monkeypatch.setattr(os, "rename", watching)
+    write_folder(tmp_path / "a", "new")
+    assert None not in seen
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    write_folder(tmp_path / "a", "newer")
+    assert seen[-2:] == [None, "newer"]
+
+
+def test_a_link_to_a_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    write_folder(tmp_path / "disk" / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    write_folder(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert content_of(tmp_path / "disk" / "real") == "new"
+    assert (names(tmp_path), names(tmp_path / "disk")) == (["disk", "link"], ["real"])
+
+
+def test_leftovers_of_the_dead_alone_are_cleared(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    start, machine = files._start_of(process.pid), files._machine()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+
+    def made(machine: str, pid: int, start: int | None, age: float = 0.0) -> Path:
+        path = tmp_path / f".tokenbridge-{machine}-{pid}-{start}-{secrets.token_hex(4)}.png"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+        return path
+
+    week = 7 * 24 * 3600.0
+    keep = [
+        made(machine, process.pid, start),
+        made(machine, os.getpid(), files._start_of(os.getpid())),
+        made("0" * 8, dead.pid, 1, week - 100),  # of another machine
+        *(tmp_path / name for name in ("a.png", ".tokenbridge.lock", ".tokenbridge-mine", ".tokenbridge-notes.txt")),
+    ]
+    for path in keep:
+        path.touch()
+    os.utime(keep[2], (time.time() - week + 100,) * 2)
+    go = [
+        made(machine, dead.pid, 1),
+        made(machine, process.pid, (start or 0) - 1),  # its number was that of another process before
+        made(machine, 10**12, 1),
+        made("0" * 8, process.pid, start, week + 100),
+    ]
+    folder = tmp_path / f".tokenbridge-{machine}-{dead.pid}-1-00000000"
+    (folder / "old" / "results").mkdir(parents=True)
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([*(path.name for path in keep), "results"])
+    assert not any(path.exists() for path in go)
+    process.communicate(b"\n")
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([*(path.name for path in keep[1:]), "results"])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 256, "File name too long"), ("folder", "is a folder"), ("file/a", "Not a directory"), ("y" * 255, None)],
+)
+def test_an_unwritable_target_is_found_before_the_work(tmp_path: Path, name: str, reason: str | None) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    if reason is None:
+        check_writable(path)
+        write_text(path, "as long as a name can be")
+        assert path.read_text() == "as long as a name can be\n"
+        return
+    for check in (check_writable, lambda path: replacing(path).__enter__(), lambda _: make_folder(tmp_path, name)):
+        with pytest.raises(StorageError, match=reason):
+            check(path)
+    assert names(tmp_path) == ["file", "folder"]

@@ -22,7 +22,6 @@ Shape letters: N images of the run, B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,11 +38,11 @@ from torch import Tensor
 from tokenbridge.data.images import to_pixels
 from tokenbridge.data.pictures import save_grid
 from tokenbridge.sampling.config import RunConfig, run_labels
-from tokenbridge.sampling.store import STORES, read_first_images, remove
+from tokenbridge.sampling.store import STORES, read_first_images
 from tokenbridge.utils import console, provenance
 from tokenbridge.utils.devices import peak_memory, process_state
 from tokenbridge.utils.errors import UnusableImageError, UserError
-from tokenbridge.utils.files import replacing, storage_errors, write_json
+from tokenbridge.utils.files import clear_leftovers, replacing, storage_errors, write_json
 
 RECIPE_FILE = "run.json"
 NUM_LISTED = 8  # an error message lists at most this many differences
@@ -164,7 +163,8 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
         left: list[Any] = [None]
         if state.is_main_process:
             _claim(folder, run_recipe(sampler, config, state.num_processes))
-            _clear_leftovers(folder, store.pieces)
+            for place in (folder, store.pieces):
+                clear_leftovers(place)
             left = [store.present()]
         # One process looks at the disk for all, because another might look when a third one has begun to write.
         present: set[int] = broadcast_object_list(left)[0]
@@ -322,13 +322,6 @@ def _claim(folder: Path, recipe: Mapping[str, Any]) -> None:
             f"{folder} holds a run of another recipe: {'; '.join(differences[:NUM_LISTED])}{more}. Images of two "
             "recipes must not be mixed, so name another folder or ask for the same images."
         )
-
-
-def _clear_leftovers(*folders: Path) -> None:
-    """Remove the temporary files that killed processes have left (see `files.replacing`)."""
-    begun = re.compile(r"\.(run|streams-\d+|samples|no-result|grid|\d+)-\w{8}\.\w+")
-    for folder in folders:
-        remove(path for path in folder.glob(".*") if begun.fullmatch(path.name))
 
 
 def _differences(there: Any, now: Any, name: str = "") -> list[str]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
+import stat
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +53,15 @@ def storage_errors(place: Path | str, advice: str = "Make room, and run the comm
         except OSError as error:
             if isinstance(error, UserError) or error.errno not in _NOT_WRITABLE:
                 raise
-            raise StorageError(f"{place} cannot be written to: {error.strerror} ({error.filename}).") from error
+            raise StorageError(
+                f"{place} cannot be written to: {error.strerror} ({error.filename or place})."
+            ) from error
 
 
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+_NOT_WRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.EXDEV),
+)
 
 
 def _is_full(place: Path) -> bool:
@@ -58,56 +70,232 @@ def _is_full(place: Path) -> bool:
     return shutil.disk_usage(there).free < 2**12
 
 
-def make_folder(folder: Path | str) -> Path:
+def make_folder(folder: Path | str, *names: str) -> Path:
     """Make a folder if it does not exist and return it: before the work whose results it is to hold.
 
+    Args:
+        names: the files that will be written in it.
+
     Raises:
-        StorageError: the folder cannot be made or written to.
+        StorageError: the folder cannot be made or written to, or a folder lies where one of the files should.
     """
     folder = Path(folder)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    for name in names:
+        check_writable(folder / name)
     return folder
+
+
+def check_writable(path: Path | str) -> None:
+    """Check that a file can be written at `path`, before the work whose result it is to hold; make its folder.
+
+    Raises:
+        StorageError: the name is too long, a folder has this name, or its folder cannot be made or written to.
+    """
+    path = Path(path)
+    _check_no_folder(path)
+    make_folder(path.parent)
+
+
+def _check_no_folder(path: Path) -> None:
+    with storage_errors(path):
+        try:
+            is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            is_folder = False
+    if is_folder:
+        raise StorageError(f"{path} is a folder, so no file can be written there. Name another file.")
 
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a temporary file beside `path`, which replaces `path` only if the block succeeds.
 
-    The temporary file has the suffix of `path`, because some libraries choose a format by it. A killed process
-    leaves at most a hidden file (`.NAME-xxxxxxxx`) behind, never half of `path`.
+    The temporary file has the suffix of `path`, because some libraries choose a format by it. It is on the disk before
+    it replaces `path`, so that a power cut leaves no empty file either. A killed process leaves at most a hidden file
+    behind (see `clear_leftovers`), never half of `path`.
     """
     path = Path(path)
+    _check_no_folder(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+        _clear_once(str(path.parent.absolute()), os.getpid())
+        temporary = path.parent / _temporary_name(path.suffix)
+        with temporary.open("xb") as file:
+            mode = stat.S_IMODE(
+                os.fstat(file.fileno()).st_mode
+            )  # as the umask wants it, whatever a library makes of it
     try:
         with full_disk_errors(path):
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes private files, but others should be able to read results
+        with storage_errors(path):
+            temporary.chmod(mode)
+            _flush(temporary)
             os.replace(temporary, path)
+            _flush(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where it cannot be removed, a later run tries again
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(folder: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`, which replaces `folder` only if the block succeeds."""
-    folder = Path(folder)
-    make_folder(folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name, full_disk_errors(folder):
-        fresh = Path(name) / "new"
-        fresh.mkdir()
-        yield fresh
-        if folder.exists():
-            os.replace(folder, Path(name) / "old")
-        os.replace(fresh, folder)
+    """Yield a temporary folder beside `folder`, which replaces `folder` only if the block succeeds.
+
+    At every moment the old folder or the new one is whole under its name. Where the file system cannot exchange two
+    folders in one step, there is an instant in which the old one lies aside; whoever writes there next, or calls
+    `recover`, puts it back if the process ended in that instant. A link to a folder stays, and its folder is replaced.
+    """
+    target = Path(os.path.realpath(folder))
+    make_folder(target.parent)
+    if target.exists() and not target.is_dir():
+        raise StorageError(f"{folder} is a file, so no folder can be written there. Name another folder.")
+    with storage_errors(folder):
+        clear_leftovers(target.parent)
+        aside = target.parent / _temporary_name()
+    try:
+        with storage_errors(folder):
+            aside.mkdir()
+            fresh = aside / "new"
+            fresh.mkdir()
+        with full_disk_errors(folder):
+            yield fresh
+        with storage_errors(folder):
+            for place, _, names in os.walk(fresh):
+                for name in names:
+                    _flush(Path(place) / name)
+                _flush(Path(place))
+            _put(fresh, target, aside)
+            _flush(target.parent)
+    finally:
+        with suppress(OSError):  # where it cannot be removed, or put back, a later run tries again
+            _clear(aside)
+
+
+def _put(fresh: Path, target: Path, aside: Path) -> None:
+    """Give the folder `fresh` the name `target`; afterwards, an old folder of this name is in `aside`."""
+    try:
+        os.rename(fresh, target)  # if there is none, or an empty one
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not _exchange(fresh, target):
+            old = aside / "old" / target.name
+            old.parent.mkdir()
+            os.rename(target, old)  # if anything happens from here on, `_clear` puts it back
+            os.rename(fresh, target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; return False if the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    if rename is None:
+        return False
+    if rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+def _flush(path: Path) -> None:
+    """Make the system write a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do not know it for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------------------------ leftovers of dead processes
+
+LEFTOVERS = ".tokenbridge-*"
+"""Temporary files and folders, which bear the name of their machine and their process."""
+_LEFTOVER = re.compile(r"\.tokenbridge-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(\.[^.]*)?")
+_ABANDONED = 7 * 24 * 3600.0  # seconds without a change after which another machine's process is taken for dead
+
+
+def clear_leftovers(folder: Path | str) -> None:
+    """Remove what killed processes have left in a folder, and put back a folder whose only copy lies aside.
+
+    Only names that this module gives are looked at, and never those of a process that lives. Of processes on other
+    machines, which share the folder over a network, only what nobody changed for a week is removed.
+    """
+    for path in Path(folder).glob(LEFTOVERS):
+        if (found := _LEFTOVER.fullmatch(path.name)) and not _may_live(path, *found.group(1, 2, 3)):
+            _clear(path)
+
+
+@functools.cache
+def _clear_once(folder: str, _process: int) -> None:
+    """Clear a folder once in the life of a process: a run writes thousands of files, and listing takes its time."""
+    clear_leftovers(folder)
+
+
+def recover(folder: Path | str) -> None:
+    """Put a folder back if a killed process has left its only copy aside; do nothing if it is there."""
+    target = Path(os.path.realpath(folder))
+    if not target.exists() and target.parent.is_dir():
+        clear_leftovers(target.parent)
+
+
+def _clear(leftover: Path) -> None:
+    """Remove a temporary file or folder, after the folder that it replaced is under its own name."""
+    if not leftover.is_dir() or leftover.is_symlink():
+        leftover.unlink(missing_ok=True)
+        return
+    for old in leftover.glob("old/*"):
+        if not os.path.lexists(leftover.parent / old.name):
+            os.rename(old, leftover.parent / old.name)
+    shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _temporary_name(suffix: str = "") -> str:
+    process = os.getpid()
+    suffix = suffix if len(os.fsencode(suffix)) <= 16 else ""
+    return f".tokenbridge-{_machine()}-{process}-{_start_of(process) or 0}-{secrets.token_hex(4)}{suffix}"
+
+
+def _machine() -> str:
+    """Return a name of this machine; each container is one, because numbers of processes are its own."""
+    processes = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    return hashlib.sha256(f"{platform.node()} {processes}".encode()).hexdigest()[:8]
+
+
+def _start_of(process: int) -> int | None:
+    """Return when a process began, in ticks since the machine did; None if it is dead or the system does not tell."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if state in (b"Z", b"X") else int(fields[18])
+
+
+def _may_live(path: Path, machine: str, process: str, start: str) -> bool:
+    """Return whether the process that made a temporary file may still write it."""
+    if machine != _machine():
+        try:
+            newest = max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
+        except OSError:  # somebody is at it
+            return True
+        return time.time() - newest < _ABANDONED
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    if not os.path.exists("/proc/self/stat"):
+        return True
+    return _start_of(int(process)) == int(start)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -172,4 +360,6 @@ def reference_folder() -> Path:
         return _other_references[-1]
     package = Path(__file__).resolve().parent.parent
     beside = package.parent / "reference_results"
+    with suppress(OSError):  # of a package that others have installed
+        recover(beside)
     return beside if beside.is_dir() else package / "reference_results"
