@@ -207,7 +207,7 @@ def test_interval_of_images(root: Path, options: dict[str, Any]) -> None:
     assert scores["FID-low" + LABEL] < scores["FID" + LABEL] < scores["FID-high" + LABEL]
     notes = " ".join(measured.notes)
     assert "biased" in notes
-    assert "not the choice of the reference images" in notes
+    assert "It does not cover the choice of the reference images" in notes
     twice = replace(measured, sets=measured.sets * 2)
     assert not {name for name in to_metrics(twice.mean) if name.startswith(("FID-low", "FID-high", "FID-bias"))}
 
@@ -295,7 +295,7 @@ def test_few_reference_images_are_refused_too(
 
 
 def test_sets_that_do_not_go_together(root: Path, options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"18 images.*reference 20"):
+    with pytest.raises(ValueError, match=r"18 images.*reference has 20"):
         evaluate([root / "seed0", root / "reference"], root / "reference", **options)
     with pytest.raises(ValueError, match="same images"):
         evaluate([root / "seed0", root / "seed0"], root / "reference", **options)

@@ -166,7 +166,7 @@ def test_first_images_of_each_class(labels: list[int], num_images: int) -> None:
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], [0, 2], [0, 0]])
 def test_other_numbers_of_classes_are_refused(labels: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"classes, not of 3"):
+    with pytest.raises(ValueError, match=r"classes, not 3"):
         choose_images(torch.tensor(labels), 2, 3)
 
 

@@ -1,4 +1,4 @@
-"""The spread of FID over images drawn again from a set."""
+"""The bootstrap of FID: how FID varies when the images are drawn again from the set."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ CHUNK = 4096  # images whose features are held in float64 at once; changes memor
 def with_interval(fid: Score, features: Tensor, reference: Statistics, num_bootstrap: int, seed: int = SEED) -> Score:
     """Return the FID of a set of images with the bootstrap's interval and bias.
 
-    A resample has fewer different images than the set, and FID grows as images become fewer: resampled FIDs lie
-    above the FID of the set. That difference, the bias, is the bootstrap's estimate of how far FID of N images lies
-    above that of infinitely many. The interval is that of the resampled FIDs, moved down by it.
+    A resample has fewer different images than the set, and FID grows as images become fewer, so the resampled FIDs
+    lie above the FID of the set. That difference, the bias, estimates how far the FID of N images lies above the FID
+    of infinitely many. The interval is the interval of the resampled FIDs, moved down by the bias.
 
     Args:
-        fid: of the features against the reference.
-        features: [N, F].
-        reference: taken as exact.
-        num_bootstrap: resamples, at least 2.
-        seed: of the draws.
+        fid: the FID of the features against the reference.
+        features: the features of the images, [N, F].
+        reference: the statistics of the reference, which are taken as exact.
+        num_bootstrap: the number of resamples, at least 2.
+        seed: the seed of the draws.
     """
     resampled = bootstrap_fid(features, reference, num_bootstrap, seed)
     bias = resampled.mean() - fid.value
@@ -38,10 +38,10 @@ def with_interval(fid: Score, features: Tensor, reference: Statistics, num_boots
 
 
 def bootstrap_fid(features: Tensor, reference: Statistics, num_bootstrap: int, seed: int = SEED) -> np.ndarray:
-    """Return FID [num_bootstrap], float64, of N images drawn with replacement, again and again.
+    """Return the FIDs [num_bootstrap], float64, of resamples of N images, drawn with replacement.
 
-    With reference covariance RᵀR, the trace in FID is that of the root of R S Rᵀ, whose eigenvalues are those of a
-    Gram matrix of the projected features: no feature is extracted, and no root taken, twice.
+    With the reference's covariance RᵀR, the trace in FID is the trace of the root of R S Rᵀ. Its eigenvalues are those
+    of a Gram matrix of the projected features, so the features are extracted once, and R is computed once.
     """
     num_images = len(features)
     device = best_device()

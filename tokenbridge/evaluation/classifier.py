@@ -1,7 +1,7 @@
 """A small convolutional classifier: it extracts features at the small scales, where Inception's weights are missing.
 
-Its scores are named after it (`FID-digits`, ...) and never called FID: they can be compared with one another, not
-with published numbers.
+Its scores are named after it (`FID-digits`, ...) and are never called FID, because they can be compared with one
+another but not with published numbers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 class Classifier(ModelMixin, ConfigMixin):
     """Four convolutions, averaged over the image, and a linear output layer.
 
-    The features are averages over positions, and the output layer acts on them directly, as in Inception's last
-    pooling layer, which FID is computed on: they say what strokes an image is made of, wherever these lie.
+    The features are averages over positions, and the output layer acts on them directly, as in Inception, whose last
+    pooling layer gives the features of FID. They say which strokes an image is made of, wherever these lie.
 
     Args:
         image_size: height and width of the images.
         in_channels: channels of the images.
         num_classes: number of classes.
         widths: channels of the convolutions; the last is the number of features.
-        dropout: of the features, in training.
+        dropout: the dropout rate of the features in training.
     """
 
     @register_to_config
@@ -56,6 +56,6 @@ class Classifier(ModelMixin, ConfigMixin):
 
 
 def classifier_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the class labels, in nats, with a little label smoothing."""
+    """Return the cross-entropy of the class labels, in nats, with a little label smoothing."""
     _, logits = model(images)
     return F.cross_entropy(logits, labels, label_smoothing=0.05)

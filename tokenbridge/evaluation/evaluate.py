@@ -1,13 +1,13 @@
-"""Samples against reference statistics: FID, Inception Score, precision, recall and KID by Inception.
+"""The scores of samples against a reference: FID, Inception Score, precision, recall and KID by Inception.
 
-Features are those of torch-fidelity's Inception, a port of the TensorFlow network that published numbers use; the
-scores are torch-fidelity's functions of them (`metrics`), so that they are what its own command prints. FID is
-computed again by clean-fid's formula from the same features and, where clean-fid's weights are given, from clean-fid's
-own features.
+The features come from torch-fidelity's Inception, a port of the TensorFlow network that published numbers use. The
+scores are torch-fidelity's functions of them (`metrics`), so they equal what its own command prints. FID is computed
+again by clean-fid's formula from the same features and, where clean-fid's weights are given, from clean-fid's own
+features.
 
-The reference is an .npz with `mu` and `sigma` (as LTH14/mar and TokenBridge ship), ADM's reference batch, which has
-10,000 images in `arr_0` as well (guided-diffusion, evaluations/README.md), or a folder of images. ADM's evaluator
-measures distances for precision and recall in half precision; torch-fidelity does here in float64.
+The reference is an .npz with `mu` and `sigma` (LTH14/mar and TokenBridge ship one), ADM's reference batch, which also
+has 10,000 images in `arr_0` (guided-diffusion, evaluations/README.md), or a folder of images. ADM's evaluator measures
+the distances for precision and recall in half precision, whereas this module measures them in float64.
 
 Shape letters: N samples, M reference images, F features, K classes.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-FEW = NUM_FEATURES  # with fewer images than features the covariance has no full rank: FID then says little
+FEW = NUM_FEATURES  # with fewer images than features, the covariance lacks full rank and FID says little
 CLEANFID_MODES = ("FID-cleanfid-legacy", "FID-cleanfid-clean")
 
 
@@ -47,8 +47,8 @@ class ScoredSet:
 
     name: str
     num_images: int
-    scores: tuple[Score, ...]  # by torch-fidelity's Inception
-    cleanfid: tuple[Score, ...] = ()  # by clean-fid's own features
+    scores: tuple[Score, ...]  # from the features of torch-fidelity's Inception
+    cleanfid: tuple[Score, ...] = ()  # from clean-fid's own features
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -60,10 +60,10 @@ class ScoredSet:
 class Evaluation:
     """Sets of samples, scored against one reference."""
 
-    sets: tuple[ScoredSet, ...]  # several are seeds of one system
-    not_run: dict[tuple[str, ...], str]  # metrics that were not computed, and why
+    sets: tuple[ScoredSet, ...]  # more than one where one system sampled with several seeds
+    not_run: dict[tuple[str, ...], str]  # the metrics that were not computed, with the reasons
     notes: tuple[str, ...]  # what a reader must know to judge the scores
-    data_sha256: dict[str, str]  # of samples and reference, by name
+    data_sha256: dict[str, str]  # the hashes of the samples and the reference, by name
     weights_sha256: dict[str, str]
     settings: dict[str, Any]
 
@@ -74,7 +74,7 @@ class Evaluation:
 
     @property
     def deviation(self) -> tuple[Score, ...]:
-        """The standard deviation of each score over the sets, over n - 1."""
+        """The standard deviation of each score over the n sets, with the divisor n - 1."""
         return self._over_sets(lambda values: float(np.std(values, ddof=1)))
 
     def _over_sets(self, summary: Callable[[list[float]], float]) -> tuple[Score, ...]:
@@ -100,28 +100,28 @@ def evaluate(
 ) -> Evaluation:
     """Score one or more sets of samples against a reference, on the GPU if there is one.
 
-    With few images the settings shrink to what is there, see `metrics.scores_of`.
+    With few images some settings are reduced, as `metrics.scores_of` describes.
 
     Args:
-        samples: folders of images, or .npz files with uint8 `arr_0` [N, H, W, 3]; all of one N, H and W.
-        reference: a folder of images, or .npz with `mu` [F] and `sigma` [F, F], with `arr_0` [M, H, W, 3], or both.
-        inception: torch-fidelity's; scores by other weights than the published ones are labelled.
-        cleanfid_inception: clean-fid's, for FID by its own features.
-        allow_few: take fewer than 2,048 images and label all scores with their number.
-        num_bootstrap: resamples behind the interval of FID; 0 leaves it out.
-        seed: of Inception Score's shuffle, KID's subsets and the bootstrap.
+        samples: folders of images, or .npz files with uint8 `arr_0` [N, H, W, 3]; N, H and W are equal in all sets.
+        reference: a folder of images, or an .npz with `mu` [F] and `sigma` [F, F], with `arr_0` [M, H, W, 3], or both.
+        inception: torch-fidelity's Inception. Scores are labelled if its weights are not the published ones.
+        cleanfid_inception: clean-fid's Inception, for FID by its own features.
+        allow_few: whether fewer than 2,048 images are accepted, and all scores labelled with their number.
+        num_bootstrap: the number of resamples behind the interval of FID; 0 leaves the interval out.
+        seed: the seed of Inception Score's shuffle, KID's subsets and the bootstrap.
         batch_size: images per forward pass.
-        cache: folder for features, under the hash of images and weights.
+        cache: the folder of cached features, which are found by the hashes of images and weights.
 
     Raises:
-        UserError: images or statistics that cannot be used, or that are not what was asked for.
+        UserError: the images or statistics cannot be read or do not fit together, or a number is out of range.
     """
     if num_bootstrap < 0 or num_bootstrap == 1 or batch_size < 1:
-        raise UserError("The batch size is at least 1, the bootstrap takes at least 2 resamples (or 0: none).")
+        raise UserError("The batch size must be at least 1, and the bootstrap needs at least 2 resamples (or 0: none).")
     sets = open_samples(samples, allow_few=allow_few)
     target = load_reference(reference, inception, batch_size=batch_size, cache=cache)
     _check_reference(target, sets[0], allow_few)
-    num_images = len(sets[0]) if len(sets[0]) < FEW else None  # few must be said
+    num_images = len(sets[0]) if len(sets[0]) < FEW else None  # the scores of few images are labelled
 
     scored: list[ScoredSet] = []
     not_run: dict[tuple[str, ...], str] = {}
@@ -171,10 +171,11 @@ def evaluate(
 
 
 def open_samples(samples: Sequence[Path | str], *, allow_few: bool = False) -> list[ImageSet]:
-    """Open sets of samples, without reading pixels.
+    """Open sets of samples without reading their pixels.
 
     Raises:
-        UserError: sets of different numbers or sizes, or twice the same; fewer than 2,048 images unless allowed.
+        UserError: the sets differ in number or size of images, two are the same, or one has fewer than 2,048 images
+            and this is not allowed.
     """
     if not samples:
         raise UserError("There are no samples to evaluate.")
@@ -183,13 +184,13 @@ def open_samples(samples: Sequence[Path | str], *, allow_few: bool = False) -> l
     for other in sets[1:]:
         if (len(other), other.size) != (len(first), first.size):
             raise UserError(
-                f"Sets of samples are compared only if they are alike: {first.name} has {len(first)} images of "
-                f"{list(first.size)} pixels, {other.name} {len(other)} of {list(other.size)}."
+                f"All sets of samples need the same number and size of images, but {first.name} has {len(first)} "
+                f"images of {list(first.size)} pixels, and {other.name} has {len(other)} of {list(other.size)}."
             )
     if len({images.sha256 for images in sets}) < len(sets):
-        raise UserError("Two of the sets of samples hold the same images: they are no two seeds.")
+        raise UserError("Two of the sets of samples hold the same images, so they do not come from two seeds.")
     if len(first) < 2:
-        raise UserError(f"{first.name} holds 1 image; scores need at least 2.")
+        raise UserError(f"{first.name} holds 1 image, but scores need at least 2.")
     if len(first) < FEW and not allow_few:
         raise UserError(_too_few(first.name, len(first)))
     return sets
@@ -198,15 +199,15 @@ def open_samples(samples: Sequence[Path | str], *, allow_few: bool = False) -> l
 def cleanfid_scores(
     images: ImageSet, reference: Reference, inception: Inception, batch_size: int
 ) -> tuple[list[Score], dict[tuple[str, ...], str]]:
-    """Return FID by clean-fid's own features, in both its modes, and the reasons for what was not run.
+    """Return FID by clean-fid's own features in both its modes, and the reasons why a mode was not run.
 
-    `FID-cleanfid-legacy` (mode legacy_tensorflow) resizes as TensorFlow 1 did, as torch-fidelity does: it should be
-    the FID. `FID-cleanfid-clean` resizes with antialiasing; other numbers come out, which only compare with their like.
+    `FID-cleanfid-legacy` (mode legacy_tensorflow) resizes as TensorFlow 1 and torch-fidelity do, so it should equal
+    FID. `FID-cleanfid-clean` resizes with antialiasing. Its numbers differ, and compare only with one another.
     """
     legacy_name, clean_name = CLEANFID_MODES
     legacy = _cleanfid_statistics(images, inception, "legacy_tensorflow", batch_size)
     if not reference.from_images:
-        why = f"{reference.name} has statistics of images resized as TensorFlow 1 did; mode clean needs the images"
+        why = f"{reference.name} has statistics of images resized as TensorFlow 1 does, but mode clean needs the images"
         distance = metrics.cleanfid_distance(legacy, reference.statistics)
         return [Score(legacy_name, distance, inception.extractor)], {(clean_name,): why}
     assert reference.images is not None
@@ -221,7 +222,7 @@ def cleanfid_scores(
 
 
 def _cleanfid_statistics(images: ImageSet, inception: Inception, mode: str, batch_size: int) -> Statistics:
-    """Return statistics of clean-fid's features; its resizer works on arrays [H, W, 3], one at a time."""
+    """Return the statistics of clean-fid's features. Its resizer takes one array [H, W, 3] at a time."""
     resize = build_resizer(mode)
 
     def prepare(pixels: Tensor) -> Tensor:
@@ -232,11 +233,11 @@ def _cleanfid_statistics(images: ImageSet, inception: Inception, mode: str, batc
 
 
 def _check_reference(reference: Reference, samples: ImageSet, allow_few: bool) -> None:
-    """Refuse reference images of another size than the samples, and few of them unless they are allowed."""
+    """Refuse reference images of another size than the samples, and too few of them unless that is allowed."""
     if reference.images is not None and reference.images.size != samples.size:
         raise UserError(
-            f"The samples are {list(samples.size)} pixels, the images in {reference.name} "
-            f"{list(reference.images.size)}: resizing changes FID, so do it knowingly and before."
+            f"The samples are {list(samples.size)} pixels, but the images in {reference.name} are "
+            f"{list(reference.images.size)}. Resizing changes FID, so nothing is resized here. Resize one set first."
         )
     if reference.num_images is not None and reference.num_images < FEW and not allow_few:
         raise UserError(_too_few(reference.name, reference.num_images))
@@ -244,8 +245,8 @@ def _check_reference(reference: Reference, samples: ImageSet, allow_few: bool) -
 
 def _too_few(name: str, number: int) -> str:
     return (
-        f"{name} has {number:,} images. FID compares covariances of {NUM_FEATURES:,} features; of fewer images it "
-        f"says little about the system. It can be asked for (--allow-few) and is labelled with the number of images."
+        f"{name} has {number:,} images. FID compares covariances of {NUM_FEATURES:,} features, so with fewer images "
+        f"it says little about the system. With --allow-few it is computed and labelled with the number of images."
     )
 
 
@@ -254,12 +255,12 @@ def _missing(reference: Reference, cleanfid_inception: Inception | None) -> dict
     reasons: dict[tuple[str, ...], str] = {}
     if reference.features is None:
         reasons["precision", "recall", "KID"] = (
-            f"{reference.name} has only mu and sigma; these scores compare with images: give a folder, or ADM's "
-            "reference batch, whose arr_0 has 10,000"
+            f"{reference.name} has only mu and sigma, but these scores need reference images: give a folder of images, "
+            "or ADM's reference batch, whose arr_0 has 10,000"
         )
     if cleanfid_inception is None:
         reasons[CLEANFID_MODES] = (
-            f"clean-fid's own features need its weights {CLEANFID_FILE} ({CLEANFID_URL}): name them with "
+            f"clean-fid's own features need its weights {CLEANFID_FILE} ({CLEANFID_URL}): name the file with "
             "--cleanfid-inception"
         )
     return reasons
@@ -268,20 +269,23 @@ def _missing(reference: Reference, cleanfid_inception: Inception | None) -> dict
 def _notes(sets: Sequence[ImageSet], reference: Reference, num_bootstrap: int) -> list[str]:
     """Return what a reader must know to judge the scores."""
     notes = [
-        f"FID of a finite set is biased upwards, the more the fewer images: these are of {len(sets[0]):,}, published "
-        "values of 50,000. Only FIDs of equal numbers of images compare."
+        f"FID of a finite set is biased upwards, and more so with fewer images: these FIDs are of {len(sets[0]):,} "
+        "images, published ones of 50,000. Only FIDs of equal numbers of images can be compared."
     ]
     if num_bootstrap:
         notes.append(
-            f"FID-low to FID-high: 95% of {num_bootstrap} FIDs of images resampled from the set, moved by -FID-bias, "
-            "the first-order estimate of the bias (at thousands of images an order of magnitude only). It covers which "
-            "images the system happened to draw; not the choice of the reference images, training, other weights or "
-            "implementations of Inception, nor the bias, which is still in the FID."
+            f"FID-low and FID-high enclose 95% of {num_bootstrap} FIDs of images resampled from the set, moved down by "
+            "FID-bias, a first-order estimate of the bias (with thousands of images it gives only the order of "
+            "magnitude). The interval covers which images the system happened to draw. It does not cover the choice of "
+            "the reference images, training, other weights or implementations of Inception, or the bias, which is "
+            "still in the FID."
         )
     if len(sets[0]) < FEW:
-        notes.append(f"Fewer than {FEW:,} images: these scores serve to test the path, not to judge a system.")
+        notes.append(
+            f"The sets have fewer than {FEW:,} images: their scores test the path, they cannot judge a system."
+        )
     if reference.num_images is not None and reference.num_images < FEW:
         notes.append(f"The reference has fewer than {FEW:,} images ({reference.num_images:,}).")
     if any(images.lossy for images in sets):
-        notes.append("Some samples are compressed with loss (JPEG or WebP), which changes FID.")
+        notes.append("Some samples have lossy compression (JPEG or WebP), which changes FID.")
     return notes

@@ -1,4 +1,4 @@
-"""Features of images by Inception-v3, batch by batch, with a cache."""
+"""The features of images by Inception-v3, computed batch by batch, with a cache."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 CACHE = Path("runs") / "features"
-NUM_WORKERS = 4  # processes that decode images for a GPU; a CPU has no cores to spare
+NUM_WORKERS = 4  # processes that decode images for a GPU; without one, the network needs all cores
 
 
 def inception_features(
     images: ImageSet, inception: Inception, *, batch_size: int = 64, cache: Path | str = CACHE
 ) -> tuple[Tensor, Tensor]:
-    """Return features [N, F] and logits [N, K], float32 on the CPU; from the cache, if they were extracted before.
+    """Return features [N, F] and logits [N, K], float32 on the CPU. Those extracted before come from the cache.
 
     Raises:
-        UserError: features that are not finite, or a damaged file in the cache.
+        UserError: the features are not finite, or their file in the cache is damaged.
     """
     version = importlib.metadata.version("torch-fidelity")
     file = Path(cache) / f"{images.sha256}-{inception.sha256[:16]}-torch-fidelity-{version}.safetensors"
@@ -41,12 +41,12 @@ def inception_features(
         try:
             stored = load_file(file)
         except SafetensorError as error:
-            raise UserError(f"The cached features {file} are damaged: {error}. Delete the file.") from error
+            raise UserError(f"The cached features {file} are damaged: {error}. Delete this file.") from error
         return stored["features"], stored["logits"]
     batches = [outputs for _, outputs in forward(images, inception.network, batch_size, "features")]
     features, logits = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if not (features.isfinite().all() and logits.isfinite().all()):
-        raise UserError(f"Inception's features of {images.name} are not finite: the weights are damaged.")
+        raise UserError(f"Inception's features of {images.name} are not finite, so its weights must be damaged.")
     with replacing(file) as temporary:
         save_file({"features": features, "logits": logits}, temporary)
     return features, logits
@@ -61,19 +61,20 @@ def forward(
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     """Yield pixels [B, 3, H, W] and the network's outputs, on the CPU, batch by batch.
 
-    Convolutions are float32 on a GPU too: TF32, PyTorch's default there, keeps 10 bits of each factor.
+    Convolutions are computed in float32 on a GPU too, because TF32, PyTorch's default there, keeps only 10 bits of
+    each factor.
 
     Args:
         images: a data set of uint8 pixels [3, H, W], or a tensor [N, 3, H, W].
-        network: what the prepared pixels go through, on the GPU if there is one.
+        network: the network that takes the prepared pixels, on the GPU if there is one.
         batch_size: images per forward pass.
-        what: is shown beside the progress.
-        prepare: is applied to the pixels of a batch, on the CPU.
+        what: the name of the work, for the progress bar.
+        prepare: a function of the pixels of a batch, which runs on the CPU.
     """
     device = best_device()
-    # An .npz is read in order, by one reader; a tensor needs none.
+    # The images of an .npz are read in order by one process, and a tensor needs no reading.
     num_workers = NUM_WORKERS if device.type == "cuda" and not isinstance(images, ImageArray | Tensor) else 0
-    data: Any = images  # torch takes whatever has a length and items
+    data: Any = images  # torch takes any object that has a length and items
     loader: Iterable[Tensor] = DataLoader(data, batch_size=batch_size, num_workers=num_workers)
     for pixels in track(loader, what):
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

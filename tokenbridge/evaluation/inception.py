@@ -1,8 +1,8 @@
-"""Inception-v3 as torch-fidelity has it, and as clean-fid has it: which weights, and the network.
+"""The Inception-v3 networks of torch-fidelity and clean-fid, and the published weights of each.
 
 FID and Inception Score are defined by one file of weights. Scores by any other weights are not FID, so the file is
-checked by its hash; other weights must be asked for as such, and label every score that rests on them. No file is
-run as code, save clean-fid's published one, whose hash is known.
+checked by its hash. A caller must ask for other weights expressly, and every score that rests on them is labelled.
+The only file that is run as code is clean-fid's published one, whose hash is known.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FEATURES = "2048"  # torch-fidelity's names of its outputs
-LOGITS = "logits_unbiased"  # what the Inception Score is made of
-NUM_FEATURES = 2048  # of the last pooling layer
+LOGITS = "logits_unbiased"  # the output that the Inception Score is computed from
+NUM_FEATURES = 2048  # the width of the last pooling layer
 NUM_LOGITS = 1008
 
 # The hash that k-diffusion checks and several public repositories quote for NVIDIA's TorchScript file.
@@ -45,24 +45,24 @@ class Inception:
     """A network whose scores may be called FID only if its weights are the published ones."""
 
     network: Callable[[Tensor], tuple[Tensor, ...]]
-    sha256: str  # of the file of weights
+    sha256: str  # the hash of the file of weights
     published: bool
 
     @property
     def extractor(self) -> str | None:
-        """What its scores are labelled with; None if they are what papers mean."""
+        """The label of the scores by this network. It is None for the published weights, which papers use."""
         return None if self.published else OTHER_INCEPTION
 
 
 def find_inception(path: Path | str | None = None, *, folder: Path | str | None = None) -> Path:
-    """Return the path of torch-fidelity's published weights, checked by their hash; nothing is downloaded.
+    """Return the path of torch-fidelity's published weights, checked by their hash. Nothing is downloaded.
 
     Args:
-        path: of the file, or a folder that holds it; None looks in the usual places (artifacts.py).
-        folder: see `artifacts.resolve`.
+        path: the file, or a folder that holds it. None stands for the usual places (artifacts.py).
+        folder: a folder of published files, as `artifacts.resolve` takes it.
 
     Raises:
-        MissingArtifactsError: the file is not there.
+        MissingArtifactsError: the file was not found.
         UserError: `path` is another file.
     """
     return resolve([INCEPTION], folder=folder, given={INCEPTION: path}, download=False)[INCEPTION]
@@ -72,21 +72,21 @@ def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
     """Load torch-fidelity's Inception-v3, in evaluation mode, on the GPU if there is one.
 
     The network maps uint8 images [B, 3, H, W] to features [B, 2048] and logits without bias [B, 1008], both float32.
-    torch-fidelity unpickles the file it is given; here pickled code is never run: it gets a copy of the tensors.
+    torch-fidelity would unpickle the file and run the code in it, so it is given a copy of the tensors instead.
 
     Args:
-        path: of the weights, in torch-fidelity's format.
-        allow_other: take other weights than the published ones; their scores are labelled.
+        path: the file of weights, in torch-fidelity's format.
+        allow_other: whether other weights than the published ones are accepted. Their scores are labelled.
 
     Raises:
-        UserError: there is no such file, it does not hold Inception's weights, or not the published ones.
+        UserError: there is no such file, it does not hold Inception's weights, or they are not the published ones.
     """
     declared = ARTIFACTS[INCEPTION]
     assert declared.sha256 is not None
     sha256 = _hash_of_weights(path, declared.file, declared.sha256, allow_other)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle have many ways to say that bytes are damaged
+    except Exception as error:  # torch, zipfile and pickle raise many classes for damaged bytes
         raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: {_reason(error)}") from error
     content = io.BytesIO()
     torch.save(tensors, content)
@@ -95,15 +95,15 @@ def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
         network: Any = FeatureExtractorInceptionV3(
             "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=content
         )
-    except (RuntimeError, TypeError, AttributeError) as error:  # other tensors, or no dictionary of tensors
+    except (RuntimeError, TypeError, AttributeError) as error:  # the file holds other tensors, or none
         raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: {_reason(error)}") from error
     return Inception(network.to(best_device()), sha256, sha256 == declared.sha256)
 
 
 def load_cleanfid_inception(path: Path | str) -> Inception:
-    """Load clean-fid's Inception, on the GPU if there is one; it returns features [B, 2048].
+    """Load clean-fid's Inception, on the GPU if there is one. It returns features [B, 2048].
 
-    The file is TorchScript, which is a program: it can do whatever torch can, and write files. Therefore it is loaded
+    The file is TorchScript, which is a program: it can do whatever torch can, and write files. It is therefore loaded
     only if its hash is the published one, and from the very bytes that were hashed. No option allows another file.
 
     Raises:
@@ -111,7 +111,7 @@ def load_cleanfid_inception(path: Path | str) -> Inception:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no file of Inception weights {path}.")
+        raise UserError(f"There is no file of Inception weights at {path}.")
     content = read_bytes(path, LARGEST_FILE)
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != CLEANFID_SHA256:
@@ -126,7 +126,7 @@ def load_cleanfid_inception(path: Path | str) -> Inception:
     network.to(best_device())
 
     def extract(images: Tensor) -> tuple[Tensor, ...]:
-        # Pixels come from clean-fid's resizing (299 x 299), or as they are, for the network to resize as TensorFlow.
+        # Floats were resized to 299 x 299 by clean-fid; the network resizes uint8 pixels itself, as TensorFlow does.
         network.resize_inside = images.dtype == torch.uint8
         return (network(images.float()),)
 
@@ -134,10 +134,10 @@ def load_cleanfid_inception(path: Path | str) -> Inception:
 
 
 def write_random_inception(path: Path | str, seed: int = 0) -> None:
-    """Write random weights in torch-fidelity's format: a stand-in for tests and dry runs, worth nothing else."""
+    """Write random weights in torch-fidelity's format: a stand-in for tests and dry runs only."""
 
     class Unloaded(FeatureExtractorInceptionV3):
-        """The network as made; the constructor always loads a file."""
+        """The network with its initial weights. The constructor always loads a file, so loading does nothing here."""
 
         def load_state_dict(self, *_: object, **__: object) -> None:  # type: ignore[override]
             pass
@@ -149,8 +149,8 @@ def write_random_inception(path: Path | str, seed: int = 0) -> None:
         network = Unloaded("inception-v3-compat", [FEATURES, LOGITS], str(empty))
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)  # as made, the features fade to 0
-    with replacing(path) as temporary, temporary.open("wb") as file:  # torch takes no path of a hidden file
+                nn.init.kaiming_normal_(module.weight)  # with the initial weights, the features fade to 0
+    with replacing(path) as temporary, temporary.open("wb") as file:  # torch refuses the path of a hidden file
         torch.save(network.state_dict(), file)
 
 
@@ -159,13 +159,13 @@ def _reason(error: Exception) -> str:
 
 
 def _hash_of_weights(path: Path | str, name: str, sha256: str, allow_other: bool) -> str:
-    """Return the SHA-256 of a file of weights; refuse another than the published one unless that is allowed."""
+    """Return the SHA-256 of a file of weights, and refuse any but the published file unless others are allowed."""
     if not Path(path).is_file():
-        raise UserError(f"There is no file of Inception weights {path}.")
+        raise UserError(f"There is no file of Inception weights at {path}.")
     found = sha256_of(path)
     if found != sha256 and not allow_other:
         raise UserError(
             f"{path} is not the published {name}: its SHA-256 is {found}, not {sha256}. Scores by other weights are "
-            f"no FID; they can be asked for (--allow-other-inception) and are labelled FID-{OTHER_INCEPTION}."
+            f"not FID. With --allow-other-inception they are computed and labelled FID-{OTHER_INCEPTION}."
         )
     return found

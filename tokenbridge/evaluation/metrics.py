@@ -1,10 +1,10 @@
-"""Image metrics: samples against a reference, and reconstructions against their originals.
+"""Image metrics, which compare samples with a reference and reconstructions with their originals.
 
 Every FID, Inception Score, precision, recall and KID of this package comes from here. Each is a thin function around
-torch-fidelity's (0.4.0, https://github.com/toshas/torch-fidelity) of features that are given: a `Classifier`'s at tiny
-scale, else Inception's. As a cross-check, clean-fid (0.1.35, https://github.com/GaParmar/clean-fid) computes the
-Fréchet distance again. PSNR and SSIM are scikit-image's. Scores carry the extractor's name (`FID-digits`): only the
-published Inception's is FID.
+torch-fidelity's (0.4.0, https://github.com/toshas/torch-fidelity). It takes features, which come from a `Classifier`
+at the small scales and from Inception otherwise. As a cross-check, clean-fid (0.1.35,
+https://github.com/GaParmar/clean-fid) computes the Fréchet distance again. PSNR and SSIM are scikit-image's. Scores
+carry the extractor's name (`FID-digits`): only that of the published Inception is called FID.
 
 Shape letters: N samples, M reference images, C channels, H height, W width, F features, K classes.
 """
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from tokenbridge.evaluation.classifier import Classifier
 
-SEED = 2020  # torch-fidelity's default, and so the official evaluation's: shuffle of IS, subsets of KID
-ISC_SPLITS = 10  # parts that the Inception Score is averaged over (torch-fidelity's and the paper's default)
+SEED = 2020  # for IS's shuffle and KID's subsets: torch-fidelity's default, and hence the official evaluation's
+ISC_SPLITS = 10  # the number of parts that IS is averaged over (torch-fidelity's and the paper's default)
 KID_SUBSET_SIZE = 1000  # images per KID subset (torch-fidelity's default)
 PRC_NEIGHBOURS = 3  # radius of the manifold: distance to the 3rd neighbour (the paper's and ADM's value)
 SSIM_WINDOW = 7  # pixels
@@ -48,10 +48,10 @@ PRC_DISTANCES = 25_000_000  # distances held at once (twice, for a moment); chan
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of features: what the Fréchet distance compares."""
+    """The mean and covariance of features, which the Fréchet distance compares."""
 
     mean: np.ndarray  # [F], float64
-    covariance: np.ndarray  # [F, F], float64, over N - 1
+    covariance: np.ndarray  # [F, F], float64, with the divisor N - 1
 
 
 def score(
@@ -68,13 +68,13 @@ def score(
     Args:
         samples: generated images, uint8 [N, C, H, W], N >= 2.
         reference: real images, uint8 [M, C, H, W], M >= 2.
-        classifier: the feature extractor, which runs where it is and is left as it was.
-        extractor: its name, which every score is labelled with.
+        classifier: the feature extractor. It runs on its device, and its training mode is restored.
+        extractor: the classifier's name, which labels every score.
         batch_size: images per forward pass.
-        seed: of the Inception Score's shuffle and the KID subsets.
+        seed: the seed of the Inception Score's shuffle and the KID subsets.
 
     Returns:
-        What `scores_of` returns.
+        The scores that `scores_of` returns.
     """
     _check_pixels(samples, minimum=2)
     _check_pixels(reference, minimum=2)
@@ -104,13 +104,13 @@ def scores_of(
     neighbours to one less than the smaller set.
 
     Args:
-        features: of the samples, [N, F].
-        logits: of the samples, [N, K].
+        features: features of the samples, [N, F].
+        logits: logits of the samples, [N, K].
         reference: statistics of the reference images' features.
-        reference_features: [M, F].
-        seed: of the Inception Score's shuffle and the KID subsets.
-        extractor: see `Score`, as for `num_images`.
-        num_images: these label all scores.
+        reference_features: features of the reference images, [M, F].
+        seed: the seed of the Inception Score's shuffle and the KID subsets.
+        extractor: the label of the network that extracted the features, as `Score` takes it.
+        num_images: the number of images that labels all scores, as `Score` takes it.
     """
     label: dict[str, Any] = {"extractor": extractor, "num_images": num_images}
     statistics = statistics_of(features)
@@ -139,15 +139,15 @@ def scores_of(
 
 
 def statistics_of(features: Tensor) -> Statistics:
-    """Return mean and covariance, in float64, of features [N, F], N >= 2.
+    """Return the mean and covariance, in float64, of features [N, F], N >= 2.
 
     Raises:
-        UserError: features that are not finite: a network of damaged weights gives such.
+        UserError: the features are not finite, as those of a network with damaged weights.
     """
     assert features.ndim == 2, f"features are [N, F], not {list(features.shape)}"
     assert len(features) >= 2, "statistics of features need two images"
     if not bool(features.isfinite().all()):
-        raise UserError("Features must be finite: the weights of the network that extracts them are damaged.")
+        raise UserError("The features are not finite: the weights of the network that extracts them are damaged.")
     values = fid_features_to_statistics(features.double().cpu())
     return Statistics(values["mu"], values["sigma"])
 
@@ -155,7 +155,7 @@ def statistics_of(features: Tensor) -> Statistics:
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Return torch-fidelity's Fréchet distance, in squared feature units: FID, where the features are Inception's.
 
-    It is >= 0 but for rounding.
+    It is at least 0 up to rounding.
     """
     assert a.mean.shape == b.mean.shape, f"features of two networks: {a.mean.shape} and {b.mean.shape}"
     pair = ({"mu": s.mean, "sigma": s.covariance} for s in (a, b))
@@ -175,8 +175,8 @@ def precision_and_recall(samples: Tensor, reference: Tensor) -> tuple[float, flo
     the samples'. ADM's evaluator, which takes the reference first, returns the same two in the same order.
 
     Args:
-        samples: [N, F], N >= 2; torch-fidelity's first input.
-        reference: [M, F], M >= 2; its second.
+        samples: features of the samples, [N, F], N >= 2, which are torch-fidelity's first input.
+        reference: features of the reference images, [M, F], M >= 2, which are its second input.
     """
     neighbours = min(PRC_NEIGHBOURS, len(samples) - 1, len(reference) - 1)
     values = prc_features_to_metric(
@@ -202,15 +202,15 @@ def extract_features(images: Tensor, classifier: Classifier, batch_size: int = 2
     """Return the classifier's features [N, F] and logits [N, K] of images, float64 on the CPU.
 
     The classifier runs without dropout, in its own precision. The results are widened because torch-fidelity
-    averages in the precision it is given: float32 features would get a float32 mean.
+    averages in the precision of its input, and float32 features would get a float32 mean.
 
     Args:
         images: uint8 [N, C, H, W], N >= 1, on any device.
-        classifier: runs where it is, and its training mode is restored.
+        classifier: the feature extractor. It runs on its device, and its training mode is restored.
         batch_size: images per forward pass.
 
     Raises:
-        UserError: the images are not of the classifier's size.
+        UserError: the images do not have the classifier's size.
     """
     _check_pixels(images)
     size = classifier.config.image_size
@@ -229,17 +229,17 @@ def extract_features(images: Tensor, classifier: Classifier, batch_size: int = 2
 
 
 def cleanfid_distance(a: Statistics, b: Statistics) -> float:
-    """Return clean-fid's Fréchet distance of the same statistics: the cross-check of torch-fidelity's.
+    """Return clean-fid's Fréchet distance of the same statistics, as a cross-check of torch-fidelity's.
 
-    |mean_a - mean_b|² + tr(S_a) + tr(S_b) - 2 tr sqrt(S_a S_b), with means and covariances S in float64, in
-    squared feature units. Results below 0, which only rounding makes, become 0.
+    It is |mean_a - mean_b|² + tr(S_a) + tr(S_b) - 2 tr sqrt(S_a S_b), with means and covariances S in float64, in
+    squared feature units. Results below 0, which only rounding causes, become 0.
 
-    Where the covariances have full rank it agrees with `frechet_distance` to rounding. Where they have not (fewer
-    images than features), rounding errors of 1e-16 in eigenvalues that should be 0 become 1e-8 under the root, in
+    Where the covariances have full rank, it agrees with `frechet_distance` up to rounding. Where they lack it (with
+    fewer images than features), rounding errors of 1e-16 in eigenvalues that should be 0 become 1e-8 under the root, in
     clean-fid and torch-fidelity alike. clean-fid needs the argument `disp` of scipy's `sqrtm`, which scipy 1.18 drops.
     """
     assert a.mean.shape == b.mean.shape, f"features of two networks: {a.mean.shape} and {b.mean.shape}"
-    # clean-fid prints if the root is not finite.
+    # clean-fid prints to stdout if the root is not finite.
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # `disp` is deprecated; singular covariances are expected
         distance = cleanfid.fid.frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
@@ -247,12 +247,12 @@ def cleanfid_distance(a: Statistics, b: Statistics) -> float:
 
 
 def class_accuracy(samples: Tensor, labels: Tensor, classifier: Classifier, *, batch_size: int = 256) -> float:
-    """Return the share, in [0, 1], of samples that the classifier takes for the class they were asked to be.
+    """Return the share, in [0, 1], of samples that the classifier assigns to the class they were sampled for.
 
     Args:
         samples: uint8 [N, C, H, W], N >= 1.
         labels: integers [N] in [0, K).
-        classifier: see `extract_features`, as for errors.
+        classifier: the classifier, as `extract_features` takes it.
         batch_size: images per forward pass.
     """
     assert list(labels.shape) == [len(samples)], f"{len(samples)} samples, but labels {list(labels.shape)}"
@@ -261,7 +261,7 @@ def class_accuracy(samples: Tensor, labels: Tensor, classifier: Classifier, *, b
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of each image, float64 [N], in dB; infinite for equal images.
+    """Return the peak signal-to-noise ratio of each image, float64 [N], in dB. It is infinite for equal images.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -272,7 +272,7 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Return the structural similarity of each image, float64 [N] in [-1, 1]; 1 for equal images.
+    """Return the structural similarity of each image, float64 [N] in [-1, 1]. It is 1 for equal images.
 
     scikit-image's defaults are used: a uniform window of 7 x 7 pixels, sample covariances, and the mean over channels.
 
@@ -285,7 +285,7 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     """
     if min(images.shape[-2:]) < SSIM_WINDOW:
         height, width = images.shape[-2:]
-        raise UserError(f"SSIM compares windows of {SSIM_WINDOW} pixels; these images have {height} x {width}.")
+        raise UserError(f"SSIM compares windows of {SSIM_WINDOW} pixels, but these images have {height} x {width}.")
     return _per_image(
         partial(structural_similarity, data_range=255, channel_axis=0, win_size=SSIM_WINDOW), images, reconstructions
     )

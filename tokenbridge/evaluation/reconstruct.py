@@ -1,7 +1,8 @@
-"""What a tokenizer keeps of images: the command `tokenbridge reconstruct`, and the pieces that table 1 uses.
+"""Reconstruction of images by a tokenizer: the command `tokenbridge reconstruct`, and the functions that table 1 uses.
 
-Images go through a diffusers autoencoder as it is, then once more with its latents quantised to each number of
-levels (or once through a VQ model). Tables, distortions and a grid of pictures go to one folder.
+A diffusers autoencoder encodes and decodes the images with continuous latents, and then once more with its latents
+quantised to each number of levels (a VQ model does so once). The table, the distortions and a grid of pictures are
+written to one folder.
 
 Shape letters: N images, B batch, C channels, H height, W width, h, w latent height and width.
 """
@@ -54,20 +55,20 @@ if TYPE_CHECKING:
 SCHEMA = "tokenbridge-reconstruction/1"
 QUANTIZERS = ("gaussian", "uniform", "lloyd-max")
 COLUMNS = ("PSNR", "SSIM", "rFID", "bits per image")
-STD_RANGE = (0.5, 2.0)  # the codebooks are made for latents of unit variance; beyond this they are badly used
+STD_RANGE = (0.5, 2.0)  # the codebooks suit latents of unit variance; outside this range they fit badly
 NUM_SHOWN = 8  # images in the grid
-MAX_LEVELS = 2**16  # of a quantiser; far more than latents have digits
-PIPELINE_PARTS = ("vae", "vqvae", "movq")  # what the autoencoder's folder is called in pipelines
+MAX_LEVELS = 2**16  # the most levels of a quantiser, far more than the precision of latents warrants
+PIPELINE_PARTS = ("vae", "vqvae", "movq")  # names of the autoencoder's folder in pipelines
 PROBE_SIZE = 64  # pixels; a multiple of every down-sampling factor in use
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `reconstruct` measured, and what a reader must know to judge it."""
+    """The measurements of `reconstruct`, and what a reader must know to judge them."""
 
     settings: dict[str, Any]
     rows: list[Row]
-    distortions: dict[str, Distortion]  # by row id; of the scaled latents
+    distortions: dict[str, Distortion]  # distortions of the scaled latents, by the row's id
     notes: list[str]
 
 
@@ -87,35 +88,36 @@ def reconstruct(
     inception_weights: Path | str | None = None,
     seed: int = 0,
 ) -> Report:
-    """Reconstruct images; write reconstruction.md, reconstruction.json and reconstruction.png into `out`.
+    """Reconstruct images, and write reconstruction.md, reconstruction.json and reconstruction.png into `out`.
 
-    Runs on the GPU if there is one. Without Inception's weights rFID is left out, with a note that says so.
+    This runs on the GPU if there is one. Without Inception's weights rFID is left out, and a note says so.
 
     Args:
-        source: what `load_images` takes: a folder, Parquet or the name of a data set.
-        tokenizer: what `load_tokenizer_model` takes.
-        out: folder for table, numbers and pictures.
-        levels: quantise to each of these; plays no part with a VQ model, nor do the next three.
-        quantizer: "gaussian" (the paper's), "uniform", or "lloyd-max", fitted to the latents of these images.
-        value_range: of the Gaussian and the uniform codebook, in scaled latent units.
-        scale: "config": the autoencoder's own `scaling_factor`; "measure": mean 0 and standard deviation 1 on
-            these images; or a factor that replaces `scaling_factor`.
-        split: of the source.
-        image_size: centre-crop to this many pixels; needed where the images' sizes differ.
-        limit: at most so many images, drawn by `seed`.
+        source: a folder, a Parquet file or the name of a data set, as `load_images` takes it.
+        tokenizer: a folder or a name on the hub, as `load_tokenizer_model` takes it.
+        out: the folder for table, numbers and pictures.
+        levels: numbers of levels to quantise to. A VQ model ignores these and the next three arguments.
+        quantizer: "gaussian" (the paper's), "uniform", or "lloyd-max", which is fitted to the latents of these images.
+        value_range: the range of the Gaussian and the uniform codebook, in scaled latent units.
+        scale: "config" keeps the autoencoder's own `scaling_factor`, "measure" scales the latents of these images to
+            mean 0 and standard deviation 1, and a number replaces `scaling_factor`.
+        split: the split of the source.
+        image_size: pixels of the centre crop, which is needed where the images differ in size.
+        limit: the most images that are used. They are drawn by `seed`.
         batch_size: images per forward pass.
-        inception_weights: the published file; None looks in the usual places (artifacts.py), without a download.
-        seed: of the draw.
+        inception_weights: the published file. None looks in the usual places (artifacts.py) without a download.
+        seed: the seed of the draw.
 
     Raises:
-        UserError: `inception_weights` is given and not there, images or tokenizer cannot be had, an unknown setting,
-            or images whose size is no multiple of the autoencoder's down-sampling factor.
+        MissingArtifactsError: `inception_weights` is given, but there is no such file.
+        UserError: the images or the tokenizer cannot be loaded, a setting is unknown, or the size of the images is
+            not a multiple of the autoencoder's down-sampling factor.
     """
     if quantizer not in QUANTIZERS:
         raise UserError(f"Unknown quantiser {quantizer!r}; there are {', '.join(QUANTIZERS)}.")
     if max(levels) > MAX_LEVELS:
-        raise UserError(f"A quantiser has {MAX_LEVELS:,} levels at most here, not {max(levels):,}.")
-    inception, notes = _find_inception(inception_weights)  # first: a bad file must not cost hours
+        raise UserError(f"A quantiser can have at most {MAX_LEVELS:,} levels here, not {max(levels):,}.")
+    inception, notes = _find_inception(inception_weights)  # before the work, so that a bad file does not cost hours
     model = load_tokenizer_model(tokenizer).to(best_device())
     pixels = _load_pixels(source, split, image_size, limit, seed, channels=getattr(model.config, "in_channels", 3))
     _check_size(model, pixels)
@@ -137,7 +139,7 @@ def reconstruct(
             tokenizers[label] = LatentTokenizer(model, chosen.to(model.device))
 
     make_folder(out)
-    shown = torch.linspace(0, len(pixels) - 1, min(NUM_SHOWN, len(pixels))).long()  # sources come sorted by class
+    shown = torch.linspace(0, len(pixels) - 1, min(NUM_SHOWN, len(pixels))).long()  # sources are often sorted by class
     rows, pictures = [], {"original": pixels[shown]}
     for label, chosen_tokenizer in tokenizers.items():
         reconstructions, bits = reconstruct_with(chosen_tokenizer, pixels, batch_size)
@@ -169,14 +171,14 @@ def reconstruct(
 
 
 def load_tokenizer_model(name: str) -> Any:
-    """Load a diffusers autoencoder, float32, in evaluation mode; its class is that of its config.json.
+    """Load a diffusers autoencoder, float32, in evaluation mode. Its config.json names the class.
 
     Args:
-        name: a folder in diffusers' format, a pipeline's folder with a `vae` (`vqvae`, `movq`) in it, or a hub name
-            of either. Weights are read from safetensors only: other formats can run code.
+        name: a folder in diffusers' format, a pipeline's folder that holds one called `vae`, `vqvae` or `movq`, or
+            the name of either on the hub. Weights are read from safetensors only, because other formats can run code.
 
     Raises:
-        UserError: there is none, it is no autoencoder, or it does not hold all of the model's weights.
+        UserError: there is no such folder, it does not hold an autoencoder, or some of the weights are missing.
     """
     root = Path(name) if Path(name).is_dir() else _download(name)
     folder = next((f for f in (root, *(root / p for p in PIPELINE_PARTS)) if (f / "config.json").is_file()), None)
@@ -201,8 +203,8 @@ def reconstruct_with(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64)
         batch_size: images per forward pass.
 
     Returns:
-        The reconstructions, uint8 [N, C, H, W] on the CPU, and what one image's tokens take, in bits; None where
-        the latents stay continuous.
+        The reconstructions, uint8 [N, C, H, W] on the CPU, and the size of one image's tokens in bits, which is None
+        where the latents stay continuous.
     """
     parts, bits = [], None
     continuous = isinstance(tokenizer, LatentTokenizer) and tokenizer.quantizer is None
@@ -225,18 +227,18 @@ def reconstruction_scores(
     extractor: str = "digits",
     bits: float | None = None,
 ) -> list[Score]:
-    """Return PSNR (dB) and SSIM, each the mean over images; more where more is given. All are finite.
+    """Return PSNR (dB) and SSIM, each the mean over images, and the scores of the optional arguments. All are finite.
 
-    The PSNR of an image that comes back exactly is infinite. It counts here as if one of its values were off by
-    one, the least error there is: leaving it out would lower the mean of the better tokenizer.
+    The PSNR of an image that is reconstructed exactly is infinite. It counts here as if one value were off by one,
+    which is the smallest possible error, because leaving the image out would lower the mean of the better tokenizer.
 
     Args:
         images: uint8 [N, C, H, W].
         reconstructions: uint8 [N, C, H, W].
-        classifier: adds rFID, the Fréchet distance of reconstructions and images in its features, and IS of the
-            reconstructions.
+        classifier: a feature extractor. With one, rFID (the Fréchet distance of reconstructions and images in its
+            features) and the IS of the reconstructions are added.
         extractor: the classifier's name.
-        bits: adds `bits per image`.
+        bits: the size of one image's tokens. If it is given, `bits per image` is added.
     """
     highest = 10 * math.log10(255**2 * images[0].numel())
     scores = [
@@ -257,9 +259,9 @@ def inception_rfid(images: Tensor, reconstructions: Tensor, inception: Inception
     """Return the FID of reconstructions and images, on the GPU if there is one.
 
     Args:
-        images: uint8 [N, C, H, W], C 1 (repeated to 3) or 3, N >= 2; scaled to 299 x 299 as TensorFlow 1 did.
+        images: uint8 [N, C, H, W], C 1 (repeated to 3) or 3, N >= 2, which Inception resizes as TensorFlow 1 did.
         reconstructions: uint8 [N, C, H, W].
-        inception: torch-fidelity's.
+        inception: torch-fidelity's Inception.
         batch_size: images per forward pass.
     """
 
@@ -303,20 +305,20 @@ def _find_inception(path: Path | str | None) -> tuple[Inception | None, list[str
 def _load_pixels(
     source: str, split: str, image_size: int | None, limit: int | None, seed: int, *, channels: int
 ) -> Tensor:
-    """Load images as uint8 [N, C, H, W]; draw `limit` of them, since the first ones may be all of one class."""
+    """Load images as uint8 [N, C, H, W]; `limit` of them are drawn, since the first may all be of one class."""
     if channels not in (1, 3):
-        raise UserError(f"The tokenizer takes images of {channels} channels; only 1 and 3 can be loaded.")
+        raise UserError(f"The tokenizer takes images of {channels} channels, but only 1 or 3 channels can be loaded.")
     dataset = load_images(source, split)
     if limit is not None:
         if limit < 1:
-            raise UserError(f"The limit is at least 1 image, not {limit}.")
+            raise UserError(f"The limit must be at least 1 image, not {limit}.")
         drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit]
         dataset = dataset.select(drawn.sort().values.tolist())
     return pixels_of(dataset, size=image_size, channels=channels)
 
 
 def _check_size(model: Any, pixels: Tensor) -> None:
-    """Refuse images that the autoencoder would return in another size."""
+    """Refuse images that the autoencoder would reconstruct in another size."""
     probe = torch.zeros(1, pixels.shape[1], PROBE_SIZE, PROBE_SIZE, device=model.device)
     factor = PROBE_SIZE // LatentTokenizer(model).latents(probe).shape[-1]
     height, width = pixels.shape[2:]
@@ -344,7 +346,7 @@ def _set_scale(model: Any, scale: str | float, pixels: Tensor, batch_size: int) 
         factor, shift = 1 / raw.std(correction=0).item(), raw.mean().item()
     elif scale != "config":
         if isinstance(scale, str) or not (math.isfinite(scale) and scale > 0):
-            raise UserError(f"The scale is 'config', 'measure' or a positive number, not {scale!r}.")
+            raise UserError(f"The scale must be 'config', 'measure' or a positive number, not {scale!r}.")
         factor = float(scale)
     model.register_to_config(scaling_factor=factor, shift_factor=shift)
 
@@ -358,24 +360,24 @@ def _make_quantizer(kind: str, num_levels: int, value_range: float, latents: Ten
 
 def _judge_latents(latents: Tensor, quantizer: str) -> list[str]:
     """Describe the latents; warn where a codebook made for unit variance does not fit them."""
-    mean = round(latents.double().mean().item(), 4) + 0.0  # not -0
+    mean = round(latents.double().mean().item(), 4) + 0.0  # adding 0 turns -0 into 0
     std = latents.double().std(correction=0).item()
     said = f"Scaled latents {list(latents.shape[1:])}: mean {mean:.3g}, standard deviation {std:.3g}."
     if quantizer == "lloyd-max":
-        return [said, "The Lloyd-Max codebooks are fitted to the latents of these very images."]
+        return [said, "The Lloyd-Max codebooks are fitted to the latents of these same images."]
     if STD_RANGE[0] <= std <= STD_RANGE[1]:
         return [said]
     return [
         said,
-        f"WARNING: the quantiser expects a standard deviation near 1, so these levels are badly used and the rows "
-        f"say little about the tokenizer. Use scale 'measure', or the factor {1 / std:.3g} times this one.",
+        f"WARNING: the quantiser expects a standard deviation near 1, so its levels do not fit these latents and the "
+        f"rows say little about the tokenizer. Use scale 'measure', or the factor {1 / std:.3g} times this one.",
     ]
 
 
 def _judge_number(num_images: int) -> str:
     if num_images < 2:
         return "rFID not run: it needs at least 2 images."
-    return f"rFID is of {num_images:,} images; it falls with their number, and published values are of 50,000."
+    return f"rFID is of {num_images:,} images. It falls as their number grows, and published values are of 50,000."
 
 
 def _row_id(label: str) -> str:
@@ -393,7 +395,7 @@ def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
     settings = report.settings
     num_shown = len(pictures["original"])
     title = f"{settings['class']}: {num_shown} of {settings['images']} images, {Path(settings['source']).name}"
-    inches = min(1.6, max(0.6, settings["image shape"][-1] / 150))  # at 150 dots an inch, pixel for pixel up to 240
+    inches = min(1.6, max(0.6, settings["image shape"][-1] / 150))  # 150 dots an inch: up to 240 pixels, dot for pixel
     save_grid(out / "reconstruction.png", list(pictures.values()), list(pictures), title, cell_inches=inches)
     value = {
         "schema_version": SCHEMA,
@@ -411,7 +413,7 @@ def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
 
 
 def to_markdown(report: Report) -> str:
-    """Return a report as a Markdown page: settings, the table, notes, distortion of the latents."""
+    """Return a report as a Markdown page with the settings, the table, the notes and the latents' distortion."""
     lines = ["# Reconstruction", ""]
     lines += [f"- {name}: {value}" for name, value in report.settings.items()]
     body = [[row.label, *[cell(row, name) for name in COLUMNS]] for row in report.rows]
@@ -432,7 +434,8 @@ def to_markdown(report: Report) -> str:
         ]
         lines += ["", "## Quantisation of the latents", "", *markdown_table(header, body), ""]
         lines += [
-            "Squared errors are relative to the latents' variance. Lloyd-Max: the best scalar levels for these "
-            "latents. Gaussian bound: 2^(-2R), which no code of R bits per dimension beats on Gaussian latents."
+            "Squared errors are relative to the latents' variance. Lloyd-Max is the error of the best scalar levels "
+            "for these latents. The Gaussian bound is 2^(-2R), which no code of R bits per dimension beats on Gaussian "
+            "latents."
         ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Reference statistics: read from a file, or made from a data set."""
+"""Reference statistics, which are read from a file or computed from a data set."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from tokenbridge.utils.files import make_folder, replacing, sha256_of
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with."""
+    """The reference that samples are compared with."""
 
     name: str
     sha256: str
     statistics: Statistics
-    features: Tensor | None  # float32 [M, F], of the reference images; None where there are only statistics
+    features: Tensor | None  # features of the reference images, float32 [M, F]; None without images
     images: ImageSet | None
-    num_images: int | None  # behind the statistics, where known
-    from_images: bool  # whether the statistics were made here, from `images`
+    num_images: int | None  # the number of images behind the statistics; None if it is unknown
+    from_images: bool  # whether the statistics were computed here from `images`
 
 
 def load_reference(
     path: Path | str, inception: Inception, *, batch_size: int = 64, cache: Path | str = CACHE
 ) -> Reference:
-    """Load statistics, and the features of reference images if there are any; see `evaluate` for the formats.
+    """Load statistics, and the features of reference images if there are any. `evaluate` describes the formats.
 
     Raises:
-        UserError: there is neither, statistics of another feature size, not finite, or made with other weights.
+        UserError: `path` holds neither statistics nor images, or the statistics have another feature size, are not
+            finite, or were computed with other weights.
     """
     path = Path(path)
     stored, meta, names = _read_file(path) if path.is_file() else (None, {}, ["arr_0"])
@@ -56,7 +57,7 @@ def load_reference(
     features = None
     if images is not None:
         if len(images) < 2:
-            raise UserError(f"{path} holds 1 image; a reference has at least 2.")
+            raise UserError(f"{path} holds 1 image, but a reference needs at least 2.")
         features, _ = inception_features(images, inception, batch_size=batch_size, cache=cache)
     if stored is not None:
         sha256 = sha256_of(path) if images is None else images.sha256
@@ -80,33 +81,34 @@ def make_reference(
 ) -> dict[str, Any]:
     """Write the statistics of a data set with ADM's centre crop: `mu`, `sigma`, `num_images`, `meta` (JSON).
 
-    Sums are added up in float64 batch by batch, so that a data set of any size passes. Runs on the GPU if there is one.
+    Sums are accumulated in float64 batch by batch, so that a data set may have any size. This runs on the GPU if there
+    is one.
 
     Args:
-        source: what `load_images` takes: a folder, Parquet or the name of a data set.
-        out: .npz to write.
-        inception: torch-fidelity's.
-        split: of the source.
+        source: a folder, a Parquet file or the name of a data set, as `load_images` takes it.
+        out: the .npz to write.
+        inception: torch-fidelity's Inception.
+        split: the split of the source.
         image_size: pixels of the crop.
-        keep_images: store so many of the images, drawn by `seed`, as `arr_0`, for precision, recall and KID.
-        seed: of that draw.
+        keep_images: the number of images, drawn by `seed`, to store as `arr_0` for precision, recall and KID.
+        seed: the seed of that draw.
         batch_size: images per forward pass.
 
     Returns:
-        What `meta` says: source, number of images, hashes of pixels and weights, provenance.
+        The content of `meta`: source, number of images, hashes of pixels and weights, provenance.
 
     Raises:
-        UserError: images or weights that cannot be used, or more images to keep than there are.
+        UserError: the images cannot be used, there are fewer than `keep_images`, or a number is out of range.
     """
     out = Path(out)
     if out.suffix != ".npz":
-        raise UserError(f"Statistics are written as .npz, not as {out.name}.")
+        raise UserError(f"Statistics are written as .npz, so {out.name} needs another name.")
     if image_size < 1 or batch_size < 1:
-        raise UserError("Image size and batch size are at least 1.")
+        raise UserError("The image size and the batch size must be at least 1.")
     make_folder(out.parent)
     images = CroppedImages(load_images(source, split), image_size)
     if len(images) < 2 or not 0 <= keep_images <= len(images):
-        raise UserError(f"{source} has {len(images)} images: at least 2 are needed, and {keep_images} are to be kept.")
+        raise UserError(f"{source} has {len(images)} images, but needs at least 2 and the {keep_images} to keep.")
     kept = np.random.default_rng(seed).choice(len(images), keep_images, replace=False)
     place = {index: i for i, index in enumerate(sorted(kept.tolist()))}
     array = np.empty((keep_images, image_size, image_size, 3), np.uint8)
@@ -151,7 +153,7 @@ def read_statistics(path: Path | str) -> Statistics:
     """Read the statistics in an .npz: `mu` [2048] and `sigma` [2048, 2048], as float64.
 
     Raises:
-        UserError: the file is damaged, has no statistics, or they are of other features or not finite.
+        UserError: the file is damaged or has no statistics, or they have another feature size or are not finite.
     """
     statistics, _, names = _read_file(Path(path))
     if statistics is None:
@@ -160,13 +162,13 @@ def read_statistics(path: Path | str) -> Statistics:
 
 
 def _read_file(path: Path) -> tuple[Statistics | None, dict[str, Any], list[str]]:
-    """Return the statistics in a reference's .npz if it has any, what it says of them, and the names of its arrays."""
+    """Return the statistics in a reference's .npz if it has any, its `meta`, and the names of its arrays."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = list(archive.files)
             values = {key: archive[key] for key in ("mu", "sigma", "meta") if key in names}
-    except (*DAMAGED, TypeError, pickle.UnpicklingError) as error:  # TypeError: a plain .npy is no context
-        raise UserError(f"{path} is no .npz file of statistics, or cut off: {error}.") from error
+    except (*DAMAGED, TypeError, pickle.UnpicklingError) as error:  # TypeError: a plain .npy is not a context manager
+        raise UserError(f"{path} is not an .npz file of statistics, or it is cut off: {error}.") from error
     if not {"mu", "sigma"} <= values.keys():
         if "arr_0" in names:
             return None, {}, names
@@ -174,7 +176,7 @@ def _read_file(path: Path) -> tuple[Statistics | None, dict[str, Any], list[str]
     mean, covariance = values["mu"], values["sigma"]
     if mean.shape != (NUM_FEATURES,) or covariance.shape != (NUM_FEATURES, NUM_FEATURES):
         raise UserError(
-            f"The statistics in {path} are of another feature size: mu is {list(mean.shape)} and sigma "
+            f"The statistics in {path} have another feature size: mu is {list(mean.shape)} and sigma is "
             f"{list(covariance.shape)}, but Inception has {NUM_FEATURES} features."
         )
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":

@@ -1,4 +1,4 @@
-"""The evaluation of somebody's images as a result file."""
+"""The evaluation of a user's images, as a result file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def measure_evaluation(
 
     The other arguments and the errors are those of `evaluation.evaluate`.
 
-    Each set has its row. Of several, rows with mean and standard deviation follow; then, without numbers, what was not
-    run, and why.
+    Each set has a row. If there are several, rows with mean and standard deviation follow. The last rows have no
+    numbers and say what was not run, and why.
     """
     stopwatch = Stopwatch()
     if out is not None:

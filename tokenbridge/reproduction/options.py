@@ -1,4 +1,4 @@
-"""What a user may choose when a target is reproduced, and photographs in the place of ImageNet for stand-ins."""
+"""The options of a reproduction, and the photographs that stand-ins use in the place of ImageNet."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # shipped by scikit-image
 
 @dataclass(frozen=True)
 class Options:
-    """How a target is reproduced; None is the target's own way. `targets.USED_BY` says which target uses what.
+    """How a target is reproduced. None means the target's own choice; `targets.USED_BY` lists who uses which option.
 
-    Files that are not named are looked for by `artifacts.resolve`.
+    `artifacts.resolve` looks for files that are not named.
     """
 
-    num_images: int | None = None  # of each system at a scale, of each model in table 3, in all in table 1
+    num_images: int | None = None  # for each system at a scale and each model in table 3; the total in table 1
     seed: int = 0
     batch_size: int | None = None
-    stand_in: bool = False  # prove the path with drawn weights and few images: no result
+    stand_in: bool = False  # test the path with drawn weights and few images; not a result
 
-    data: str | None = None  # images in the place of the scale's
-    weights: Path | None = None  # of a scale, its folder of models; else the model's file, or a folder with it
-    reference: Path | None = None  # of a scale, results to compare with; else ADM's statistics of ImageNet
+    data: str | None = None  # images that replace the scale's
+    weights: Path | None = None  # a scale's folder of models, or a model's file or the folder with it
+    reference: Path | None = None  # the results to compare a scale with, or ADM's statistics of ImageNet
 
-    folder: Path | None = None  # holds the published files
+    folder: Path | None = None  # the folder of published files
     imagenet: Path | None = None
     vae: Path | None = None  # the tokenizer's file
     inception: Path | None = None
-    other_inception: Path | None = None  # unpublished weights: scores are labelled and not compared
+    other_inception: Path | None = None  # other weights, whose scores are labelled and not compared
     reference_batch: Path | None = None  # ADM's images, for precision and recall
     precision_recall: bool = True
 
-    size: str | None = None  # of a system: "l"
-    variant: str | None = None  # of the preset's sampling settings
+    size: str | None = None  # the size of a system, such as "l"
+    variant: str | None = None  # the name of the preset's sampling settings
     randomness: Randomness | None = None
     labels: Literal["balanced", "random"] | None = None
     dtype: Dtype | None = None
@@ -52,7 +52,7 @@ class Options:
         """Return the number of images, which must be enough for a Fréchet distance.
 
         Raises:
-            UserError: fewer than two.
+            UserError: there are fewer than two.
         """
         number = default if self.num_images is None else self.num_images
         if number < 2:
@@ -61,7 +61,7 @@ class Options:
 
 
 def write_photographs(folder: Path) -> None:
-    """Write the photographs as images of a class each: `folder/train/astronaut/astronaut.png`."""
+    """Write each photograph as the only image of a class: `folder/train/astronaut/astronaut.png`."""
     for name in PHOTOGRAPHS:
         path = folder / "train" / name / f"{name}.png"
         path.parent.mkdir(parents=True)

@@ -1,13 +1,13 @@
 """Table 1 at the paper's scale: `tokenbridge reproduce table1`, `nox -s reproduce_table1`.
 
-What quantisation after training costs the VAE's reconstructions: rFID and Inception Score by number of levels (1a)
-and by range (1b). As reconstruction.py of YuqingWang1029/TokenBridge at 3ede281: the first 50 training images of each
-class by file name, centre-cropped as ADM does; latents are samples of the posterior; float32; rFID against the
-statistics of ADM's whole training set.
+The table shows what quantisation after training costs the VAE's reconstructions: rFID and Inception Score by number of
+levels (1a) and by range (1b). The measurement follows reconstruction.py of YuqingWang1029/TokenBridge at 3ede281. It
+takes the first 50 training images of each class by file name, centre-crops them as ADM does, and samples latents from
+the posterior in float32. rFID is against the statistics of ADM's whole training set.
 
-Two differences: an image has one posterior sample, drawn from (seed, index), for all rows, where the official script
-draws anew for every row, without a seed. And the hub's Parquet files hold ImageNet in another order, so that their
-first 50 images of a class are others.
+There are two differences. An image has one posterior sample for all rows, drawn from (seed, index), whereas the
+official script draws anew for every row, without a seed. And the hub's Parquet files hold ImageNet in another order,
+so the first 50 images of a class are not the same.
 
 Shape letters: N images, B batch, C latent channels, h, w latent height and width.
 """
@@ -75,7 +75,7 @@ NUM_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table: how latents are quantised."""
+    """A row of the table, and how its latents are quantised."""
 
     id: str
     label: str
@@ -84,12 +84,12 @@ class Recipe:
 
     @property
     def quantizer(self) -> tuple[int | None, float | None]:
-        """What tells one reconstruction from another; the tables share some."""
+        """The number of levels and the range, which identify a reconstruction. The two tables share some."""
         return self.num_levels, self.value_range
 
     @property
     def published(self) -> Row:
-        """The paper's row, with the metrics that ours has."""
+        """The paper's row, with the metrics that the measured row has."""
         metrics = {"images": float(NUM_IMAGES), **published_metrics(self.id)}
         return Row(id=self.id, label=self.label, metrics=metrics)
 
@@ -111,21 +111,21 @@ QUANTIZERS = tuple(dict.fromkeys(recipe.quantizer for recipe in RECIPES))
 
 
 def reproduce_table1(options: Options, *, out: Path | str) -> tuple[Results, Judged]:
-    """Measure table 1 and compare it with the paper; write results.json and tables.md into `out`.
+    """Measure table 1, compare it with the paper, and write results.json and tables.md into `out`.
 
-    The images are spread evenly over the classes, and only 50,000 are compared with the paper. The seed is that of the
-    posterior samples.
+    The images are spread evenly over the classes, and only 50,000 are compared with the paper. `options.seed` is the
+    seed of the posterior samples.
 
     Raises:
-        MissingArtifactsError: files are missing; the message lists all of them.
-        UserError: files that are not what they should be, or fewer than two images.
+        MissingArtifactsError: files are missing. The message lists all of them.
+        UserError: a file does not hold what it should, or there are fewer than two images.
     """
     if options.stand_in:
         return _stand_in(options, Path(out))
     num_images, folder, other = options.images_or(NUM_IMAGES), options.folder, options.other_inception
     if other is not None and options.inception is not None:
         raise UserError(f"Scores need one file of Inception's weights, not both {options.inception} and {other}.")
-    # First the files: it takes seconds to see that one is missing.
+    # The files come first, because it takes only seconds to see that one is missing.
     paths = artifacts.resolve(_needed(options), folder=folder, given=_given(options))
     inception = load_inception(other or paths[INCEPTION], allow_other=other is not None)
     hashes = {key: artifacts.fingerprint(paths[key], folder=folder) for key in (KL16_VAE, STATISTICS)}
@@ -144,10 +144,10 @@ def reproduce_table1(options: Options, *, out: Path | str) -> tuple[Results, Jud
 
 
 def _stand_in(options: Options, out: Path) -> tuple[Results, Judged]:
-    """Run table 1 on stand-ins of the same formats, to prove the path: no result, and no row is compared.
+    """Run table 1 on stand-ins of the same formats, to test the path. This is not a result, and no row is compared.
 
-    The VAE has its full size and the weights that the golden rule draws, Inception has random weights, and the
-    images are photographs that scikit-image ships, which the statistics are of too.
+    The VAE has its full size and the weights that the golden rule draws, and Inception has random weights. Images and
+    statistics are those of photographs that scikit-image ships.
     """
     num_images = options.images_or(len(PHOTOGRAPHS))
     with tempfile.TemporaryDirectory() as folder:
@@ -166,9 +166,9 @@ def _stand_in(options: Options, out: Path) -> tuple[Results, Judged]:
 
 
 def plan(options: Options) -> dict[str, Any]:
-    """Return what a run takes and what is missing for it; nothing is run, downloaded or hashed.
+    """Return the cost of a run and the files that it lacks. Nothing is run, downloaded or hashed.
 
-    FLOP are counted on the full-size VAE, a multiplication and an addition as two; Inception's are not included.
+    FLOP are counted on the full-size VAE. A multiplication and an addition count as two, and Inception is left out.
     """
     num_images = options.images_or(NUM_IMAGES)
     encoder, decoder = vae_tflop()
@@ -187,7 +187,7 @@ def plan(options: Options) -> dict[str, Any]:
 
 
 def plan_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return a plan as lines of a table: what, and how much."""
+    """Return a plan as lines of a table, each with a name and an amount."""
     parts = f"{planned['TFLOP per encoding']:.3f} an encoding, {planned['TFLOP per decoding']:.3f} a decoding"
     return [
         ("images", f"{planned['images']:,}, encoded once and decoded {len(QUANTIZERS)} times"),
@@ -215,20 +215,20 @@ def measure(
     """Reconstruct images by every quantiser and score them, on the GPU if there is one.
 
     Args:
-        files: by key of `FILES`, without Inception's weights.
-        inception: whose features are compared.
-        scale: goes into the results.
-        hashes: SHA-256 of the VAE and the statistics, for the results.
-        num_images: in all.
-        num_classes: that the images must have.
+        files: the paths by key of `FILES`, without Inception's weights.
+        inception: the network whose features are compared.
+        scale: the name of the scale that the results state.
+        hashes: the SHA-256 of the VAE and the statistics, which the results state.
+        num_images: the number of images of all classes together.
+        num_classes: the number of classes that the images must have.
         batch_size: images per forward pass.
-        seed: of the posterior samples.
+        seed: the seed of the posterior samples.
 
     Raises:
-        UserError: files that are not what they should be, or too few images.
+        UserError: a file does not hold what it should, or there are too few images.
     """
     stopwatch = provenance.Stopwatch()
-    reference = read_statistics(files[STATISTICS])  # first the files that load at once
+    reference = read_statistics(files[STATISTICS])  # the files that load quickly come first
     tokenizers = make_tokenizers(files[KL16_VAE], best_device())
     dataset = load_images(str(files[IMAGENET]), "train")
     chosen = choose_images(labels_of(dataset), num_images, num_classes)
@@ -272,28 +272,30 @@ def measure(
 
 
 def choose_images(labels: Tensor, num_images: int, num_classes: int) -> Tensor:
-    """Return indices [num_images] of the first images of each class, class after class, as the official script.
+    """Return indices [num_images] of the first images of each class, class after class, as the official script does.
 
-    Where `num_images` is no multiple of the classes, the first classes give one image more.
+    If `num_images` is not a multiple of the number of classes, the first classes give one image more.
 
     Raises:
-        UserError: another number of classes, or a class that has too few images.
+        UserError: the number of classes is another one, or a class has too few images.
     """
     counts = torch.bincount(labels)
     if len(counts) != num_classes or not bool((counts > 0).all()):
-        raise UserError(f"The images are of {int((counts > 0).sum())} classes, not of {num_classes}.")
+        raise UserError(f"The images have {int((counts > 0).sum())} classes, not {num_classes}.")
     per_class, more = divmod(num_images, num_classes)
     wanted = per_class + (torch.arange(num_classes) < more).long()
     if bool((wanted > counts).any()):
         short = int((wanted > counts).nonzero()[0])
-        raise UserError(f"Class {short} has {counts[short]} images; {num_images:,} in all take {wanted[short]} of it.")
-    by_class = labels.argsort(stable=True)  # within a class in the order of the source: by file name
+        raise UserError(
+            f"Class {short} has {counts[short]} images, but {num_images:,} in all need {wanted[short]} of it."
+        )
+    by_class = labels.argsort(stable=True)  # within a class, the order of the source is kept: by file name
     starts = counts.cumsum(0) - counts
     return torch.cat([by_class[s : s + n] for s, n in zip(starts.tolist(), wanted.tolist(), strict=True)])
 
 
 def make_tokenizers(vae: Path | str, device: torch.device) -> dict[tuple[int | None, float | None], LatentTokenizer]:
-    """Return the VAE with every quantiser of the table, by (levels, range); (None, None) has none."""
+    """Return the VAE with each quantiser of the table, by (levels, range). (None, None) has no quantiser."""
     model: Any = load_kl16(vae).to(device)
     return {
         (levels, value_range): LatentTokenizer(
@@ -307,7 +309,7 @@ def make_tokenizers(vae: Path | str, device: torch.device) -> dict[tuple[int | N
 def sample_latents(tokenizer: LatentTokenizer, pixels: Tensor, image_indices: range, seed: int) -> Tensor:
     """Draw the scaled latents [B, C, h, w] of uint8 images [B, 3, H, W] from the VAE's posterior.
 
-    The noise of an image depends on seed and index alone, and is drawn on the CPU for every device alike.
+    The noise of an image depends only on seed and index. It is drawn on the CPU, so it is the same for every device.
     """
     images = pixels_to_images(pixels.to(tokenizer.device))
     posterior = tokenizer.autoencoder.encode(images).latent_dist
@@ -336,9 +338,9 @@ def score(outputs: list[tuple[Tensor, Tensor]], reference: Statistics, extractor
     """Return rFID against the reference, and Inception Score.
 
     Args:
-        outputs: of `inception_outputs`, batch by batch; N >= 2 in all.
-        reference: of the whole training set.
-        extractor: labels the scores; None for the published Inception.
+        outputs: what `inception_outputs` returned for each batch, N >= 2 images together.
+        reference: the statistics of the whole training set.
+        extractor: the label of the scores, which is None for the published Inception.
     """
     features, logits = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     label: dict[str, Any] = {"extractor": extractor, "num_images": len(features)}
@@ -350,12 +352,12 @@ def score(outputs: list[tuple[Tensor, Tensor]], reference: Statistics, extractor
 
 
 def judge(results: Results) -> Judged:
-    """Compare each row with the paper, if it is of the paper's images, weights and number."""
+    """Compare each row with the paper, if it was measured with the paper's weights and number of images."""
     return judge_published(results, {recipe.id: recipe.published for recipe in RECIPES}, NUM_IMAGES)
 
 
 def to_markdown(results: Results, judged: Judged) -> str:
-    """Return both tables beside the paper's, with verdicts, tolerances and where the numbers come from."""
+    """Return both tables beside the paper's, with verdicts, tolerances and the source of the numbers."""
     published = {recipe.id: recipe.published for recipe in RECIPES}
     papers = [str(ScoreName(name, num_images=NUM_IMAGES)) for name in ("rFID", "IS")]
     lines = [f"# Table 1: {results.scale}", "", f"{measured_by(results.provenance)}. Published: {SOURCE}.", ""]
@@ -387,7 +389,7 @@ def vae_tflop() -> tuple[float, float]:
 
 
 def write_stand_ins(folder: Path) -> tuple[dict[str, Path], Inception]:
-    """Write files in the formats of the real ones; return them as `measure` takes them."""
+    """Write files in the formats of the real ones, and return them as `measure` takes them."""
     files = {IMAGENET: folder / "imagenet", KL16_VAE: folder / "kl16.ckpt", STATISTICS: folder / "statistics.npz"}
     write_photographs(files[IMAGENET])
     torch.save({"model": rule_state(kl16_layout(create_kl16()), STAND_IN_RULE)}, files[KL16_VAE])
@@ -405,7 +407,7 @@ def _needed(options: Options) -> list[str]:
 
 
 def files(options: Options) -> list[Status]:
-    """Return the state of each file that the table needs; nothing is read or downloaded."""
+    """Return the state of each file that the table needs. Nothing is read or downloaded."""
     return artifacts.status(_needed(options), folder=options.folder, given=_given(options))
 
 

@@ -1,11 +1,11 @@
-"""A row of the paper's table 3 from published weights: sample 50,000 images, score them, compare as published.
+"""A row of the paper's table 3 from published weights: 50,000 samples are scored and compared with the paper.
 
-Every system has its own files, settings and published numbers (`models/*/system.py`). One evaluation serves all.
+Every system has its own files, settings and published numbers (`models/*/system.py`), and all share one evaluation.
 
-The order of work is: the files first (a missing one costs seconds, not hours), then the sampling run
-(`sampling/run.py`: many processes, resumed after a kill), then the scores (`evaluation/evaluate.py`): FID and Inception
-Score against the statistics of the official evaluation, precision and recall against the images of ADM's reference
-batch.
+The files are looked for first, so that a missing one costs seconds and not hours. The sampling run follows
+(`sampling/run.py`), which may have many processes and resumes after it was killed. The scores come last
+(`evaluation/evaluate.py`): FID and Inception Score against the statistics of the official evaluation, precision and
+recall against the images of ADM's reference batch.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ IMAGE_SIZE = 256
 BATCH_SIZE = 64
 NUM_BOOTSTRAP = 100
 STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
-SCORES = ("FID", "IS", "precision", "recall")  # of the paper's table
+SCORES = ("FID", "IS", "precision", "recall")  # the scores in the paper's table
 
 
 def needed_files(name: str, options: Options) -> list[str]:
-    """Return the keys of the files that a row needs: of the model, its tokenizer, and the evaluation.
+    """Return the keys of the files that a row needs for the model, its tokenizer and the evaluation.
 
     Raises:
-        UserError: a preset without published weights or settings.
+        UserError: the weights or the settings of the preset were not published.
     """
     system, preset = published_preset(name)
     keys = [preset.name, system.tokenizer.key, artifacts.INCEPTION, artifacts.STATISTICS]
@@ -63,29 +63,30 @@ def needed_files(name: str, options: Options) -> list[str]:
 def reproduce_table3(
     name: str, options: Options, *, out: Path | str, show_progress: bool = True
 ) -> tuple[Results, Judged] | None:
-    """Sample and score a published model; write results.json, tables.md and grid.png into `out`.
+    """Sample and score a published model, and write results.json, tables.md and grid.png into `out`.
 
-    Every process of a distributed run calls this; the main one scores. A second call goes on where a killed one was.
+    Every process of a distributed run calls this function, and the main process scores. A new call resumes a run that
+    was killed.
 
     Args:
-        name: of the preset.
-        options: how.
-        out: folder of the run.
-        show_progress: on stderr.
+        name: the name of the preset.
+        options: the options of the user.
+        out: the folder of the run.
+        show_progress: whether to show the progress on stderr.
 
     Returns:
-        The results, and (verdict, reason) by row id; None in all processes but the main one.
+        The results, and (verdict, reason) by row id; None in all processes except the main one.
 
     Raises:
-        MissingArtifactsError: files are missing; the message lists all of them.
-        UserError: files that are not what they should be, or settings out of range.
+        MissingArtifactsError: files are missing. The message lists all of them.
+        UserError: a file does not hold what it should, or a setting is out of range.
     """
     options.images_or(NUM_IMAGES)
     if options.stand_in:
         return _stand_in(name, options, Path(out), show_progress)
     system, preset = published_preset(name)
     state = process_state()
-    with state.main_process_first():  # one process downloads, the others find
+    with state.main_process_first():  # one process downloads the files, and the others find them
         paths = artifacts.resolve(needed_files(name, options), folder=_folder(options), given=_given(name, options))
     model = find_model(
         preset.name,
@@ -100,10 +101,10 @@ def reproduce_table3(
 
 
 def _stand_in(name: str, options: Options, out: Path, show_progress: bool) -> tuple[Results, Judged] | None:
-    """Run the full-size model with weights drawn by the golden rule, to prove the path: no result.
+    """Run the full-size model with weights drawn by the golden rule, to test the path. This is not a result.
 
-    Few images, iterations and resamples; Inception with random weights; statistics of photographs that scikit-image
-    ships.
+    There are few images, iterations and resamples, Inception has random weights, and the statistics are those of
+    photographs that scikit-image ships.
     """
     _, preset = published_preset(name)
     model = find_model(preset.name, variant=options.variant).for_stand_in()
@@ -125,7 +126,7 @@ def _stand_in(name: str, options: Options, out: Path, show_progress: bool) -> tu
 
 
 def plan(name: str, options: Options, *, out: Path | str) -> Plan:
-    """Estimate the sampling run and list the files that are missing; nothing is run, downloaded or hashed."""
+    """Estimate the sampling run and list the files that are missing. Nothing is run, downloaded or hashed."""
     _, preset = published_preset(name)
     model = find_model(preset.name, variant=options.variant)
     config = _run_config(options, model)
@@ -135,7 +136,7 @@ def plan(name: str, options: Options, *, out: Path | str) -> Plan:
 
 
 def files(name: str, options: Options) -> list[Status]:
-    """Return the state of each file that a row needs; nothing is read or downloaded."""
+    """Return the state of each file that a row needs. Nothing is read or downloaded."""
     return artifacts.status(needed_files(name, options), folder=_folder(options), given=_given(name, options))
 
 
@@ -152,16 +153,16 @@ def _given(name: str, options: Options) -> dict[str, Path | None]:
 
 
 def _folder(options: Options) -> Path | None:
-    """Return the folder of published files: the one of the weights, if the user named that and no other."""
+    """Return the folder of published files, which is that of the weights if the user named no other."""
     if options.folder is None and artifacts.FOLDER_VARIABLE not in os.environ and options.weights is not None:
         return options.weights if options.weights.is_dir() else None
     return options.folder
 
 
 def _run_config(options: Options, model: NamedModel) -> RunConfig:
-    """Return the sampling run."""
+    """Return the configuration of the sampling run."""
     if options.labels not in (None, "balanced", "random"):
-        raise UserError(f"Labels are balanced or random here, not {options.labels!r}.")
+        raise UserError(f"The labels must be balanced or random here, not {options.labels!r}.")
     return RunConfig(
         options.images_or(STAND_IN_IMAGES if options.stand_in else NUM_IMAGES),
         model.labels if options.labels is None else "random" if options.labels == "random" else None,
@@ -172,7 +173,7 @@ def _run_config(options: Options, model: NamedModel) -> RunConfig:
 
 
 def judge(preset: Preset, results: Results) -> Judged:
-    """Compare the row with the paper, if it is of the paper's number of images and by its Inception weights."""
+    """Compare the row with the paper, if it has the paper's number of images and Inception weights."""
     return judge_published(results, {f"table3/{preset.name}": published_row(preset)}, NUM_IMAGES)
 
 
@@ -181,8 +182,8 @@ class Scored:
     """The scores of a row."""
 
     scores: tuple[Score, ...]
-    not_run: list[str]  # what was not measured, and why
-    data_sha256: dict[str, str]  # of samples and references
+    not_run: list[str]  # the scores that were not measured, with the reasons
+    data_sha256: dict[str, str]  # the hashes of samples and references
 
 
 def score(
@@ -195,19 +196,18 @@ def score(
     batch_size: int = 64,
     cache: Path | str,
 ) -> Scored:
-    """Score samples against each reference; where two give a score, the first one's counts.
+    """Score samples against each reference. If two references give a score, that of the first one counts.
+
+    It raises the errors of `evaluate`.
 
     Args:
-        samples: of `evaluate`, as are the others.
-        references: at least one.
-        inception: torch-fidelity's.
-        num_images: of the samples; 50,000 of them have the paper's scores, fewer are labelled.
-        num_bootstrap: resamples behind the interval of FID.
+        samples: a folder of images or an .npz, as `evaluate` takes it.
+        references: at least one reference, as `evaluate` takes it.
+        inception: torch-fidelity's Inception.
+        num_images: the number of samples. Scores of 50,000 carry the paper's names; those of fewer are labelled.
+        num_bootstrap: the number of resamples behind the interval of FID.
         batch_size: images per forward pass.
-        cache: folder for features.
-
-    Raises:
-        UserError: see `evaluate`.
+        cache: the folder of cached features.
     """
     scores: dict[str, Score] = {}  # by metric
     not_run: dict[tuple[str, ...], str] = {}
@@ -228,20 +228,20 @@ def score(
         not_run |= evaluated.not_run
         hashes |= evaluated.data_sha256
     absent = [f"{', '.join(names)}: {why}" for names, why in not_run.items() if not scores.keys() >= set(names)]
-    # What the paper's table has, of as many images as the paper's.
+    # The paper's table has these scores, and they are compared only if there are as many images.
     papers = SCORES if num_images == NUM_IMAGES and inception.published else ()
     named = (replace(score, num_images=num_images) if score.metric in papers else score for score in scores.values())
     return Scored(tuple(named), absent, hashes)
 
 
 def published_row(preset: Preset) -> Row:
-    """Return what was published of a preset, in the paper's table or its README, as a row like ours."""
+    """Return the published numbers of a preset, from the paper's table or its README, as a row of results."""
     row = f"table3/{preset.name}"
     return Row(id=row, label=preset.name, metrics=published_metrics(row))
 
 
 def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:
-    """Return the row beside the paper's, with the verdict, tolerances and where the numbers come from."""
+    """Return the row beside the paper's, with the verdict, tolerances and the source of the numbers."""
     p, published = results.provenance, published_row(preset)
     lines = [f"# Table 3, {preset.name}: {results.scale}", ""]
     lines += [f"{measured_by(p)}. Published: {p.settings['published']}.", ""]
@@ -266,11 +266,11 @@ def _measure(
     references: list[Path],
     show_progress: bool,
 ) -> tuple[Results, Judged] | None:
-    """Sample, score against each reference, and write what came out."""
+    """Sample, score against each reference, and write the results."""
     stopwatch = provenance.Stopwatch()
     config, state, is_stand_in = _run_config(options, model), process_state(), options.stand_in
     model.check(config)
-    # What the scores need is looked at before the hours of sampling, not after.
+    # The files that the scores need are loaded before the hours of sampling, not after.
     network = load_inception(inception, allow_other=is_stand_in)
     if state.is_main_process:
         for reference in references:

@@ -1,8 +1,8 @@
-"""What can be reproduced, by name: a scale, table 1, a row of table 3, or several at the paper's scale.
+"""The targets that can be reproduced: a scale, table 1, a row of table 3, or several at the paper's scale.
 
-`tokenbridge reproduce TARGET` is this module's `plan` or `reproduce`. Of several targets, what has its files is run,
-one after another, each into a folder of its own; the others are listed as not run, with the reason, and nothing is
-downloaded: the weights of all systems are some 50 GB, of which users fetch what they want
+`tokenbridge reproduce TARGET` calls `plan` or `reproduce`. If there are several targets, those whose files are present
+run one after another, each into a folder of its own, and the others are listed as not run, with the reason. Nothing is
+downloaded then, because the weights of all systems take some 50 GB. Users fetch the ones that they want
 (`tokenbridge artifacts KEY... --download`).
 """
 
@@ -54,32 +54,32 @@ USED_BY: dict[str, tuple[Group, ...]] = {
     **dict.fromkeys(("reference_batch", "size", "variant", "randomness", "labels"), ("row",)),
     **dict.fromkeys(("dtype", "compiled", "num_bootstrap"), ("row",)),
 }
-"""Which targets have a use for an option; all have one for the others."""
+"""The targets that use an option. Every target uses the options that are not listed."""
 _SPELLED = {"compiled": "--compile", "precision_recall": "--no-precision-recall"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A scale, table 1, or a row of table 3, which is called as its preset."""
+    """A scale, table 1, or a row of table 3, which has the name of its preset."""
 
     name: str
     group: Group
 
     @property
     def id(self) -> str:
-        """What plans and outcomes call it, as result files do."""
+        """The name of the target in plans, outcomes and result files."""
         return f"table3/{self.name}" if self.group == "row" else self.name
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a target takes, and why it cannot be run now (None: it can)."""
+    """The cost of a target, and why it cannot be run now."""
 
     name: str
     id: str
-    not_run: str | None
-    plan: dict[str, Any] | None  # JSON values; None where nothing was published that could be run
-    rows: list[tuple[str, str]]  # the same for people: what, and how much
+    not_run: str | None  # why the target cannot be run; None if it can
+    plan: dict[str, Any] | None  # JSON values; None if nothing that could be run was published
+    rows: list[tuple[str, str]]  # the same for people: names and amounts
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan and what is missing as JSON values."""
@@ -89,11 +89,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class Reproduced:
-    """What came of a target, and the folder that holds it."""
+    """The results of a target, and the folder that holds them."""
 
     target: Target
     out: Path
-    results: Results | None  # None: not run
+    results: Results | None  # None if the target was not run
     judged: Judged
 
     @property
@@ -110,7 +110,7 @@ class Reproduced:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row of several targets, what was published of it, and the verdict."""
+    """A row of one of several targets, its published numbers, and the verdict."""
 
     row: Row
     published: Row
@@ -124,16 +124,16 @@ class Outcome:
 
 
 def find_targets(names: Sequence[str], options: Options, *, plan: bool = False) -> list[Target]:
-    """Return the targets called so, if all of them have a use for the options that differ from the defaults.
+    """Return the targets of these names, if all of them use the options that differ from the defaults.
 
     Args:
-        names: `tiny`, `small`, `table1`, presets, systems (their default size, or `options.size`), or `all`: table 1
-            and every preset of a published system.
-        options: as for `reproduce`.
+        names: `tiny`, `small`, `table1`, presets, systems (for their default size, or `options.size`), or `all`, which
+            stands for table 1 and every preset of a published system.
+        options: the options of `reproduce`.
         plan: whether a plan is wanted.
 
     Raises:
-        UserError: a name of nothing, a preset that alone cannot be reproduced, or an option of other targets.
+        UserError: a name is unknown, a preset alone was not published, or a target does not use an option.
     """
     several = are_several(names)
     targets: dict[Target, None] = {}
@@ -165,7 +165,7 @@ def _find_target(name: str, size: str | None, several: bool) -> Target:
     systems = dict.fromkeys(kind.name for kind, _ in presets.values())
     if name not in {*systems, *presets, *(preset.official_name for _, preset in presets.values())}:
         raise UserError(f"Unknown target {name!r}; there are {', '.join([*SCALES, TABLE1, *systems, *presets, ALL])}.")
-    # Among several, a preset without published weights is not run; alone, that is an error.
+    # Among several targets, a preset without published weights is not run. Alone, it is an error.
     found = find_preset(name) if several and name not in systems else published_preset(name, size)
     return Target(found[1].name, "row")
 
@@ -177,22 +177,22 @@ def reproduce(
     out: Path | str | None = None,
     show_progress: bool = True,
 ) -> list[Reproduced]:
-    """Measure targets and judge every row; a run that was killed goes on where it was.
+    """Measure targets and judge every row. A run that was killed is resumed.
 
-    Every process of a distributed run calls this; the main one scores, and makes table 1.
+    Every process of a distributed run calls this function. The main process computes scores and table 1.
 
     Args:
-        names: see `find_targets`.
-        options: how.
-        out: folder for results, tables and pictures; of several targets, for a folder of each. By default
-            `runs/TARGET`, `runs/TARGET-stand-in` or `runs/tables`.
-        show_progress: on stderr.
+        names: the names of targets, as `find_targets` takes them.
+        options: the options of the user.
+        out: the folder for results, tables and pictures, with a folder for each if there are several targets. By
+            default it is `runs/TARGET`, `runs/TARGET-stand-in` or `runs/tables`.
+        show_progress: whether to show the progress on stderr.
 
     Returns:
-        What came of each target, in order; nothing in all processes but the main one.
+        The outcome of each target, in order. In all processes except the main one, the list is empty.
 
     Raises:
-        UserError: see `find_targets`; and of one target alone, what keeps it from being run.
+        UserError: `find_targets` refuses a name or an option, or the only target cannot be run.
     """
     options = Options() if options is None else options
     targets = find_targets(names, options)
@@ -205,7 +205,7 @@ def reproduce(
             log(f"{'Stand-in of' if options.stand_in else 'Running'} {target.name}")
         try:
             found = None if reason is not None else _run(target, options, folder, show_progress)
-        except (UserError, OSError) as error:  # of one target's files; the others can be run
+        except (UserError, OSError) as error:  # one target's files are wrong, but the others can be run
             if not several:
                 raise
             found, reason = None, str(error)
@@ -217,7 +217,7 @@ def reproduce(
 
 
 def plan(names: Sequence[str], options: Options, *, out: Path | str | None = None) -> list[Planned]:
-    """Return what each target takes and what is missing for it; nothing is run or downloaded."""
+    """Return the cost of each target and the files that it lacks. Nothing is run or downloaded."""
     found = []
     for target in find_targets(names, options, plan=True):
         values, rows = None, []
@@ -232,7 +232,7 @@ def plan(names: Sequence[str], options: Options, *, out: Path | str | None = Non
 
 
 def outcomes(done: Sequence[Reproduced]) -> list[Outcome]:
-    """Return the rows of targets at the paper's scale, beside what was published of them."""
+    """Return the rows of targets at the paper's scale beside their published numbers."""
     found = []
     for each in done:
         empty = Row(id=each.target.id, label=each.target.name, metrics={})
@@ -244,7 +244,7 @@ def outcomes(done: Sequence[Reproduced]) -> list[Outcome]:
 
 
 def are_several(names: Sequence[str]) -> bool:
-    """Return whether names stand for several targets, of which those are run that can be."""
+    """Return whether names stand for several targets, of which only those that can be run are run."""
     return len(set(names)) > 1 or ALL in names
 
 
@@ -256,11 +256,7 @@ def _folder(target: Target, options: Options, out: Path | str | None, several: b
 
 
 def _why_not(target: Target, options: Options) -> str | None:
-    """Return why a target of the paper's scale cannot be run here; None if it can. Nothing is read or downloaded.
-
-    Raises:
-        UserError: a folder of files that does not exist.
-    """
+    """Return why a target of the paper's scale cannot be run here; None if it can. Nothing is read or downloaded."""
     if target.group == "row" and (reason := unpublished(find_preset(target.name)[1])):
         return reason
     if options.stand_in:
@@ -271,7 +267,7 @@ def _why_not(target: Target, options: Options) -> str | None:
 
 
 def _run(target: Target, options: Options, out: Path, show_progress: bool) -> tuple[Results, Judged] | None:
-    """Return results and verdicts; None in all processes but the main one."""
+    """Return results and verdicts; None in all processes except the main one."""
     if target.group == "row":
         return table3.reproduce_table3(target.name, options, out=out, show_progress=show_progress)
     if not process_state().is_main_process:

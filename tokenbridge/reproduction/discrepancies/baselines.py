@@ -30,7 +30,7 @@ from tokenbridge.reproduction.discrepancies.study import (
 from tokenbridge.results.schema import Row
 from tokenbridge.sampling.sample import image_batches, sample_pixels
 
-NUM_GIVT_IMAGES = 100  # their tokens are enough, and 1,000 proposals for each take memory
+NUM_GIVT_IMAGES = 100  # they have enough tokens, and 1,000 proposals for each token take memory
 
 
 class EnvelopedDensity(density.GuidedDensity):
@@ -46,7 +46,7 @@ class EnvelopedDensity(density.GuidedDensity):
         return torch.where(curvature > 0, height, torch.inf)
 
     def standardised(self, x: Tensor) -> Tensor:
-        """Return x [N, C] in units of the Gaussian that the density is; NaN where it is none."""
+        """Return x [N, C] in units of the density, where that is a Gaussian; NaN elsewhere."""
         c, u, w = self.conditional, self.unconditional, self.weight
         precision = (1 + w) / c.scale.square() - w / u.scale.square()
         mean = ((1 + w) * c.loc / c.scale.square() - w * u.loc / u.scale.square()) / precision
@@ -54,10 +54,10 @@ class EnvelopedDensity(density.GuidedDensity):
 
 
 def givt_guidance(study: Study) -> list[Row]:
-    """Compare GIVT's rejection sampling of the guided density with that under a true envelope, token by token.
+    """Compare GIVT's rejection sampling of the guided density with sampling under a true envelope, token by token.
 
     The official constant is searched on 1,001 points and divided by the proposal's highest density, so it may be
-    too small. The tokens stand in images sampled the official way; both arms see the same densities and proposals.
+    too small. The tokens belong to images sampled the official way, and both arms see the same densities and proposals.
     """
     arms: dict[str, tuple[str, type[density.GuidedDensity]]] = {
         "official": ("constant of the official code", density.GuidedDensity),
@@ -73,7 +73,7 @@ def givt_guidance(study: Study) -> list[Row]:
     )
     true = EnvelopedDensity(densities[0].conditional, densities[0].unconditional, densities[0].weight)
     envelope = true.bound()
-    # Judged where both arms drew from the density, and where that is a Gaussian: the same tokens.
+    # Both arms are judged by the same tokens, those that both drew from the density where it is a Gaussian.
     standardised = [true.standardised(draw.values) for draw in draws]
     both = torch.stack([_first(d) >= 0 for d in draws]).all(0) & standardised[0].isfinite()
     rows = []
@@ -83,7 +83,7 @@ def givt_guidance(study: Study) -> list[Row]:
         metrics = {
             "fallbacks": share(first < 0),
             "acceptance": (first >= 0).sum().item() / max(1, (first[first >= 0] + 1).sum().item()),
-            # A little slack: the two constants are computed in different ways, in float32.
+            # The slack is needed because the two constants are computed in different ways, in float32.
             "not covered": share((bound < envelope * (1 - 1e-4)) & bound.isfinite()),
             "deviation of draws": drawn[both].double().std().item(),
         }
@@ -114,9 +114,9 @@ def draw_by(
     seed: int,
     model: givt.GIVT,
 ) -> tuple[givt_sampling.Draw, density.GuidedDensity]:
-    """Draw every token anew from a density of the given kind, as `givt_sampling.draw_token` does.
+    """Draw every token again from a density of the given kind, as `givt_sampling.draw_token` does.
 
-    Every token has a stream of its own.
+    Every token has its own stream of random numbers.
     """
     conditional, unconditional = mixtures
     noise = givt_sampling.StreamNoise(seed, list(range(len(conditional.log_weights))), 0, model)
@@ -133,9 +133,9 @@ def _first(draw: givt_sampling.Draw) -> Tensor:
 
 
 def givt_no_class(study: Study) -> list[Row]:
-    """Compare a trained embedding for "no class", which guidance needs, with one left as it was initialised.
+    """Compare a trained embedding for "no class", which guidance needs, with one that stayed as it was initialised.
 
-    The trainer published with GIVT never passes the switch for label dropout on: in it that row gets no gradient
+    The trainer published with GIVT never passes on the switch for label dropout, so that row gets no gradient in it
     (big_vision, trainers/proj/givt/generative.py).
     """
     trained, untrained = "trained with label dropout", "as initialised (published trainer)"
@@ -161,7 +161,7 @@ def givt_no_class(study: Study) -> list[Row]:
 
 
 def without_class_training(model: givt.GIVT, seed: int) -> givt.GIVT:
-    """Return a copy of the model whose embedding for "no class" is drawn anew, as `nn.Embedding` is: N(0, 1)."""
+    """Return a copy of the model whose embedding for "no class" is drawn again from N(0, 1), as `nn.Embedding` does."""
     model = copy.deepcopy(model)
     fresh = torch.randn(model.class_emb.embedding_dim, generator=torch.Generator().manual_seed(seed))
     model.class_emb.weight.data[-1] = fresh
@@ -175,10 +175,10 @@ def _givt(study: Study) -> tuple[givt.GIVT, givt_sampling.GivtSampling]:
 
 
 def llamagen_zero_row(study: Study) -> list[Row]:
-    """Compare the class token's rotary row of LlamaGen: all zeros in the code, where no rotation is cosine 1, sine 0.
+    """Compare two rotary rows for LlamaGen's class token: the zeros of the code, and no rotation (cosine 1, sine 0).
 
-    With zeros the class token's key is zero, and every element gives it the score 0, whatever the class is. The
-    weights are trained with zeros; this shows how far they rest on it.
+    With zeros the class token's key is zero, and every query gives it the score 0, whatever the class is. The weights
+    are trained with zeros, and the comparison shows how much they depend on that.
     """
     official, turned = "zeros (official code)", "cosine 1, sine 0"
     if not (has_weights(study, "llamagen") and has_weights(study, "vq")):
@@ -213,7 +213,7 @@ def llamagen_zero_row(study: Study) -> list[Row]:
 
 
 def rotated(model: llamagen.LlamaGen) -> llamagen.LlamaGen:
-    """Return a copy of the model whose class token is turned by nothing, instead of being multiplied by zero."""
+    """Return a copy of the model whose class token is rotated by the angle 0 and not multiplied by zero."""
     model = copy.deepcopy(model)
     rows = model.rotary_rows()
     rows[: model.rotary[2], :, 0] = 1.0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def first_element(study: Study) -> list[Row]:
-    """Compare what the head's sequence starts with: sampling adds timestep embedding 0, training does not.
+    """Compare two first elements of the head's sequence: sampling adds timestep embedding 0, training does not.
 
     Source: models/tokenbridge.py, `_sample_channel_ar` against `forward_channel_ar`.
     """
@@ -37,7 +37,7 @@ def first_element(study: Study) -> list[Row]:
 def final_layer(study: Study) -> list[Row]:
     """Compare the order of the final layer's modulation: (scale, shift) in the code, (shift, scale) in DiT.
 
-    The published weights are trained with the code's order; read in DiT's, the two trade places.
+    The published weights are trained with the code's order. In DiT's order, scale and shift change places.
     """
     return rows_of(
         "final-layer",
@@ -47,7 +47,7 @@ def final_layer(study: Study) -> list[Row]:
 
 
 def swapped(model: TokenBridge) -> TokenBridge:
-    """Return a copy of the model whose final layer takes the shift for the scale, and the scale for the shift."""
+    """Return a copy of the model whose final layer uses the shift as the scale, and the scale as the shift."""
     model = copy.deepcopy(model)
     linear = model.head.channel_final.adaLN_modulation[1]
     for parameter in linear.parameters():
@@ -58,7 +58,7 @@ def swapped(model: TokenBridge) -> TokenBridge:
 def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 9) -> list[Row]:
     """Compare the head with and without key/value cache: the paper says it can have one, the code has none.
 
-    Time is of the head alone: of `num_positions` at once, as many as there are images in a batch, and of one.
+    Only the head is timed, for `num_positions` positions at once, one for each image of a batch, and for one position.
     """
     head = study.model.head
     assert isinstance(head, ARHead)
@@ -90,7 +90,7 @@ def head_cache(study: Study, *, num_positions: int = BATCH_SIZE, runs: int = 9) 
 
 
 def sample_without_cache(head: ARHead, context: Tensor, choose: ChooseTokens) -> Tensor:
-    """Return what `ARHead.sample` does, tokens [N, C], by running the whole prefix anew for each channel.
+    """Return the tokens [N, C] of `ARHead.sample`, but run the whole prefix again for each channel.
 
     Source: models/tokenbridge.py, `_sample_channel_ar`.
     """

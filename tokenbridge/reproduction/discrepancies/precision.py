@@ -1,4 +1,4 @@
-"""What half precision changes."""
+"""Discrepancies of half precision, in generation and in quantisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def tokens_precision(study: Study) -> list[Row]:
     """Compare generation under autocast, VAE included, with float32: the paper says bfloat16, the code takes float16.
 
-    Of one seed and half the images: half precision is slow on a CPU.
+    There is one seed with half the images, because half precision is slow on a CPU.
     """
     labels = study.labels[: study.num_images // 2]
 
@@ -50,10 +50,10 @@ def _autocast(study: Study, dtype: torch.dtype | None) -> torch.autocast:
 
 
 def latents_precision(study: Study) -> list[Row]:
-    """Count the tokens of test images that flip when something before or in the quantiser is in half precision.
+    """Count the tokens of test images that change when a part before or in the quantiser is in half precision.
 
-    The encoder under autocast; the latents rounded; the latents mapped to ±3 in half precision, as the official
-    `quantize` does with what it is given; the codebook rounded.
+    The parts are the encoder, which runs under autocast, the latents, the mapping of the latents to ±3, which the
+    official `quantize` computes in the precision of its input, and the codebook.
     """
     latents = study.scaled(study.posterior.mode())
     quantizer = study.model.quantizer

@@ -1,4 +1,4 @@
-"""Discrepancies in quantisation: bin edges, the Gaussian, the posterior."""
+"""Discrepancies in quantisation: the edges of the bins, the Gaussian, the posterior."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from tokenbridge.models.tokenbridge.model import TokenBridge
 
 
-NUM_VALUES = 1_000_000  # of N(0, 1), for the quantiser alone
+NUM_VALUES = 1_000_000  # values of N(0, 1) that test the quantiser alone
 
 
 def encode(study: Study) -> list[Row]:
     """Compare the nearest codebook value, which the code takes, with the bin of equation 3, which it never uses.
 
-    The buffer `boundaries` holds the edges of the bins; halfway between two conditional means lies another value.
-    On test images, on N(0, 1), and, without decoding, on latents from a file.
+    The buffer `boundaries` holds the edges of the bins, which do not lie halfway between two conditional means. The
+    two are compared on test images, on N(0, 1), and, without decoding, on latents from a file.
     """
     latents = study.scaled(study.posterior.mode())
     normal = torch.randn(NUM_VALUES, generator=torch.Generator().manual_seed(study.seed)).to(latents.device)
@@ -63,14 +63,13 @@ def read_latents(path: Path) -> Tensor:
     """Read the array `latents` of an .npz file, divided by its standard deviation, as float32.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such file, or its latents are not finite or all alike.
+        UserError: the file holds no such array, or the latents are not finite or all equal.
     """
     try:
         with np.load(path) as file:
             latents = torch.from_numpy(file["latents"]).float()
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no .npz file with an array `latents` of numbers: {error}") from error
+        raise UserError(f"{path} is not an .npz file with an array `latents` of numbers: {error}") from error
     deviation = latents.double().std(correction=0).item()
     if not 0 < deviation < float("inf"):
         raise UserError(f"The latents in {path} have the standard deviation {deviation}.")
@@ -87,7 +86,7 @@ def _against_nearest(quantizer: ScalarQuantizer, to_tokens: Callable[[Tensor], T
 
 
 def gaussian_fit(study: Study) -> list[Row]:
-    """Compare bins fitted to a deviation of 5/3, as the mapping of ±5 to ±3 makes them, with the latents' own 1."""
+    """Compare bins for a deviation of 5/3, to which mapping ±5 to ±3 amounts, with bins for 1, the latents' own."""
     config: Any = study.model.config
     latents = study.scaled(study.posterior.mode())
     arms = {
@@ -104,7 +103,7 @@ def gaussian_fit(study: Study) -> list[Row]:
 
 
 def posterior(study: Study) -> list[Row]:
-    """Compare a sample of the autoencoder's posterior, as the official code takes, with its mean; 64 levels both."""
+    """Compare a sample of the autoencoder's posterior, which the official code takes, with its mean (64 levels)."""
     quantizer = study.model.quantizer
 
     def draw(seed: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""What each discrepancy does: the paper against its code, and the code against itself, measured at one scale.
+"""The effects of the discrepancies between the paper and its code, and within the code, measured at one scale.
 
-Each comparison is a function that returns a row for each arm, all measured in the same run with the same seeds:
-image i of a seed has the same random numbers in all arms. Rows are called `discrepancies/<comparison>-<arm>`.
-Where a score is of samples, it is the mean over several seeds; `±` is the standard deviation over the seeds, and
-`change of` the difference from the comparison's first row, seed by seed.
+Each comparison is a function that returns a row for each arm. All arms are measured in the same run with the same
+seeds, and image i of a seed has the same random numbers in all of them. Rows are called
+`discrepancies/<comparison>-<arm>`. A score of samples is the mean over several seeds, `±` is the standard deviation
+over the seeds, and `change of` is the difference from the comparison's first row, seed by seed.
 
 Shape letters: N images or values, L positions, C channels, V levels, W head width.
 """
@@ -54,11 +54,11 @@ COMPARISONS: dict[str, tuple[str, Callable[[Study], list[Row]]]] = {
     "givt-no-class": ("GIVT: embedding for no class", givt_no_class),
     "llamagen-zero-row": ("LlamaGen: rotary row of the class token", llamagen_zero_row),
 }
-"""Title and function of each comparison."""
+"""The title and the function of each comparison."""
 
 
 def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
-    """Tell which changes of the Fréchet distance are within the seeds' noise: two deviations, pooled over the arms."""
+    """Decide which changes of the Fréchet distance are within the seeds' noise, two deviations pooled over the arms."""
     asked = {
         "first-element-training": "the head's first element as in training",
         "final-layer-swapped": "the final layer's scale and shift in DiT's order",
@@ -93,25 +93,26 @@ def measure_discrepancies(
     num_images: int = 1000,
     seed: int = 0,
 ) -> Results:
-    """Measure every comparison at a scale; write results.json and tables.md into `out`.
+    """Measure every comparison at a scale, and write results.json and tables.md into `out`.
 
     Args:
-        scale: whose models and images.
-        weights: folder of the scale's models; the shipped ones by default.
-        out: folder for what is made.
-        latents: real latents to quantise, .npz (see `read_latents`); rows about them are not run without.
+        scale: the scale whose models and images are used.
+        weights: the folder of the scale's models, by default the shipped ones.
+        out: the folder for the results.
+        latents: an .npz of real latents to quantise, as `read_latents` takes it. Without one, rows about them are not
+            run.
         num_images: samples of each seed, spread evenly over the classes.
-        seed: the first of NUM_SEEDS.
+        seed: the first of NUM_SEEDS seeds.
 
     Raises:
-        FileNotFoundError: weights of the autoencoder, the classifier or TokenBridge, or the latents, are missing.
-        ValueError: latents of another kind, or `num_images` is no multiple of twice the classes.
+        MissingFileError: the weights of the autoencoder, the classifier or TokenBridge are missing.
+        UserError: the latents cannot be used, or `num_images` is not a multiple of twice the number of classes.
     """
     stopwatch = provenance.Stopwatch()
     if num_images < 1 or num_images % (2 * len(scale.classes)):
         raise UserError(f"The number of images must be a multiple of twice the {len(scale.classes)} classes.")
     if latents is not None:
-        read_latents(latents)  # first: a bad file must not cost minutes
+        read_latents(latents)  # before the work, so that a bad file does not cost minutes
     weights = Path(weights or files.reference_folder() / scale.name / "weights")
     bench = open_workbench(scale, weights)
     files.make_folder(out)

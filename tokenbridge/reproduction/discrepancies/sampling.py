@@ -15,7 +15,7 @@ from tokenbridge.results.score import Score, to_metrics
 
 
 def temperature(study: Study) -> list[Row]:
-    """Compare TokenBridge-L's temperature in the README's command, 0.96, with that in table 4, 0.97."""
+    """Compare TokenBridge-L's temperature in the README's command, 0.96, with 0.97 in table 4."""
     arms = {0.96: "0.96 (README)", 0.97: "0.97 (table 4)"}
     return rows_of(
         "temperature",
@@ -24,7 +24,7 @@ def temperature(study: Study) -> list[Row]:
 
 
 def class_labels(study: Study) -> list[Row]:
-    """Compare balanced labels, as TokenBridge and MAR are evaluated, with labels drawn at random, as LlamaGen is."""
+    """Compare balanced labels, which TokenBridge and MAR are evaluated with, with LlamaGen's random labels."""
 
     def random_labels(seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ def class_labels(study: Study) -> list[Row]:
 
 
 def pixels(study: Study) -> list[Row]:
-    """Compare ways to make 8 bits of the same images: rounded (TokenBridge, MAR), LlamaGen's, and cut off."""
+    """Compare ways to convert the same images to 8 bits: rounding (TokenBridge, MAR), LlamaGen's, and truncation."""
     rules = {
         "rounded": ("rounded (TokenBridge, MAR)", images_to_pixels),
         "llamagen": ("127.5 x + 128, cut (LlamaGen)", llamagen_pixels),
@@ -59,7 +59,7 @@ def pixels(study: Study) -> list[Row]:
 
 
 def num_images(study: Study) -> list[Row]:
-    """Show the bias of the Fréchet distance with few images: disjoint sets of the same samples, few and many."""
+    """Show the bias of the Fréchet distance with few images, by small and large disjoint sets of the same samples."""
     images = torch.cat([images_to_pixels(images) for images in study.base_images])
     features, _ = extract_features(images, study.bench.classifier)
 

@@ -1,4 +1,4 @@
-"""What every comparison of paper and code shares: arms, seeds, rows."""
+"""The parts that all comparisons of paper and code share: arms, seeds, rows."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 
 NUM_SEEDS = 3
 BATCH_SIZE = 250
-Scores = dict[str, float]  # by name, see results/score.py
+Scores = dict[str, float]  # values by the name of the score (results/score.py)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What the comparisons share: models, images, seeds, and the samples that several of them start from."""
+    """The models, images, seeds and samples that the comparisons share."""
 
     bench: Workbench
     num_images: int  # samples of each seed
     seed: int  # the first of NUM_SEEDS
-    latents: Path | None = None  # real latents to quantise, see `read_latents`
+    latents: Path | None = None  # a file of real latents to quantise, as `read_latents` takes it
 
     @property
     def seeds(self) -> range:
@@ -76,7 +76,7 @@ class Study:
 
     @functools.cached_property
     def reference(self) -> Statistics:
-        """Features of the training images."""
+        """The statistics of the training images' features."""
         return statistics_of(extract_features(self.bench.train_pixels, self.bench.classifier)[0])
 
     @functools.cached_property
@@ -101,7 +101,7 @@ class Study:
         """Return tokens [N, L, C] of one image for each label.
 
         Raises:
-            FloatingPointError: the model's numbers overflow.
+            UnusableImageError: the logits are NaN.
         """
         model = model or self.model
         batches = image_batches(len(labels), BATCH_SIZE, show_progress=False)
@@ -157,11 +157,11 @@ class Arm:
     name: str
     label: str
     scores: Sequence[Scores]  # one for each seed
-    also: Scores = dataclasses.field(default_factory=dict)  # measured once
+    also: Scores = dataclasses.field(default_factory=dict)  # values that are measured once, not for each seed
 
 
 def rows_of(comparison: str, *arms: Arm) -> list[Row]:
-    """Return a row for each arm: means over seeds, their deviation, and the change from the first arm."""
+    """Return a row for each arm with means over seeds, their deviation, and the change from the first arm."""
     rows = []
     for arm in arms:
         metrics: Scores = {}
@@ -177,7 +177,7 @@ def rows_of(comparison: str, *arms: Arm) -> list[Row]:
 
 
 def row_of(name: str, label: str, metrics: Scores) -> Row:
-    """Return a row; metrics are rounded to eight decimals."""
+    """Return a row with metrics that are rounded to eight decimals."""
     return Row(id=f"discrepancies/{name}", label=label, metrics={k: round(v, 8) for k, v in metrics.items()})
 
 
@@ -186,7 +186,7 @@ def _deviation(name: str, values: Sequence[float]) -> Scores:
 
 
 def speed_up(slow: Callable[[], object], fast: Callable[[], object], runs: int) -> float:
-    """Return the ratio of median times, runs taken in turn so that both meet the same machine."""
+    """Return the ratio of median times. The two run in turn, so that both see the same load of the machine."""
 
     def seconds(function: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -200,7 +200,7 @@ def speed_up(slow: Callable[[], object], fast: Callable[[], object], runs: int) 
 
 
 def share(differ: Tensor) -> float:
-    """Return the share that is true of a tensor of any shape."""
+    """Return the share of a tensor, of any shape, that is true."""
     return differ.double().mean().item()
 
 
@@ -210,10 +210,10 @@ def not_run_row(name: str, label: str, reason: str) -> Row:
 
 
 def has_weights(study: Study, name: str) -> bool:
-    """Whether a model of the scale is there."""
+    """Whether there are weights of a model of the scale."""
     return (study.bench.weights / name / WEIGHTS_FILE).is_file()
 
 
 def no_weights(name: str) -> str:
-    """Return why the comparisons of a model are not run without it."""
+    """Return the reason why the comparisons of a model without weights are not run."""
     return f"there are no weights of {name}; `tokenbridge train` makes them"
