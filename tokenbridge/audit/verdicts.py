@@ -30,6 +30,9 @@ def judge_claim(
 ) -> Finding:
     """Judge a claim by the first file that decides it. If no file does, the finding says why.
 
+    A measurement with a bootstrap interval is judged by the whole interval. If all of it lies within the tolerance, the
+    claim is reproduced; if none of it does, it is not reproduced; if a part of it does, it is within doubt.
+
     Args:
         sources: the result files in the order of `evidence.choose`.
         files: the status of the published files that claims need, by key.

@@ -46,8 +46,8 @@ def sample(
     """Generate images with a model by name; a run that was killed makes only the images that are still missing.
 
     Args:
-        model: see `choose_run`.
-        out: folder of the run, `runs/MODEL-samples` by default; images go to `out/images`, and an overview to
+        model: the name or the path of a model, as `choose_run` takes it.
+        out: folder of the run, `runs/MODEL-samples` by default. Images go to `out/images`, and an overview to
             `out/grid.png`.
         dtype: fp32, bf16 or fp16; None means the precision of the published evaluation on a GPU, otherwise float32.
         compiled: compile the backbone and the decoder of the VAE.
@@ -56,7 +56,7 @@ def sample(
         wishes: all other arguments of `choose_run`, such as `num_images` and `guidance_scale`.
 
     Raises:
-        MissingArtifactsError: files are missing and cannot be downloaded; the message lists all of them.
+        MissingArtifactsError: files are missing and cannot be downloaded. The message lists all of them.
         UserError: the model or a setting is unknown, a value is out of range, or `out` holds another run.
         UnusableImageError: an image is NaN or black; the finished images are kept.
         StorageError: the disk is full or cannot be written to; the finished images are kept.
@@ -136,12 +136,12 @@ def plan_sampling(
     """Estimate what `sample_model` would take with the same arguments; nothing is loaded or written.
 
     Args:
-        model: see `sample_model`, as for the next four.
-        config: see there.
-        out: see there.
-        dtype: see there.
-        stand_in: see there.
-        missing: the files that the run lacks, a line each; None means those of the model and its tokenizer.
+        model: the model before loading.
+        config: the configuration of the run.
+        out: the folder of the run.
+        dtype: the precision of the run.
+        stand_in: whether the weights are drawn by a rule.
+        missing: the files that the run lacks, one line each. None means those of the model and its tokenizer.
     """
     state = process_state()
     if missing is None:

@@ -1,4 +1,4 @@
-"""What people see while something runs, and what came out: progress and messages on stderr, tables on stdout."""
+"""Output for people: progress and messages go to stderr, tables and results to stdout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
+SECONDS_BETWEEN_LINES = 30  # between two lines of progress, where there is no terminal
 COLORS = {
     "reproduced": "green",
     "not reproduced": "bold red",
@@ -33,18 +33,18 @@ COLORS = {
     "changed": "bold red",
     "missing": "red",
 }
-"""Of verdicts, and of the states of files."""
+"""The colors of verdicts and of the states of files."""
 
-_NUMERIC = "–-+.0123456789"  # what the cells of a column of numbers start with
+_NUMERIC = "–-+.0123456789"  # the first characters of cells in a column of numbers
 
 
 def log(text: str) -> None:
-    """Print a line on stderr: what is going on."""
+    """Print a line on stderr, which says what is going on."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_line(text: str, style: str | None = None) -> None:
-    """Print a line on stdout as it is: no markup in it, and not wrapped."""
+    """Print a line on stdout without reading markup in it and without wrapping it."""
     Console(soft_wrap=True).print(text, highlight=False, markup=False, style=style)
 
 
@@ -61,12 +61,12 @@ def print_table(title: str, header: Sequence[str], body: Sequence[Sequence[str]]
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for line in body:
         table.add_row(*line)
-    # Not cut to 80 columns where the output goes to a file or a log.
+    # A table that goes to a file or a log is not cut to 80 columns.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def track(items: Iterable[T], what: str, *, show: bool = True, transient: bool = True) -> Iterable[T]:
-    """Yield `items` with a bar on stderr; a transient one is gone when they are done."""
+    """Yield `items` with a bar on stderr. A transient bar disappears at the end."""
     console = Console(stderr=True)
     return rich.progress.track(items, what, console=console, transient=transient, disable=not show)
 
@@ -75,15 +75,15 @@ def track(items: Iterable[T], what: str, *, show: bool = True, transient: bool =
 def progress(
     what: str, total: int, count: str, status: str, *, first: int = 0, show: bool = True
 ) -> Iterator[Callable[[int, str], None]]:
-    """Yield `advance(done, note)`, which shows on stderr a bar on a terminal, now and then a line elsewhere.
+    """Yield `advance(done, note)`, which shows the progress on stderr: as a bar on a terminal, else as lines.
 
     Args:
-        what: is done: "sample tokenbridge-l".
-        total: number of images or steps.
-        count: how a line counts them: "{done} of {total} images".
-        status: what follows; it may speak of {rate} per second, time {left}, {minutes} left and {note}.
-        first: number that was done before.
-        show: or show nothing.
+        what: the name of the work, such as "sample tokenbridge-l".
+        total: the number of images or steps.
+        count: the words of a line that count them: "{done} of {total} images".
+        status: the words that follow, with {rate} per second, the time {left}, the {minutes} left and {note}.
+        first: the number that was done before.
+        show: whether to show anything.
     """
     console = Console(stderr=True)
     start = last = time.perf_counter()
@@ -118,5 +118,5 @@ def progress(
 
 
 def _duration(seconds: float) -> str:
-    """Return seconds as "1:02:03"; "?" for NaN."""
+    """Return seconds as "1:02:03", and NaN as "?"."""
     return "?" if seconds != seconds else str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""JUnit XML, which CI services show: written for what this project judges, and read from pytest."""
+"""JUnit XML, which CI services show. This project writes it for its verdicts, and reads that of pytest."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Result = Literal["failure", "error", "skipped"]
 
 @dataclass(frozen=True)
 class Case:
-    """A test case; without a result it passed."""
+    """A test case. If it has no result, it passed."""
 
     classname: str
     name: str
     result: Result | None = None
     message: str = ""
-    kind: str = ""  # of failure
-    text: str = ""  # of the result; of a case that passed, what it printed
+    kind: str = ""  # the kind of failure
+    text: str = ""  # the details of the result, or the output of a case that passed
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def to_xml(name: str, suites: Iterable[Suite]) -> str:
 
 
 def read_failed(path: Path | str) -> list[str]:
-    """Return the tests that failed, or could not be run, of pytest's `--junitxml` in its family xunit1.
+    """Return the tests in pytest's `--junitxml` (of its family xunit1) that failed or could not be run.
 
-    They are named as pytest takes them: "benchmarks/test_speed.py::test_head[64]".
+    The names are those that pytest takes: "benchmarks/test_speed.py::test_head[64]".
     """
     cases = ET.parse(path).iter("testcase")  # noqa: S314  pytest wrote it
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]

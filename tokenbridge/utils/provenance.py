@@ -1,4 +1,4 @@
-"""Where a number comes from: command, commit, versions, hardware, hashes. And what cannot work here."""
+"""The provenance of a number: command, commit, versions, hardware, hashes. And a check of the environment."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ PACKAGES = (
 
 
 class EnvironmentProblemError(UserError):
-    """Installed packages that cannot work together; the message says how to mend it."""
+    """Installed packages do not work together. The message says how to mend it."""
 
 
 def check_environment() -> None:
     """Check that torchvision loads beside torch, which diffusers and torch-fidelity need.
 
     Raises:
-        EnvironmentProblemError: they do not fit, with one sentence on what is installed and how to mend it.
+        EnvironmentProblemError: torchvision does not load. The message names the versions and the remedy.
     """
     try:
         import torchvision  # noqa: F401
     except (RuntimeError, ImportError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise EnvironmentProblemError(
-            f"torchvision {_version('torchvision')} does not load beside torch {_version('torch')} ({reason}); "
-            "install a pair built for each other, for example with "
+            f"torchvision {_version('torchvision')} does not load beside torch {_version('torch')} ({reason}). "
+            "Install a pair built for each other, for example with "
             f"`{sys.executable} -m pip install --force-reinstall torch torchvision`, both from the same index "
             "(a CPU-only torch wheel does not fit the torchvision of the default index)."
         ) from error
@@ -91,21 +91,21 @@ def hardware() -> dict[str, Any]:
 
 
 def origin() -> dict[str, Any]:
-    """Return what made a number: commit, versions and hardware, as the fields of a record."""
+    """Return the commit, versions and hardware that made a number, as the fields of a record."""
     return {**commit(), "versions": versions(), "hardware": hardware()}
 
 
 class Stopwatch:
-    """Started before a measurement, it gives the record of it: what is edited while it runs has no part in it."""
+    """A clock that starts before a measurement and returns its record, which edits during the run do not change."""
 
     def __init__(self) -> None:
-        """Note the time, the commit, and how much other processes have worked until now."""
+        """Store the time, the commit, and the processor time that other processes have taken until now."""
         self.started = datetime.datetime.now(datetime.UTC)
         self._commit = commit()
         self._begin, self._busy = time.perf_counter(), busy_seconds()
 
     def record(self) -> dict[str, Any]:
-        """Return command, start, seconds since then, commit, versions and hardware: a record lacks seed and data."""
+        """Return command, start, seconds since then, commit, versions and hardware; a caller adds seed and data."""
         return {
             "command": command(),
             "started": self.started.isoformat(timespec="seconds"),
@@ -117,14 +117,14 @@ class Stopwatch:
     def share_of_other_processes(self) -> float:
         """Return the share of the machine's processor time since the start that other processes took.
 
-        The load average would not do: it counts this process too, and what ended a minute ago.
+        The load average counts this process too, and processes that ended a minute ago, so it does not serve.
         """
         seconds = time.perf_counter() - self._begin
         return round(max(0.0, (busy_seconds() - self._busy) / (seconds * (os.cpu_count() or 1))), 3)
 
 
 def busy_seconds() -> float:
-    """Return the processor seconds since the machine's start of all but this process and its ended children."""
+    """Return the processor seconds since the machine's start of all processes but this one and its ended children."""
     import psutil
 
     times, own = psutil.cpu_times(), os.times()
@@ -141,7 +141,7 @@ def _processor() -> str:
 
 @functools.cache
 def commit() -> dict[str, Any]:
-    """Return the commit of the source tree and whether it has uncommitted changes; nulls outside a checkout."""
+    """Return the commit of the source tree and whether it has uncommitted changes; both are None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
