@@ -287,7 +287,7 @@ def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "cut")
     file = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="does not load"):
+    with pytest.raises(ValueError, match=r"safetensors cannot be read as a safetensors file"):
         load_tokenizer_model(str(tmp_path / "cut"))
 
     weights = {name: w for name, w in model.state_dict().items() if name != "quant_conv.weight"}

@@ -7,9 +7,11 @@ Loading is strict: every tensor is used once, every parameter is filled, and all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from tokenbridge.utils.errors import UserError
 NUM_LISTED = 5  # an error message lists this many names of each kind
 
 State = dict[str, Tensor]
+Value = TypeVar("Value")
+WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,11 @@ class Layout:
 
 
 class WrongStateError(UserError):
-    """A state dict does not fit the model that it was read for; `shapes` are those of its tensors, by name."""
+    """A state dict does not fit the model that it was read for.
+
+    `shapes` are those of its tensors by name, by which it may be recognised as that of another model. They are empty if
+    names and shapes are those of the model that it was read for.
+    """
 
     def __init__(self, message: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(message)
@@ -77,6 +85,19 @@ def flat_layout(module: nn.Module, name: str | None = None) -> Layout:
     """Return the layout of a module whose own names and shapes are the official ones."""
     mappings = {key: ParamMapping(key, tuple(parameter.shape)) for key, parameter in module.named_parameters()}
     return Layout(mappings, name or type(module).__name__)
+
+
+def plain_names(state: Mapping[str, Value]) -> dict[str, Value]:
+    """Return a state dict without the prefixes that wrappers of a model put before every name."""
+    for prefix in WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            return plain_names({name.removeprefix(prefix): value for name, value in state.items()})
+    return dict(state)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no number of a tensor is NaN or infinite, without a copy of it."""
+    return not tensor.numel() or all(math.isfinite(float(limit)) for limit in tensor.aminmax())
 
 
 def to_official(module: nn.Module, layout: Layout) -> State:
@@ -105,14 +126,17 @@ def from_official(module: nn.Module, state: Mapping[str, Tensor], layout: Layout
         *_listed("missing", [name for name in mappings if name not in state]),
         *_listed("left over", [name for name in state if name not in mappings and name not in buffers]),
         *_listed("of another shape", _wrong_shapes(mappings, state)),
+    ]
+    known = {name: tuple(value.shape) for name, value in state.items() if name not in buffers} if problems else {}
+    problems += [
         *_listed("not floating point", _wrong_types(mappings, state)),
+        *_listed("NaN or infinite", _not_finite(mappings, state) if not problems else []),
         *_listed("of another model", _wrong_buffers(layout, state)),
     ]
     if problems:
         count = sum(parameter.numel() for parameter in module.parameters())
         raise WrongStateError(
-            f"This is not the state of {layout.name} ({count:,} parameters): {'; '.join(problems)}.",
-            {name: tuple(value.shape) for name, value in state.items() if name not in buffers},
+            f"This is not the state of {layout.name} ({count:,} parameters): {'; '.join(problems)}.", known
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     parts: dict[str, list[Tensor]] = {}
@@ -158,6 +182,10 @@ def _wrong_shapes(mappings: Mapping[str, ParamMapping], state: Mapping[str, Tens
 
 def _wrong_types(mappings: Mapping[str, ParamMapping], state: Mapping[str, Tensor]) -> list[str]:
     return [f"{n} {state[n].dtype}" for n in mappings if n in state and not state[n].is_floating_point()]
+
+
+def _not_finite(mappings: Mapping[str, ParamMapping], state: Mapping[str, Tensor]) -> list[str]:
+    return [n for n in mappings if not state[n].is_meta and not is_finite(state[n])]
 
 
 def _wrong_buffers(layout: Layout, state: Mapping[str, Tensor]) -> list[str]:
