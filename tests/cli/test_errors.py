@@ -94,7 +94,9 @@ def test_what_the_machine_refuses(fail: Callable[..., tuple[int, str, str]], err
 
 
 def test_packages_that_do_not_fit(run_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenbridge.cli.main.check_environment", raiser(EnvironmentProblemError("They do not fit.")))
+    monkeypatch.setattr(
+        "tokenbridge.utils.provenance.check_environment", raiser(EnvironmentProblemError("They do not fit."))
+    )
     assert error_of(run_command("models")) == "Error: They do not fit."
 
 

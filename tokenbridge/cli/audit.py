@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app
 from tokenbridge.utils import files
@@ -51,8 +51,8 @@ def update_references(
 
     folder = references or files.reference_folder()
     changes = r.update(find_scale("tiny"), folder, out, parts=parts or r.PARTS, why=why if write else None)
-    print_table("Stored references against new ones", r.COLUMNS, [[escape(c) for c in change] for change in changes])
-    print(f"{folder} is updated; the record is in {folder / r.RECORD}." if write else "Nothing was written.")
+    print_table("Stored references against new ones", r.COLUMNS, changes)
+    print_line(f"{folder} is updated; the record is in {folder / r.RECORD}." if write else "Nothing was written.")
 
 
 @app.command()
@@ -113,7 +113,7 @@ def audit(
         num_bootstrap=num_bootstrap,
     )
     if as_json:
-        print(done.model_dump_json(indent=2))
+        print(json.dumps(done.model_dump(mode="json"), indent=2))
     else:
         if samples is not None:
             (row,) = done.evidence[-1].rows

@@ -66,7 +66,7 @@ def reconstruct(
     print_table("Reconstruction", ["", *COLUMNS], [[r.label, *[cell(r, c) for c in COLUMNS]] for r in report.rows])
     for note in report.notes:
         print_line(note)
-    print(f"Table and picture are in {out}/.")
+    print_line(f"Table and picture are in {out}/.")
 
 
 @app.command()
@@ -162,7 +162,7 @@ def reference(
     if as_json:
         print(json.dumps(meta, indent=2))
     else:
-        print(f"Statistics of {meta['num_images']:,} images are in {out}.")
+        print_line(f"Statistics of {meta['num_images']:,} images are in {out}.")
 
 
 def _number(text: str, what: str) -> float:

@@ -10,35 +10,80 @@ import errno
 import sys
 import traceback
 
-import PIL
-from rich.console import Console
-
-from tokenbridge.cli import audit, evaluate, reproduce, sample, train, weights  # noqa: F401  they register subcommands
-from tokenbridge.cli.options import app
-from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.provenance import check_environment
-
 
 def main() -> None:
     """Run the command; see above for the exit codes."""
     try:
-        check_environment()
-        app()
+        # Imported here, because ^C is also pressed in the seconds that it takes.
+        from tokenbridge.utils.console import lasting_streams
+
+        with lasting_streams():
+            code = _run()
+    except KeyboardInterrupt:
+        if sys.stderr is not None:
+            print("Interrupted.", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the subcommand, print what went wrong, and return the exit code."""
+    from tokenbridge.utils.console import log, print_error
+    from tokenbridge.utils.errors import UserError
+
+    try:
+        try:
+            _call_subcommand()
+        finally:
+            sys.stdout.flush()  # a full disk shows here, and is an error like any other
     except UserError as error:
-        _print_error(str(error))
-        sys.exit(2)
+        print_error(str(error))
+        return 2
     except Exception as error:
+        if hasattr(error, "exit_code"):  # of typer: words that do not fit, or --help
+            if (sentence := _usage(error)) is not None:
+                print_error(sentence)
+            return int(error.exit_code)
         if (sentence := _environment_problem(error)) is not None:
-            _print_error(sentence)
-            sys.exit(2)
-        traceback.print_exc()
+            print_error(sentence)
+            return 2
+        log(traceback.format_exc().rstrip())
         message = f"{type(error).__name__}: {_one_line(error)}"
-        _print_error(f"{message}. This is a bug of tokenbridge; please report it with the above.")
-        sys.exit(3)
+        print_error(f"{message}. This is a bug of tokenbridge; please report it with the above.")
+        return 3
+    return 0
+
+
+def _call_subcommand() -> None:
+    """Parse the words of the command line and call the subcommand, which may raise SystemExit.
+
+    typer's own way of doing this ends with 1 for an EOFError and for a pipe that nobody reads.
+    """
+    import typer
+
+    from tokenbridge.cli import audit, evaluate, reproduce, sample, train, weights  # noqa: F401  they register subcommands
+    from tokenbridge.cli.options import app
+    from tokenbridge.utils.provenance import check_environment
+
+    check_environment()
+    command = typer.main.get_command(app)
+    with command.make_context("tokenbridge", sys.argv[1:]) as context:
+        command.invoke(context)
+
+
+def _usage(error: Exception) -> str | None:
+    """Return what is wrong with the words of the command line; None if typer has printed help instead."""
+    if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
+        return None
+    sentence = _sentence(error.format_message())
+    context = getattr(error, "ctx", None)
+    return sentence if context is None else f"{sentence} See `{context.command_path} --help`."
 
 
 def _environment_problem(error: Exception) -> str | None:
     """Return what is wrong with the user's machine or files, which no line of this package can foresee; None if not."""
+    import PIL
+
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "There is no space left on the disk."
     if isinstance(error, OSError) and error.filename is not None:
@@ -55,7 +100,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _print_error(message: str) -> None:
-    console = Console(stderr=True, soft_wrap=True)
-    console.print("[bold red]Error:[/]", end=" ")
-    console.print(message, highlight=False, markup=False)
+def _sentence(text: str) -> str:
+    """Return text on one line, with a full stop."""
+    line = " ".join(text.split())
+    return line if line.endswith((".", "?")) else f"{line}."

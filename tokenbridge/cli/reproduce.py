@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from tokenbridge.cli.options import Data, DtypeName, Json, Labels, Randomness, ScaleName, app
-from tokenbridge.utils.console import colored, log, print_line, print_table
+from tokenbridge.utils.console import Cell, colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ def reproduce(
     elif done[0].target.group == "scale":
         _print_results(done[0].results, done[0].judged, done[0].out)
     else:
-        print((done[0].out / "tables.md").read_text(encoding="utf-8"), end="")
+        print_line((done[0].out / "tables.md").read_text(encoding="utf-8").rstrip("\n"))
     if any(each.failed for each in done):
         sys.exit(1)
 
@@ -199,10 +198,10 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
 
     for table, rows in tables(measured).items():
         columns = columns_of(rows)
-        body = []
+        body: list[list[Cell]] = []
         for row in rows:
             verdict, _ = judged[row.id]
-            body.append([escape(row.label), *[cell(row, c) for c in columns], colored(verdict)])
+            body.append([row.label, *[cell(row, c) for c in columns], colored(verdict)])
         print_table(TITLES.get(table, table), ["", *columns, "verdict"], body)
     trends = [trend_cells(trend) for trend in measured.trends]
     print_table("The paper's argument at this scale", TREND_COLUMNS, trends)
@@ -247,21 +246,21 @@ def discrepancies(
         ran = [row for row in rows if row.not_run is None]
         columns = columns_of(ran)
         if ran:
-            print_table(title, ["", *columns], [[escape(r.label), *[cell(r, c) for c in columns]] for r in ran])
+            print_table(title, ["", *columns], [[r.label, *[cell(r, c) for c in columns]] for r in ran])
         for row in rows:
             if row.not_run is not None:
                 print_line(f"{row.id}: not run: {row.not_run}")
     print_table("Within the seeds' noise?", TREND_COLUMNS, [trend_cells(trend) for trend in measured.trends])
-    print(f"Tables and numbers are in {out}/.")
+    print_line(f"Tables and numbers are in {out}/.")
 
 
 def _print_plans(planned: Sequence[Planned]) -> None:
-    body = []
+    body: list[list[Cell]] = []
     for each in planned:
         plan = each.plan or {}
         hours = f"{plan['estimated_hours_at_least']:,.0f}" if "estimated_hours_at_least" in plan else "–"
         total = plan.get("tflop_per_image", {}).get("total")
-        body.append([each.id, "–" if total is None else f"{total:.4g}", hours, escape(each.not_run or "ready")])
+        body.append([each.id, "–" if total is None else f"{total:.4g}", hours, each.not_run or "ready"])
     print_table("Plan: tables 1 and 3", ["", "TFLOP an image", "hours at least", ""], body)
 
 
@@ -271,9 +270,9 @@ def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
 
     names = columns_of([o.published for o in outcomes] + [o.row for o in outcomes])
     columns = [name for name in names if read_name(name).num_images == NUM_IMAGES]
-    body = []
+    body: list[list[Cell]] = []
     for outcome in outcomes:
         cells = [f"{cell(outcome.row, c)} ({cell(outcome.published, c)})" for c in columns]
         verdict = colored(outcome.verdict)
-        body.append([escape(outcome.row.id), *cells, verdict, escape(outcome.why)])
+        body.append([outcome.row.id, *cells, verdict, outcome.why])
     print_table("Tables 1 and 3: measured (published)", ["", *columns, "verdict", "why"], body)

@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 from pydantic_core import to_jsonable_python
-from rich.markup import escape
 
 from tokenbridge.cli.options import DtypeName, FileFormat, Json, Randomness, SettingsCommand, app, settings_of
-from tokenbridge.utils.console import print_table
+from tokenbridge.utils.console import print_line, print_table
 from tokenbridge.utils.errors import UserError
 
 
@@ -99,7 +98,7 @@ def sample(
     if as_json:
         print(json.dumps({"folder": str(done.folder), "model": name, **to_jsonable_python(report)}, indent=2))
     else:
-        print(f"{report.num_images} images ({name}) are in {report.samples}, an overview in {done.overview}.")
+        print_line(f"{report.num_images} images ({name}) are in {report.samples}, an overview in {done.overview}.")
 
 
 def _labels(text: str | None) -> tuple[int, ...] | Literal["balanced", "random"] | None:
@@ -132,7 +131,8 @@ def models(as_json: Json = False) -> None:
         shown = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items() if k != "source" and v is not None)
         tokens = f"{listing.num_tokens:,}: {listing.token}"
         parameters = f"{listing.num_parameters:,}"
-        source, licence = escape(listing.source), escape(listing.licence)
-        body.append([listing.name, parameters, tokens, *scores, shown or "not published", licence, source])
+        body.append(
+            [listing.name, parameters, tokens, *scores, shown or "not published", listing.licence, listing.source]
+        )
     header = ["", "parameters", "tokens of an image", "FID", "IS", "settings", "licence", "weights"]
     print_table("Models, and what was published of them (50,000 images, ImageNet 256 x 256)", header, body)

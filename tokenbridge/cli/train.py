@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tokenbridge.cli.options import Data, Json, ScaleName, app
+from tokenbridge.utils.console import print_line
 
 
 @app.command()
@@ -33,4 +34,4 @@ def train(
     if as_json:
         print(json.dumps(log))
     else:
-        print(f"{log['name']}: loss {log['loss'][-1][1]:.4f} after {log['seconds']:.0f} s, in {out / 'weights'}/")
+        print_line(f"{log['name']}: loss {log['loss'][-1][1]:.4f} after {log['seconds']:.0f} s, in {out / 'weights'}/")

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from tokenbridge.cli.options import Json, app
-from tokenbridge.utils.console import colored, print_table
+from tokenbridge.utils.console import colored, print_line, print_table
 from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def convert(
         from tokenbridge.sampling.pipeline import convert_pipeline
 
         convert_pipeline(checkpoint, vae, out, name, ema=ema)
-    print(f"{name} is in {out}/")
+    print_line(f"{name} is in {out}/")
 
 
 @app.command()
@@ -87,6 +86,6 @@ def _print_artifacts(listed: Sequence[Any]) -> None:
     for status in listed:
         size = f"{status.size / 1e6:,.1f} MB" if status.size is not None else "–"
         sha256 = f"{status.sha256[:12]}…" if status.sha256 else "–"
-        licence, where = escape(status.artifact.licence), escape(str(status.path or status.artifact.origin))
-        body.append([status.artifact.key, colored(status.state), size, sha256, licence, where])
+        where = str(status.path or status.artifact.origin)
+        body.append([status.artifact.key, colored(status.state), size, sha256, status.artifact.licence, where])
     print_table("Published files", ["", "", "size", "SHA-256", "licence", "path, or origin"], body)

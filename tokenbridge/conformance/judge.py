@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.markup import escape
 
 from tokenbridge.conformance import givt as golden_givt
 from tokenbridge.conformance import llamagen as golden_llamagen
@@ -26,7 +25,7 @@ from tokenbridge.conformance import mar as golden_mar
 from tokenbridge.conformance import tokenbridge as golden_tokenbridge
 from tokenbridge.conformance.golden import Computed, Entries, Entry, Golden, read_golden
 from tokenbridge.results.verdicts import CheckVerdict
-from tokenbridge.utils.console import colored, log, print_line, print_table
+from tokenbridge.utils.console import Cell, colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 
 TIE = 1e-6  # latents this near to a midpoint may get either level (float32 error of the map to normalised units)
@@ -108,12 +107,12 @@ def conformance(paths: Iterable[Path | str], *, as_json: bool = False) -> bool:
 def print_reports(reports: Iterable[Report]) -> None:
     """Print a table with file, output, largest error, tolerance and verdict, and the reasons below it."""
     reports = list(reports)
-    body = []
+    body: list[list[Cell]] = []
     for report in reports:
         for i, outcome in enumerate(report.outcomes):
             error = "" if outcome.error is None else f"{outcome.error:.2g}"
             cells = [Path(report.path).name if i == 0 else "", outcome.name, error, outcome.tolerance]
-            body.append([*map(escape, cells), colored(outcome.verdict)])
+            body.append([*cells, colored(outcome.verdict)])
     header = ["file", "output", "largest error", "tolerance", "verdict"]
     print_table("Conformance with the official code", header, body)
     for report in reports:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.markup import escape
 
 from tokenbridge.audit.audit import audit_claims as run_audit
 from tokenbridge.audit.expected import WORSE, expected_verdict, gate_failures, read_expected
@@ -30,7 +29,7 @@ from tokenbridge.results import compare
 from tokenbridge.results import schema as results
 from tokenbridge.results.verdicts import CheckVerdict, is_worse
 from tokenbridge.utils import junit
-from tokenbridge.utils.console import colored, log, print_line, print_table
+from tokenbridge.utils.console import Cell, colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import make_folder, references_in, sha256_of, write_text
 from tokenbridge.utils.provenance import hash_of_dataset
@@ -362,12 +361,12 @@ def exit_code(parts: Iterable[Part]) -> int:
 
 def print_parts(parts: Sequence[Part]) -> None:
     """Print a table of the parts, and below it every check that failed or was not run."""
-    body = []
+    body: list[list[Cell]] = []
     for part in parts:
         count = Counter(check.verdict for check in part.checks)
         compared = f"{count['pass']} of {len(part.checks) - count['skipped']}"
         seconds = f"{part.seconds:.0f}"
-        body.append([part.name, compared, str(count["skipped"]), seconds, colored(part.verdict), escape(part.why)])
+        body.append([part.name, compared, str(count["skipped"]), seconds, colored(part.verdict), part.why])
     print_table("Regression gate", ["part", "passed", "skipped", "seconds", "verdict", "why"], body)
     for part in parts:
         for check in part.checks:
