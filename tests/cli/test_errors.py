@@ -186,7 +186,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("reproduce tiny --out text", "text cannot be written to"),
         ("discrepancies --out text", "text cannot be written to"),
         ("reconstruct photos --split train --out text", "text cannot be written to"),
-        ("audit --out text", "cannot be written to: File exists (text)"),
+        ("audit --out text", "text/index.html cannot be written to"),
         ("gate goldens --out text", "text cannot be written to"),
         ("update-references verdicts --out text", "text cannot be written to"),
         # numbers
