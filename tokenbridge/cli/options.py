@@ -42,7 +42,7 @@ class SettingsCommand(TyperCommand):
         while words:
             word = words.pop(0)
             name, equals, value = word.partition("=")
-            if not word.startswith("--") or len(word) == 2:
+            if not word.startswith("--") or len(name) == 2:
                 rest.append(word)
             elif name in known:
                 rest.append(word)

@@ -74,4 +74,5 @@ class Scale:
         for recipe in self.recipes:
             if recipe.name == name:
                 return recipe
-        raise UserError(f"Unknown recipe {name!r} at scale {self.name}; there are {[r.name for r in self.recipes]}.")
+        names = ", ".join(recipe.name for recipe in self.recipes)
+        raise UserError(f"Unknown recipe {name!r} at scale {self.name}; there are {names}.")

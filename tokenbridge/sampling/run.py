@@ -207,7 +207,7 @@ def save_overview(path: Path, samples: Path, title: str, *, num_images: int = 10
         paths = sorted(samples.glob("*.png"))[:num_images]
         pixels = to_pixels([Image.open(path) for path in paths])
     starts = range(0, len(pixels), 10)
-    save_grid(path, [pixels[i : i + 10] for i in starts], [str(i) for i in starts], title)
+    save_grid(path, [pixels[i : i + 10] for i in starts], [f"image {i}" for i in starts], title)
 
 
 def _make(

@@ -45,7 +45,7 @@ class Preset:
         if variant is None:
             variant = next(iter(self.sampling))
         if variant not in self.sampling:
-            raise UserError(f"{self.name} has no sampling settings {variant!r}; there are {list(self.sampling)}.")
+            raise UserError(f"{self.name} has no sampling settings {variant!r}; there are {', '.join(self.sampling)}.")
         return self.sampling[variant].config
 
 

@@ -79,7 +79,7 @@ class TokenBridge(ModelMixin, ConfigMixin):
         if len(channel_order) != num_channels:
             raise UserError(f"The channel order has {len(channel_order)} entries for {num_channels} channels.")
         if head_type not in HEADS:
-            raise UserError(f"Unknown head {head_type!r}; there are {sorted(HEADS)}.")
+            raise UserError(f"Unknown head {head_type!r}; there are {', '.join(sorted(HEADS))}.")
         self.num_classes = num_classes
         self.latent_size = latent_size
         self.channel_order = tuple(channel_order)

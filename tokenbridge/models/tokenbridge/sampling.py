@@ -29,6 +29,8 @@ from tokenbridge.models.tokenbridge.heads import FirstElement
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.utils.errors import UserError
 
+PositionOrder = Literal["random", "raster", "confidence"]
+
 
 @dataclass(frozen=True)
 class TokenBridgeSampling(MaskedSampling):
@@ -37,15 +39,17 @@ class TokenBridgeSampling(MaskedSampling):
     The temperature divides the logits; at 0 the most likely token is chosen.
     """
 
-    position_order: Literal["random", "raster", "confidence"] = "random"
+    position_order: PositionOrder = "random"
     first_element: FirstElement = "official"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.position_order not in ("random", "raster", "confidence"):
-            raise UserError(f"Unknown position order {self.position_order!r}.")
+        if self.position_order not in get_args(PositionOrder):
+            known = ", ".join(get_args(PositionOrder))
+            raise UserError(f"Unknown position order {self.position_order!r}; there are {known}.")
         if self.first_element not in get_args(FirstElement):
-            raise UserError(f"Unknown first element {self.first_element!r}; there are {get_args(FirstElement)}.")
+            known = ", ".join(get_args(FirstElement))
+            raise UserError(f"Unknown first element {self.first_element!r}; there are {known}.")
 
 
 @torch.inference_mode()
