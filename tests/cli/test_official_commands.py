@@ -246,13 +246,19 @@ def test_convert_never_runs_pickled_code(run_command: Run, tmp_path: Path, prese
 def test_convert_leaves_what_is_in_the_way(run_command: Run, tmp_path: Path, preset: str, with_vae: bool) -> None:
     path, vae = write_checkpoint(tmp_path / "checkpoint.pth"), write_kl16(tmp_path / "kl16.ckpt")
     options = ["--vae", vae] if with_vae else []
-    index = "model_index.json" if with_vae else "config.json"
+    index = "model_index.json" if with_vae else "diffusion_pytorch_model.safetensors"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"miaow")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("of another program")
     (tmp_path / "note").write_text("a file")
-    for name in ("photos", "note"):
+    for name, reason in (
+        ("photos", f"is not replaced, because it holds cat.png and has no {index}. Name another folder"),
+        ("project", f"is not replaced, because it holds config.json and has no {index}. Name another folder"),
+        ("note", "is a file, so no folder can be written there. Name another folder."),
+    ):
         message = error_of(run_command("convert", path, preset, "--out", tmp_path / name, *options))
-        assert f"{tmp_path / name} is not replaced, because it exists and has no {index}." in message
+        assert f"{tmp_path / name} {reason}" in message
     error_of(run_command("convert", path, preset, "--out", tmp_path / "note" / "model", *options))
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"miaow"
     assert (tmp_path / "note").read_text() == "a file"
@@ -260,6 +266,10 @@ def test_convert_leaves_what_is_in_the_way(run_command: Run, tmp_path: Path, pre
     for _ in range(2):  # an empty folder is filled, and what was converted before is replaced
         assert run_command("convert", path, preset, "--out", tmp_path / "empty", *options)[0] == 0
         assert (tmp_path / "empty" / index).is_file()
+    (tmp_path / "empty" / "notes.md").write_text("mine")
+    message = error_of(run_command("convert", path, preset, "--out", tmp_path / "empty", *options))
+    assert f"{tmp_path / 'empty'} is not replaced, because it holds notes.md, which is not one of ours." in message
+    assert (tmp_path / "empty" / "notes.md").read_text() == "mine"
 
 
 def test_convert_knows_its_names(run_command: Run, tmp_path: Path, preset: str) -> None:

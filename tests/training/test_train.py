@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from mini_scale import MINI, STEPS, TRAINED, World
 
 from tokenbridge.training import train as experiment
 from tokenbridge.training.train import build, load, train_recipe
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
+from tokenbridge.utils.locks import FolderInUseError, locked
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 
@@ -92,3 +95,18 @@ def test_generator_follows_a_retrained_autoencoder(world: World, tmp_path: Path)
             expected = vae.encode(experiment.images_of(some, "train")[:4]["images"]).latent_dist.parameters
         # Another batch size: float32 rounding of activations of order 1; two autoencoders differ by 1e-1.
         torch.testing.assert_close(table[:4]["moments"], expected, rtol=0, atol=1e-3)
+
+
+def test_nothing_of_the_users_is_deleted(world: World, tmp_path: Path) -> None:
+    """A folder with a file that training does not write is refused before the work, and a second run beside one too."""
+    weights, runs = tmp_path / "weights", tmp_path / "runs"
+    (weights / "classifier").mkdir(parents=True)
+    (weights / "classifier" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"classifier is not replaced, because it holds thesis\.tex"):
+        train_recipe(MINI, "classifier", weights=weights, runs=runs)
+    assert (weights / "classifier" / "thesis.tex").read_text() == "mine"
+    with (
+        locked(runs / "vq"),
+        pytest.raises(FolderInUseError, match=rf"vq is in use by another run, process {os.getpid()}"),
+    ):
+        train_recipe(MINI, "vq", weights=weights, runs=runs)

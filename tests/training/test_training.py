@@ -34,6 +34,8 @@ from tokenbridge.models.tokenbridge.model import generator_loss
 from tokenbridge.tokenizers.base import sample_posterior
 from tokenbridge.training.loop import batch_indices, learning_rate_at, step_seed, train
 from tokenbridge.utils import console
+from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.states import save_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -431,9 +433,64 @@ def test_truncated_checkpoint_is_one_clear_error(finished: Path, keep: float) ->
         fit(finished)
 
 
-def test_foreign_checkpoint_is_one_clear_error(finished: Path) -> None:
-    torch.save({"model": {}}, finished / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+def step_of_the_far_future(state: dict[Any, Any]) -> None:
+    state["step"] = 10**9
+
+
+def keys_that_are_numbers(state: dict[Any, Any]) -> None:
+    state["model"] = dict(enumerate(state["model"].values()))
+
+
+def one_weight_less(state: dict[Any, Any]) -> None:
+    state["ema"]["shadow_params"].pop()
+
+
+def moments_of_another_shape(state: dict[Any, Any]) -> None:
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
+
+
+def one_flipped_bit(state: dict[Any, Any]) -> None:
+    state["model"]["linear.bias"].view(torch.uint8)[0] ^= 1
+
+
+def more_values_than_there_are(state: dict[Any, Any]) -> None:
+    state["model"]["linear.bias"] = torch.zeros(1).expand(2**40)
+
+
+def empty(state: dict[Any, Any]) -> None:
+    state.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(step_of_the_far_future, keys_that_are_numbers, one_weight_less, moments_of_another_shape, one_flipped_bit),
+        *(more_values_than_there_are, empty),
+    ],
+)
+@pytest.mark.parametrize("with_hash", [False, True])
+def test_changed_checkpoint_is_one_clear_error(
+    finished: Path, change: Callable[[dict[Any, Any]], None], with_hash: bool
+) -> None:
+    """Whatever field was changed; with the hash made anew, too, except for what only the hash can tell."""
+    path = finished / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    if with_hash:
+        if change in (one_flipped_bit, more_values_than_there_are):
+            return
+        state.pop("sha256", None)
+        save_state(path, state)
+    else:
+        torch.save(state, path)
+    with pytest.raises(UserError, match=r"checkpoint\.pt (belongs to another run|is|has|cannot be read as a)"):
+        fit(finished, num_steps=70)
+
+
+def test_pipe_in_the_place_of_the_checkpoint_is_not_waited_for(finished: Path) -> None:
+    (finished / "checkpoint.pt").unlink()
+    os.mkfifo(finished / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"no regular file\. Remove it"):
         fit(finished)
 
 
@@ -591,6 +648,16 @@ def test_latents_are_loaded_the_second_time(autoencoder: AutoencoderKL, tmp_path
     again = cache_latents(Poisoned(), images, tmp_path / "latents", channels=1)[:]
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_damaged_latents_are_one_clear_error(autoencoder: AutoencoderKL, tmp_path: Path) -> None:
+    cache_latents(autoencoder, pictures(5), tmp_path / "latents", channels=1)
+    with pytest.raises(UserError, match=r"latents cannot be read .* it has 5 rows for 6 images"):
+        cache_latents(Poisoned(), pictures(6), tmp_path / "latents", channels=1)
+    (arrow,) = (tmp_path / "latents").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"latents cannot be read as a table of encoded images; remove it"):
+        cache_latents(Poisoned(), pictures(5), tmp_path / "latents", channels=1)
 
 
 def test_latents_appear_whole_or_not_at_all(tmp_path: Path) -> None:

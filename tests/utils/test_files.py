@@ -87,7 +87,7 @@ def test_replacing_leaves_nothing_when_the_first_writing_fails(tmp_path: Path) -
 def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
     write_text(tmp_path / "a.txt", "text")
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o666 & ~umask
-    with replacing_folder(tmp_path / "folder") as temporary:
+    with replacing_folder(tmp_path / "folder", None) as temporary:
         (temporary / "b.txt").write_text("text")
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~umask
     assert os.umask(umask) == umask  # left as it was
@@ -116,11 +116,11 @@ def test_write_json_refuses_what_json_has_not(tmp_path: Path, number: float) -> 
 
 def test_replacing_folder_swaps_whole_folders(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "vae"
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, ("config.json", "only-in-the-first")) as temporary:
         (temporary / "config.json").write_text("1")
         (temporary / "only-in-the-first").write_text("1")
         assert not folder.exists()
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, ("config.json", "only-in-the-first")) as temporary:
         (temporary / "config.json").write_text("2")
         assert (folder / "config.json").read_text() == "1"
     assert names(folder) == ["config.json"]
@@ -134,7 +134,7 @@ def test_replacing_folder_keeps_the_old_one_when_the_block_fails(tmp_path: Path)
     (folder / "config.json").write_text("old")
 
     def half() -> None:
-        with replacing_folder(folder) as temporary:
+        with replacing_folder(folder, ("config.json", "only-in-the-first")) as temporary:
             (temporary / "config.json").write_text("ne")
             raise OSError("disk full")
 
@@ -169,7 +169,7 @@ def test_a_full_disk_is_told_with_advice(tmp_path: Path, number: int) -> None:
     with pytest.raises(FullDiskError, match=re.escape(f"There is no space left for {tmp_path / 'a'}. Make room")):
         raise_in(replacing(tmp_path / "a"), full)
     with pytest.raises(FullDiskError, match=r"no space left for .*folder\. Make room"):
-        raise_in(replacing_folder(tmp_path / "folder"), full)
+        raise_in(replacing_folder(tmp_path / "folder", None), full)
     assert names(tmp_path) == []
 
     def nested() -> None:
@@ -246,7 +246,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, text: str) -> None:
-    with replacing_folder(path) as temporary:
+    with replacing_folder(path, ("a", "sub/b")) as temporary:
         (temporary / "a").write_text(text)
         (temporary / "sub").mkdir()
         (temporary / "sub" / "b").write_text(text)

@@ -78,7 +78,7 @@ for _ in range(50):
 
 
 def test_a_folder_may_be_replaced_under_its_own_lock(tmp_path: Path) -> None:
-    with locked(tmp_path / "a"), replacing_folder(tmp_path / "a") as new:
+    with locked(tmp_path / "a"), replacing_folder(tmp_path / "a", ("b",)) as new:
         (new / "b").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b"]
 

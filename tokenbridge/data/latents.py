@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from tokenbridge.data.images import pixels_to_images, to_pixels
-from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.errors import UserError, reading
 from tokenbridge.utils.files import replacing_folder
+
+FILES = ("dataset_info.json", "state.json", "data-*.arrow")
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +63,7 @@ def cache_latents(
         if not len(images):
             raise UserError("There are no images to encode.")
         first = pixels_to_images(to_pixels(images[:1]["image"], size=image_size, channels=channels))
-        with tempfile.TemporaryDirectory() as cache, replacing_folder(folder) as temporary:
+        with tempfile.TemporaryDirectory() as cache, replacing_folder(folder, FILES) as temporary:
             table = encode_images(
                 images,
                 encode,
@@ -74,7 +76,12 @@ def cache_latents(
                 file=Path(cache) / "moments.arrow",
             )
             table.save_to_disk(str(temporary))
-    return Dataset.load_from_disk(str(folder)).with_format("torch")
+    with reading(folder, "a table of encoded images; remove it to encode them again"):
+        table = Dataset.load_from_disk(str(folder)).with_format("torch")
+        if len(table) != len(images):
+            raise ValueError(f"it has {len(table)} rows for {len(images)} images")
+        table[[0, len(table) - 1]]  # the rows of a file that was cut are found missing when they are read
+    return table
 
 
 def encode_images(

@@ -95,7 +95,7 @@ def update(
         if clean_commit(source) != commit:
             raise UserError("The checkout changed during the measurement; nothing was written.")
         record = _record(why.strip(), str(commit), _who(source), changes)
-        with replacing_folder(folder) as new:
+        with replacing_folder(folder, known=None) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
             for name, path in fresh.items():
                 (new / name).parent.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ IMAGE_SIZE = 256
 BATCH_SIZE = 64
 NUM_BOOTSTRAP = 100
 STAND_IN_BOOTSTRAP = 2  # a resample takes seconds, whatever the number of images
+PHOTOGRAPH_FILES = tuple(f"train/{name}/{name}.png" for name in PHOTOGRAPHS)
 SCORES = ("FID", "IS", "precision", "recall")  # the scores in the paper's table
 
 
@@ -112,7 +113,7 @@ def _stand_in(name: str, options: Options, out: Path, show_progress: bool) -> tu
     if process_state().is_main_process:
         write_random_inception(inception)
         photographs = out / "stand-in" / "photographs"
-        with replacing_folder(photographs) as temporary:
+        with replacing_folder(photographs, PHOTOGRAPH_FILES) as temporary:
             write_photographs(temporary)
         make_reference(
             str(photographs),

@@ -7,8 +7,8 @@ from pathlib import Path
 from tokenbridge.models.registry import find_preset, load_published, load_published_tokenizer
 from tokenbridge.sampling.load import weights_file
 from tokenbridge.tokenizers.published import TOKENIZERS
-from tokenbridge.utils.files import replacing_folder
-from tokenbridge.weights.diffusers import check_replaceable
+from tokenbridge.utils.files import check_replaceable, replacing_folder
+from tokenbridge.weights.diffusers import MODEL_FILES
 
 
 def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True) -> None:
@@ -28,13 +28,13 @@ def convert(path: Path | str, folder: Path | str, name: str, *, ema: bool = True
         UserError: the name is unknown, the file is damaged, or `folder` holds something else.
         WrongStateError: the file holds another model.
     """
-    check_replaceable(folder, "config.json")
+    check_replaceable(folder, MODEL_FILES)
     path = Path(path)
     if name in TOKENIZERS:
         model = load_published_tokenizer(TOKENIZERS[name], weights_file(path, name))
     else:
         system, preset = find_preset(name)
         model = load_published(system, weights_file(path, preset.name), preset.name, ema=ema)
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, MODEL_FILES) as temporary:
         # `load_model` reads one file, so the weights must not be split, whatever their size is.
         model.save_pretrained(temporary, safe_serialization=True, max_shard_size="1TB")

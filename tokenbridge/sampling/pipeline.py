@@ -25,10 +25,14 @@ from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generat
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import load_kl16
 from tokenbridge.utils.errors import UnusableImageError, UserError
-from tokenbridge.utils.files import replacing_folder
-from tokenbridge.weights.diffusers import check_replaceable
+from tokenbridge.utils.files import check_replaceable, replacing_folder
 from tokenbridge.weights.published import find_preset
 
+# Large weights are split into several files, which an index lists.
+FILES = (
+    "model_index.json",
+    *(f"{part}/{name}" for part in ("transformer", "vae") for name in ("config.json", "diffusion_pytorch_model*.*")),
+)
 NUM_SUGGESTED = 5  # an error message suggests at most this many class names
 
 
@@ -242,7 +246,7 @@ def convert_pipeline(
         UserError: the preset is unknown, a file is damaged, or `folder` holds something else.
         WrongStateError: a file holds another model.
     """
-    check_replaceable(folder, TokenBridgePipeline.config_name)
+    check_replaceable(folder, FILES)
     pipeline = TokenBridgePipeline.from_preset(name, checkpoint, vae, ema=ema)
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, FILES) as temporary:
         pipeline.save_pretrained(temporary)

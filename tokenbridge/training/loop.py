@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from tokenbridge.configs.schema import LOG_EVERY, TrainingConfig
 from tokenbridge.utils import console
-from tokenbridge.utils.errors import DivergedError, UserError
+from tokenbridge.utils.errors import DivergedError, UserError, reading
 from tokenbridge.utils.files import replacing, write_json
+from tokenbridge.utils.states import read_state, save_state
+
+CHECKPOINT, LOGS = "checkpoint.pt", ("loss.json", "loss.png")  # the files of a run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,8 +124,8 @@ def train(
     ema.to(accelerator.device)
 
     fingerprint = _fingerprint(model, dataset, loss, config)
-    checkpoint = folder / "checkpoint.pt"
-    first_step, curve, seconds = _resume(checkpoint, fingerprint, model, optimizer, ema)
+    checkpoint = folder / CHECKPOINT
+    first_step, curve, seconds = _resume(checkpoint, fingerprint, model, optimizer, ema, config.num_steps)
 
     rank, world_size = accelerator.process_index, accelerator.num_processes
     progress = console.progress(
@@ -177,8 +180,8 @@ def train(
         "loss": curve,
     }
     if accelerator.is_main_process:
-        write_json(folder / "loss.json", log)
-        _plot(folder / "loss.png", curve, name)
+        write_json(folder / LOGS[0], log)
+        _plot(folder / LOGS[1], curve, name)
     return log
 
 
@@ -213,31 +216,35 @@ def _save(
         "curve": curve,
         "seconds": seconds,
     }
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    save_state(path, state)
 
 
 def _resume(
-    path: Path, fingerprint: str, model: nn.Module, optimizer: Any, ema: Any
+    path: Path, fingerprint: str, model: nn.Module, optimizer: Any, ema: Any, num_steps: int
 ) -> tuple[int, list[tuple[int, float]], float]:
     """Load the checkpoint if it exists; return the next step, and the loss curve and the seconds so far."""
     if not path.exists():
         return 0, [], 0.0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["fingerprint"]
-    except Exception as error:  # each kind of damage raises an exception of its own type
-        raise UserError(f"{path} is damaged or is not a checkpoint; remove it to start again.") from error
-    if found != fingerprint:
+    what, remedy = "a checkpoint of a training", "Remove it to start again."
+    state = read_state(path, what, remedy)
+    if state.get("fingerprint") != fingerprint:
         raise UserError(
             f"{path} belongs to another run (with another model, data or settings). "
             "Train into an empty folder, or remove that checkpoint."
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    ema.load_state_dict(state["ema"])
-    ema.to(next(model.parameters()).device)
-    return state["step"], [(int(s), float(v)) for s, v in state["curve"]], float(state["seconds"])
+    with reading(path, what):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        ema.to(next(model.parameters()).device)
+        for parameter, average in zip(model.parameters(), ema.shadow_params, strict=True):
+            moments = [moment for moment in optimizer.state[parameter].values() if moment.ndim]
+            if any(value.shape != parameter.shape for value in (average, *moments)):
+                raise UserError(f"{path} has tensors of other shapes than the model's. {remedy}")
+        curve = [(int(step), float(value)) for step, value in state["curve"]]
+        if not 0 < state["step"] == curve[-1][0] <= num_steps:
+            raise UserError(f"{path} is at step {state['step']} of {num_steps}. {remedy}")
+        return state["step"], curve, float(state["seconds"])
 
 
 def _plot(path: Path, curve: list[tuple[int, float]], name: str) -> None:

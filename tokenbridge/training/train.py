@@ -24,12 +24,13 @@ from tokenbridge.data.latents import cache_latents, encode_images
 from tokenbridge.evaluation.classifier import Classifier, classifier_loss
 from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
-from tokenbridge.training.loop import train
+from tokenbridge.training.loop import CHECKPOINT, LOGS, train
 from tokenbridge.utils import provenance
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import make_folder, sha256_of, write_json
-from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model, save_model
+from tokenbridge.utils.files import check_replaceable, make_folder, sha256_of, write_json
+from tokenbridge.utils.processes import locked_by_launch
+from tokenbridge.weights.diffusers import MODEL_FILES, WEIGHTS_FILE, load_model, save_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,41 +81,44 @@ def train_recipe(
     """
     recipe = scale.recipe(name)
     runs = Path(runs) / name
-    for folder in (runs, Path(weights)):
-        make_folder(folder)  # before hours of work whose results it is to hold
-    changes: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    if not recipe.is_generator:
-        dataset = images_of(scale, "train")
-    elif (system := SYSTEMS[recipe.kind]).codes:
-        dataset = tokens_of(scale, weights)
-        options = {"with_mirrored": scale.with_mirrored}
-    else:
-        dataset = latents_of(scale, weights, runs.parent / "latents")
-        options = {"scaling": _autoencoder_scaling(scale, weights), "with_mirrored": scale.with_mirrored}
-        if system.measure is not None:
-            changes = system.measure(_some_latents(dataset), **recipe.measured)
-    model = build(recipe, **changes)
-    loss = functools.partial(step_of(recipe), **options, **recipe.loss)
-    log = train(model, dataset, loss, recipe.training, runs, name=name, show_progress=show_progress)
-    log |= {
-        "name": name,
-        "recipe": {
-            "model": recipe.model,
-            "loss": recipe.loss,
-            "measured": recipe.measured,
-            "data": scale.data,
-        },
-        "command": provenance.command(),
-        **provenance.origin(),
-    }
-    if recipe.kind == "autoencoder":
-        model.register_to_config(scaling_factor=_measure_scaling(model, dataset))
-    if PartialState().is_main_process:
-        write_json(runs / "loss.json", log)
-        save_model(model, Path(weights) / name)
-    PartialState().wait_for_everyone()
-    return log
+    folder = Path(weights) / name
+    with locked_by_launch(runs):
+        # Before hours of work whose results they are to hold:
+        make_folder(runs, CHECKPOINT, *LOGS)
+        check_replaceable(folder, MODEL_FILES)
+        changes: dict[str, Any] = {}
+        options: dict[str, Any] = {}
+        if not recipe.is_generator:
+            dataset = images_of(scale, "train")
+        elif (system := SYSTEMS[recipe.kind]).codes:
+            dataset = tokens_of(scale, weights)
+            options = {"with_mirrored": scale.with_mirrored}
+        else:
+            dataset = latents_of(scale, weights, runs.parent / "latents")
+            options = {"scaling": _autoencoder_scaling(scale, weights), "with_mirrored": scale.with_mirrored}
+            if system.measure is not None:
+                changes = system.measure(_some_latents(dataset), **recipe.measured)
+        model = build(recipe, **changes)
+        loss = functools.partial(step_of(recipe), **options, **recipe.loss)
+        log = train(model, dataset, loss, recipe.training, runs, name=name, show_progress=show_progress)
+        log |= {
+            "name": name,
+            "recipe": {
+                "model": recipe.model,
+                "loss": recipe.loss,
+                "measured": recipe.measured,
+                "data": scale.data,
+            },
+            "command": provenance.command(),
+            **provenance.origin(),
+        }
+        if recipe.kind == "autoencoder":
+            model.register_to_config(scaling_factor=_measure_scaling(model, dataset))
+        if PartialState().is_main_process:
+            write_json(runs / "loss.json", log)
+            save_model(model, folder)
+        PartialState().wait_for_everyone()
+        return log
 
 
 def images_of(scale: Scale, split: str) -> Dataset:

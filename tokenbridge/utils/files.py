@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fnmatch
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from tokenbridge.utils.errors import FullDiskError, MissingFileError, StorageError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 @contextmanager
@@ -141,20 +142,59 @@ def replacing(path: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(folder: Path | str, known: Sequence[str] | None) -> None:
+    """Check, before the work, that a folder may be replaced: it is absent, empty, or holds an older result of ours.
+
+    Args:
+        known: names of the files, patterns as `samples-*.png`, or names in sub-folders as `vae/config.json`. A folder
+            of ours holds the first of them, and no others. None stands for all names.
+
+    Raises:
+        UserError: the folder holds something else, which must not be lost.
+        StorageError: a file has this name, or the place cannot be written to.
+    """
+    target = Path(os.path.realpath(folder))
+    recover(target)
+    if target.exists() and not target.is_dir():
+        raise StorageError(f"{folder} is a file, so no folder can be written there. Name another folder.")
+    make_folder(target.parent)
+    if known is None or not target.exists():
+        return
+    found = []
+    for place, folders, names in os.walk(target, onerror=_raise):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [Path(place, name).relative_to(target).as_posix() for name in [*names, *links]]
+    there = sorted(name for name in found if not Path(name).name.startswith(".tokenbridge"))
+    remedy = "Name another folder, or move its files away."
+    if there and known[0] not in there:
+        raise UserError(f"{folder} is not replaced, because it holds {there[0]} and has no {known[0]}. {remedy}")
+    if strangers := [name for name in there if not any(fnmatch.fnmatchcase(name, pattern) for pattern in known)]:
+        raise UserError(
+            f"{folder} is not replaced, because it holds {strangers[0]}, which is not one of ours. {remedy}"
+        )
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 @contextmanager
-def replacing_folder(folder: Path | str) -> Iterator[Path]:
+def replacing_folder(folder: Path | str, known: Sequence[str] | None) -> Iterator[Path]:
     """Yield a temporary folder beside `folder`, which replaces `folder` only if the block succeeds.
 
     At every moment the old folder or the new one is whole under its name. Where the file system cannot exchange two
     folders in one step, there is an instant in which the old one lies aside; whoever writes there next, or calls
     `recover`, puts it back if the process ended in that instant. A link to a folder stays, and its folder is replaced.
+
+    Args:
+        known: see `check_replaceable`, which also raises its errors here; None if the block carries over what is there.
     """
     target = Path(os.path.realpath(folder))
     make_folder(target.parent)
-    if target.exists() and not target.is_dir():
-        raise StorageError(f"{folder} is a file, so no folder can be written there. Name another folder.")
     with storage_errors(folder):
         clear_leftovers(target.parent)
+    check_replaceable(folder, known)
+    with storage_errors(folder):
         aside = target.parent / _temporary_name()
     try:
         with storage_errors(folder):
@@ -168,6 +208,7 @@ def replacing_folder(folder: Path | str) -> Iterator[Path]:
                 for name in names:
                     _flush(Path(place) / name)
                 _flush(Path(place))
+            check_replaceable(folder, known)  # a file may have come during the work
             _put(fresh, target, aside)
             _flush(target.parent)
     finally:

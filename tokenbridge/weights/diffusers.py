@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 PIPELINE_FILE = "model_index.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+MODEL_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
 LARGEST_SETTING = 2**20  # no number in the configuration of a model is larger, and loops run that often
 
@@ -219,20 +220,6 @@ def save_model(model: Any, folder: Path | str) -> None:
 
     The weights in memory are rounded to half precision too, so that they equal those on disk.
     """
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, MODEL_FILES) as temporary:
         nn.Module.half(model).save_pretrained(temporary, safe_serialization=True)
     model.float()
-
-
-def check_replaceable(folder: Path | str, index: str) -> None:
-    """Check that a converted model may be written to `folder`: it is absent, empty, or holds another such model.
-
-    Args:
-        index: a file that every such folder holds.
-
-    Raises:
-        UserError: the folder holds something else, which must not be lost.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / index).is_file())):
-        raise UserError(f"{folder} is not replaced, because it exists and has no {index}.")
