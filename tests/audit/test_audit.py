@@ -17,7 +17,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import yaml
-from builders import make_results, paper_settings
+from builders import paper_run, record_published
 from conftest import Run, error_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,7 +120,7 @@ TODAY = {
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in an empty folder, with empty caches and no network."""
+    """Stand in a folder that has the record of the published files alone, with empty caches and no network."""
     for name in ("cwd", "hub", "torch"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -128,6 +128,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    record_published(tmp_path / "cwd", "tokenbridge-l", "tokenbridge-h")
 
 
 @pytest.fixture
@@ -171,19 +172,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object], *, sign: bool =
     return path
 
 
-def paper_results(path: Path, *, row: str = "table3/tokenbridge-l", scale: str = "paper", **metrics: Any) -> Path:
+def paper_results(path: Path, *, row: str = "table3/tokenbridge-l", scale: str = "paper", **scores: float) -> Path:
     """Write what a run at the paper's scale would have."""
-    rows = [Row(id=row, label=row, metrics={name.replace("_", "-"): value for name, value in metrics.items()})]
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = make_results(
-        rows,
-        scale=scale,
-        started="2030-01-01T00:00:00+00:00",
-        data_sha256={"fid_stats/adm_in256_stats.npz": "5" * 64},
-        weights_sha256={"generator": "1" * 64, "vae": "2" * 64, "inception": INCEPTION_SHA256},
-        settings=paper_settings(),
-    )
-    write(path, written)
+    write(path, paper_run(row.removeprefix("table3/"), **scores).model_copy(update={"scale": scale}))
     return path
 
 
@@ -310,7 +302,7 @@ def test_a_number_of_the_paper(shipped: Path, tmp_path: Path, metrics: dict[str,
         assert finding.measured == metrics["FID_50K"]
         assert finding.evidence is not None
         assert done.evidence[finding.evidence].file == str(tmp_path / "results.json")
-        assert "not here to compare: generator, vae" in done.evidence[finding.evidence].notes[1]
+        assert done.evidence[finding.evidence].notes == ("5 hashes of weights and images compared with the files here",)
     if "FID_low" in metrics:
         assert finding.interval == (metrics["FID_low"], metrics["FID_high"])
         assert "95 % interval" in finding.why
@@ -323,13 +315,22 @@ def test_a_number_of_the_paper(shipped: Path, tmp_path: Path, metrics: dict[str,
     [
         ("stand-in: no result", {}, "stand-in"),
         ("evaluation", {}, "of scale evaluation"),
-        ("paper", {"num_images": 5000}, "50,000 images"),
+        (
+            "paper",
+            {"num_images": 5000, "run": {"num_images": 5000, "num_made": 5000, "seconds": 2500}},
+            "50,000 images",
+        ),
         ("paper", {"published Inception weights": False}, "not by the published Inception"),
     ],
 )
 def test_what_never_counts(shipped: Path, tmp_path: Path, scale: str, settings: dict[str, Any], reason: str) -> None:
     path = paper_results(tmp_path / "results.json", scale=scale, FID_50K=1.76)
-    edit(path, lambda value: value["provenance"]["settings"].update(settings))
+
+    def change(value: dict[str, Any]) -> None:
+        value["provenance"]["settings"] |= settings
+        value["rows"][0]["metrics"]["images"] = value["provenance"]["settings"]["num_images"]
+
+    edit(path, change)
     finding = finding_of(audit_claims([path], checks=CHECKS), "table3/tokenbridge-l/FID")
     assert finding.verdict == "not run"
     assert reason in finding.why
@@ -387,7 +388,7 @@ def test_a_newer_run_stands_in_for_the_shipped_one(shipped: Path) -> None:
     (old,) = audit_claims(checks=CHECKS).evidence
     assert old.file == "reference_results/tiny/results.json"
     assert old.notes[-1] == "runs/tiny/results.json is older and was left out"
-    edit(own, lambda value: value["provenance"].update(started="2030-01-01T00:00:00+00:00"))
+    edit(own, lambda value: value["provenance"].update(started="2126-01-01T00:00:00+00:00"))
     done = audit_claims(checks=CHECKS)
     (new,) = done.evidence
     assert (new.file, new.notes[-1]) == ("runs/tiny/results.json", "stands in for reference_results/tiny/results.json")
@@ -517,21 +518,32 @@ def test_a_byte_of_a_metric_flipped(run_command: Run, tmp_path: Path) -> None:
     assert "was changed after it was written" in error_of(run_command("audit", path))
 
 
-@pytest.mark.parametrize("name", ["inception", "vae", "generator", "fid_stats/adm_in256_stats.npz"])
+def test_hashes_that_nothing_here_can_prove(shipped: Path, tmp_path: Path) -> None:
+    """Neither a good number nor a bad one decides anything while the files behind it are unknown here."""
+    Path(LOCK_FILE).unlink()
+    for fid in (1.76, 9.0):
+        done = audit_claims([paper_results(tmp_path / "results.json", FID_50K=fid)], checks=CHECKS)
+        found = finding_of(done, "table3/tokenbridge-l/FID")
+        assert found.verdict == "within doubt"
+        assert found.why.startswith("the SHA-256 of its generator is neither published nor recorded here; ")
+        assert "not here to compare: generator, vae" in done.evidence[1].notes[1]
+        assert done.failures == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["inception", "vae", "generator", "fid_stats/adm_in256_stats.npz", "VIRTUAL_imagenet256_labeled.npz"]
+)
 def test_hashes_of_published_files(shipped: Path, tmp_path: Path, name: str) -> None:
     """Against what is published, or recorded here at first use."""
     path = paper_results(tmp_path / "results.json", FID_50K=1.76)
-    hashes = {
-        "vae": ("kl16", "2"),
-        "generator": ("tokenbridge-l", "1"),
-        "fid_stats/adm_in256_stats.npz": ("adm-statistics", "5"),
-    }
-    entries = {key: {"path": "x", "size": 1, "mtime_ns": 1, "sha256": 64 * digit} for key, digit in hashes.values()}
-    write_json(Path(LOCK_FILE), entries)
-    done = audit_claims([path], checks=CHECKS)
-    assert done.evidence[1].notes == ("4 hashes of weights and images compared with the files here",)
     part = "data_sha256" if name.endswith("npz") else "weights_sha256"
-    edit(path, lambda value: value["provenance"][part].update({name: "9" * 64}))
+
+    def other(value: dict[str, Any]) -> None:
+        value["provenance"][part][name] = "9" * 64
+        sampler = value["provenance"]["settings"]["sampler"]["weights"]
+        sampler |= {name: "9" * 64} if name in sampler else {}
+
+    edit(path, other)
     with pytest.raises(ValueError, match=rf"results\.json was measured with {re.escape(name)} of SHA-256 9999"):
         audit_claims([path], checks=CHECKS)
 

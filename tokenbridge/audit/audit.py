@@ -10,8 +10,8 @@ whole and is compared with it, but a file in `runs/` does so only if it is the n
 refused, because only the user can say which one is meant. The order of the files therefore does not matter.
 
 A claim at the paper's scale is decided by 50,000 images that are scored by the published Inception weights, and by
-nothing less. Tiny results decide claims about trends. Beside a number of the paper they are shown as support and are
-labelled so.
+nothing less; `audit.paper` says what else the file has to prove. Tiny results decide claims about trends, where their
+rows are the shipped ones. Beside a number of the paper they are shown as support and are labelled so.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def audit_claims(
     fail_on: Collection[str] = (WORSE,),
     row: str | None = None,
     checks: Checks | None = None,
+    scored: bool = False,
 ) -> Audit:
     """Judge every published claim by the shipped result files and those of the user; nothing is written.
 
@@ -106,6 +107,7 @@ def audit_claims(
             from the shipped row it replaces; every other entry is a verdict.
         row: judge only the claims about this row, without discrepancies.
         checks: the checks that decide counted claims, by name; `all_checks` of the ledger by default.
+        scored: whether the caller has just measured the results from images; see `audit_samples`.
 
     Raises:
         UserError: a result file is refused, `fail_on` has an unknown verdict, or the ledger cannot be read.
@@ -119,7 +121,7 @@ def audit_claims(
     run_check = functools.cache(functools.partial(_run_check, all_checks(ledger) if checks is None else checks))
     if row is not None:
         ledger = Ledger(claims=tuple(c for c in ledger.claims if c.row == row))
-    sources, regressions = choose(gather(results, runs=Path(runs), weights=weights, folder=folder))
+    sources, regressions = choose(gather(results, runs=Path(runs), weights=weights, folder=folder, scored=scored))
     statuses = {s.artifact.key: s for s in artifacts.status({k for c in ledger.claims for k in c.needs}, folder=folder)}
     findings = tuple(judge_claim(claim, sources, statuses, run_check) for claim in ledger.claims)
     failures = gate_failures(findings, expected, fail_on, whole=row is None)
@@ -149,7 +151,9 @@ def audit_samples(
 ) -> Audit:
     """Score the user's images, and judge a claim about a row of table 3 and the other claims about the row by them.
 
-    The images are judged, not how they were made. `results.json` is written into `out`, for later audits.
+    The images are judged, not how they were made. Images that are as good as was published leave the claim in doubt,
+    because nothing proves what made them; images that are not contradict it. `results.json` is written into `out`, for
+    later audits.
 
     Args:
         samples: a folder or .npz file of images of 256 x 256 pixels; only 50,000 of them decide the claim.
@@ -184,7 +188,7 @@ def audit_samples(
     )
     path = Path(out) / "results.json"
     result_files.write(path, measured)
-    return audit_claims([path], folder=folder, fail_on=fail_on, row=claim.row, checks=checks)
+    return audit_claims([path], folder=folder, fail_on=fail_on, row=claim.row, checks=checks, scored=True)
 
 
 def _run_check(checks: Checks, name: str) -> float:

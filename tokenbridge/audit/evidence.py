@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenbridge.audit.findings import Origin
+from tokenbridge.audit.paper import contradiction, known_hashes, parts_of
 from tokenbridge.configs.scales import SCALES
 from tokenbridge.data.images import load_images
-from tokenbridge.models.registry import all_presets, find_preset
+from tokenbridge.models.registry import all_presets
 from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.discrepancies import run as discrepancies
 from tokenbridge.reproduction.trends import trends as trends_of
 from tokenbridge.results import schema as result_files
-from tokenbridge.results.compare import incomparable, verdicts
+from tokenbridge.results.compare import compare, incomparable, verdicts
 from tokenbridge.results.schema import Results, Trend
 from tokenbridge.utils import files, provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
-from tokenbridge.weights import artifacts
-from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, STATISTICS
+from tokenbridge.weights.artifacts import INCEPTION
 
 RUNS = ("tiny", "small", "discrepancies", "table1", *all_presets())  # folders to which the commands write by default
 
@@ -37,6 +37,9 @@ class Source:
     results: Results
     trends: tuple[Trend, ...] = ()
     notes: tuple[str, ...] = ()
+    known: Mapping[str, str | None] = field(default_factory=dict)  # scale "paper": see `paper.known_hashes`
+    # Of the user's files at a small scale: rows and trends that are not the shipped ones, by their ids, and why.
+    unlike: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def measured(self) -> set[str]:
@@ -58,6 +61,7 @@ def gather(
     runs: Path,
     weights: Path | str | None = None,
     folder: Path | str | None = None,
+    scored: bool = False,
 ) -> list[Source]:
     """Read and check the shipped result files and those of the user; see `audit.audit_claims` for the arguments.
 
@@ -68,7 +72,7 @@ def gather(
     paths: list[tuple[Path, Origin]] = []
     paths += [(path, "shipped") for path in sorted(shipped.glob("*/results.json"))]
     if results:
-        paths += [(Path(path), "given") for path in results]
+        paths += [(Path(path), "scored" if scored else "given") for path in results]
     else:
         found = (folder / name / "results.json" for folder in (runs, runs / "tables") for name in RUNS)
         paths += [(path, "found") for path in found if path.is_file()]
@@ -77,26 +81,32 @@ def gather(
         name = f"reference_results/{path.relative_to(shipped)}" if origin == "shipped" else str(path)
         read = result_files.read(path)
         folders = [Path(weights)] if weights is not None and origin != "shipped" else []
-        notes = check_hashes(name, read, [*folders, shipped / read.scale / "weights"], folder)
+        known = known_hashes(read, folder) if read.scale == "paper" else {}
+        notes = check_hashes(name, read, [*folders, shipped / read.scale / "weights"], known)
         if read.scale not in SCALES and (reason := incomparable(read, table3.NUM_IMAGES)) is not None:
             notes.append(f"decides no number of the paper: {reason}")
-        sources.append(Source(name, path, origin, read, tuple(recomputed_trends(name, read)), tuple(notes)))
+        sources.append(Source(name, path, origin, read, tuple(recomputed_trends(name, read)), tuple(notes), known))
     return sources
 
 
-def check_hashes(name: str, results: Results, folders: Sequence[Path], folder: Path | str | None = None) -> list[str]:
+def check_hashes(
+    name: str, results: Results, folders: Sequence[Path], published: Mapping[str, str | None]
+) -> list[str]:
     """Compare the hashes in a result file with the files on this machine; return what was and what was not compared.
 
     Args:
         name: the name of the result file, for messages.
         folders: the folders of models of its scale.
-        folder: the folder of the published files; see `artifacts.resolve`.
+        published: the SHA-256 of published files; see `paper.known_hashes`.
 
     Raises:
-        UserError: a hash differs, or results of a scale of this project name other images than its own or no weights.
+        UserError: a hash differs; results of a scale of this project name other images than its own or no weights; or
+            results of the paper's scale contradict themselves.
     """
     p = results.provenance
     if results.scale in SCALES:
+        if outside := [n for n in p.weights_sha256 if Path(n).is_absolute() or ".." in Path(n).parts]:
+            raise UserError(f"{name} names weights outside of the folder of its models: {outside[0][:80]!r}.")
         known = {n: {sha256_of(f / n) for f in folders if (f / n).is_file()} for n in p.weights_sha256}
         if not known:
             raise UserError(f"{name} does not say what weights it was measured with.")
@@ -112,13 +122,15 @@ def check_hashes(name: str, results: Results, folders: Sequence[Path], folder: P
             named[split] = p.data_sha256[split]
             known[split] = {_hash_of_images(data, split.rpartition("/")[2])} if data == "digits" else set()
     elif results.scale == "paper":
+        if (wrong := contradiction(results)) is not None:
+            raise UserError(f"{name} cannot be right: {wrong}.")
         if p.settings.get("published Inception weights") and INCEPTION not in p.weights_sha256:
             raise UserError(f"{name} does not say what Inception weights it was measured with.")
-        keys = _artifacts_of(results)
-        recorded = {s.artifact.key: s.sha256 for s in artifacts.status(set(keys.values()), folder=folder)}
-        hashes = {**p.weights_sha256, **p.data_sha256}
-        named = {n: hashes[n] for n in keys}
-        known = {n: {h for h in (ARTIFACTS[k].sha256 or recorded[k],) if h is not None} for n, k in keys.items()}
+        parts = [part for row in results.rows for part in parts_of(results, row.id, "", published)]
+        if not p.settings.get("published Inception weights"):
+            parts = [part for part in parts if part.key != INCEPTION]
+        named = {part.name: part.sha256 for part in parts if part.name is not None and part.sha256 is not None}
+        known = {n: {h for part in parts if part.name == n and (h := published[part.key])} for n in named}
         hint = "is published, or was recorded here, with another SHA-256"
     else:
         return []
@@ -160,7 +172,7 @@ def choose(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
     Raises:
         UserError: two files of the user measured the same row at the same scale.
     """
-    order = {"shipped": 0, "given": 1, "found": 2}
+    order = {"shipped": 0, "scored": 1, "given": 1, "found": 2}
     found: list[Source] = []
     for source in sorted(sources, key=lambda s: (order[s.origin], s.results.scale, s.name)):
         if not any(source.results == other.results for other in found):  # equal contents are a copy of the same file
@@ -185,7 +197,7 @@ def choose(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
                 for id_, (verdict, why) in judged.items()
                 if verdict == "not reproduced"
             ]
-        kept.append(source)
+        kept.append(replace(source, unlike=_unlike(source, shipped)))
     for first, second in itertools.combinations(kept, 2):
         if first.overlaps(second) and first.results.scale in ("paper", *SCALES):
             both = ", ".join(sorted(first.measured & second.measured)[:3])
@@ -197,6 +209,17 @@ def choose(sources: Iterable[Source]) -> tuple[list[Source], list[str]]:
     return [*remaining, *kept], regressions
 
 
+def _unlike(source: Source, shipped: Sequence[Source]) -> dict[str, str]:
+    """Return the rows and trends of a file that are not those of the shipped files of its scale, and why."""
+    stored = [other for other in shipped if other.results.scale == source.results.scale]
+    rows = {row.id: row for other in stored for row in other.results.rows}
+    holds = {trend.id: trend.holds for other in stored for trend in other.trends}
+    judged = {row.id: compare(row, rows.get(row.id)) for row in source.results.rows}
+    return {id_: why for id_, (verdict, why) in judged.items() if verdict == "not reproduced"} | {
+        trend.id: "the shipped rows do not say so" for trend in source.trends if holds.get(trend.id) is not trend.holds
+    }
+
+
 def _numbers(trend: Trend) -> tuple[float, str, float]:
     return trend.measured, trend.relation, trend.bound
 
@@ -204,19 +227,3 @@ def _numbers(trend: Trend) -> tuple[float, str, float]:
 @functools.cache
 def _hash_of_images(data: str, split: str) -> str:
     return provenance.hash_of_dataset(load_images(data, split))
-
-
-def _artifacts_of(results: Results) -> dict[str, str]:
-    """Return the key of the published file behind each name in the hashes of paper-scale results, where it is known."""
-    p = results.provenance
-    parts: dict[str, str] = {}
-    for system in (row.id.removeprefix("table3/") for row in results.rows):
-        if system in all_presets():
-            kind, preset = find_preset(system)
-            parts = {"generator": preset.name, kind.recipe: kind.tokenizer.key}
-    keys = {name: parts.get(name, name) for name in p.weights_sha256}
-    if not p.settings.get("published Inception weights"):
-        keys.pop(INCEPTION, None)
-    statistics = Path(ARTIFACTS[STATISTICS].file).name
-    keys |= {name: STATISTICS for name in p.data_sha256 if Path(name).name == statistics}
-    return {name: key for name, key in keys.items() if key in ARTIFACTS}

@@ -12,8 +12,9 @@ from tokenbridge.results.schema import Row, Trend
 from tokenbridge.results.verdicts import Verdict
 from tokenbridge.utils.strict import Strict
 
-Origin = Literal["shipped", "found", "given"]
-"""Whether a result file ships with this project, was found where commands leave results, or was given by the user."""
+Origin = Literal["shipped", "found", "given", "scored"]
+"""Whether a result file ships with this project, was found where commands leave results, was given by the user, or has
+the scores that this very audit measured."""
 
 
 class Evidence(Strict):

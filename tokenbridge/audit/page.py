@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 MEANINGS: dict[Verdict, str] = {
     "reproduced": "measured, counted or compared with the official code here, and within the stated tolerance",
     "not reproduced": "measured here, and outside the tolerance",
-    "within doubt": "measured here, but the interval of the measurement reaches across the edge of the tolerance",
+    "within doubt": "measured, but the interval of the measurement reaches across the edge of the tolerance, or the "
+    "file leaves open what was measured",
     "not run": "something it needs is missing; the claim says what",
     "not applicable at this scale": "nothing that could be run here decides it",
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tokenbridge.audit.evidence import Source
 from tokenbridge.audit.findings import Effect, Evidence, Finding
+from tokenbridge.audit.paper import doubts, unmeasurable
 from tokenbridge.configs.scales import SCALES
 from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.trends import trend_rows
@@ -13,7 +14,7 @@ from tokenbridge.results.compare import incomparable
 from tokenbridge.results.ledger import Claim, Discrepancy
 from tokenbridge.results.schema import Row, Trend
 from tokenbridge.results.score import to_scores
-from tokenbridge.results.verdicts import judge
+from tokenbridge.results.verdicts import Verdict, judge
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights.artifacts import Status
@@ -42,6 +43,7 @@ def judge_claim(
         UserError: the claim lacks the check, trend or value that its scale needs, or names one that does not exist.
     """
     support = tuple(_support(claim, sources))
+    verdict: Verdict
     if claim.scale == "counted":
         measured = run_check(_named(claim, claim.check, "check"))
         # The check of a claim in words returns 1 if the claim is true.
@@ -57,8 +59,14 @@ def judge_claim(
             if trend is not None and source.results.scale == claim.scale:
                 verdict = "reproduced" if trend.holds else "not reproduced"
                 why = f"at {source.results.scale} scale: {_words(trend)}"
+                rests_on = (*trend_rows().get(id_, source.unlike), id_)
+                if unlike := [f"{part} ({source.unlike[part]})" for part in rests_on if part in source.unlike]:
+                    verdict, why = "within doubt", f"not as in the shipped results: {'; '.join(unlike)}; {why}"
                 return Finding(claim=claim, verdict=verdict, why=why, measured=trend.measured, evidence=i)
         return _not_run(claim, _why_undecided(id_, claim.scale, sources), files, support)
+    if claim.not_applicable is not None:
+        why = claim.not_applicable
+        return Finding(claim=claim, verdict="not applicable at this scale", why=why, support=support)
     reasons = []
     for i, source in enumerate(sources):
         row = next((row for row in source.results.rows if row.id == claim.row), None)
@@ -66,7 +74,7 @@ def judge_claim(
             continue
         if row.not_run is not None:
             reasons.append(f"{source.name}: {row.not_run}")
-        elif (reason := incomparable(source.results, table3.NUM_IMAGES)) is not None:
+        elif (reason := incomparable(source.results, table3.NUM_IMAGES) or unmeasurable(row.id)) is not None:
             reasons.append(f"{source.name}: {reason}")
         elif claim.metric not in row.metrics:
             reasons.append(f"{source.name} has no {claim.metric} of {row.id}")
@@ -74,18 +82,25 @@ def judge_claim(
             raise UserError(f"The claim {claim.id} of scale paper has no value.")
         else:
             measured, interval = row.metrics[claim.metric], interval_of(row, claim.metric)
+            verdict, why = (
+                judge(claim.value, measured, claim.tolerance, interval),
+                _comparison(claim, measured, interval),
+            )
+            if source.origin == "scored":
+                open_questions = ["nothing proves what made the images"] * (verdict == "reproduced")
+            else:
+                open_questions = doubts(source.results, row, claim.metric, source.known)
+            if open_questions:
+                verdict, why = "within doubt", f"{'; '.join(open_questions)}; {why}"
             return Finding(
                 claim=claim,
-                verdict=judge(claim.value, measured, claim.tolerance, interval),
-                why=_comparison(claim, measured, interval),
+                verdict=verdict,
+                why=why,
                 measured=measured,
                 interval=interval,
                 evidence=i,
                 support=support,
             )
-    if claim.not_applicable is not None and not reasons:
-        why = claim.not_applicable
-        return Finding(claim=claim, verdict="not applicable at this scale", why=why, support=support)
     return _not_run(claim, reasons or [f"no result file has {claim.metric} of {claim.row}"], files, support)
 
 

@@ -10,9 +10,9 @@ from tokenbridge.results.tolerances import Tolerance, metric
 Verdict = Literal[
     "reproduced", "not reproduced", "within doubt", "not run", "not applicable at this scale", "not compared"
 ]
-"""`within doubt`: only a part of the value's interval lies within the tolerance. `not applicable at this scale`: this
-project can run nothing that decides it. `not compared`: the value was measured, but has nothing that it may be compared
-with."""
+"""`within doubt`: only a part of the value's interval lies within the tolerance, or the file does not prove what was
+measured. `not applicable at this scale`: this project can run nothing that decides it. `not compared`: the value was
+measured, but has nothing that it may be compared with."""
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 CLAIM_VERDICTS: tuple[Verdict, ...] = tuple(verdict for verdict in VERDICTS if verdict != "not compared")
