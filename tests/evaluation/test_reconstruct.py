@@ -409,7 +409,7 @@ def test_rfid_fills_its_column(models: dict[str, str], tmp_path: Path, monkeypat
         patch.object(reconstruction, "load_inception", return_value=network) as load,
         patch.object(reconstruction, "inception_rfid", side_effect=scores) as rfid,
     ):
-        report = reconstruct("digits", limit=4, out=tmp_path, **settings)
+        report = reconstruct("digits", limit=4, out=tmp_path / "out", **settings)
         single = reconstruct("digits", limit=1, out=tmp_path / "single", **settings)
     assert [row.metrics["rFID"] for row in report.rows] == [1.25, 2.5]
     assert load.call_args.args == (weights,)

@@ -38,6 +38,7 @@ from tokenbridge.results import schema as results
 from tokenbridge.results.schema import Results, Row, read
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer
 from tokenbridge.utils.files import reference_folder
+from tokenbridge.utils.locks import LOCK, FolderInUseError, locked
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -93,9 +94,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scale]:
             shutil.copy(SHIPPED / "goldens" / f"{name}.npz", folder / "goldens")
         sums = (SHIPPED / "goldens" / "SHA256SUMS").read_text().splitlines(keepends=True)
         (folder / "goldens" / "SHA256SUMS").write_text("".join(x for x in sums if Path(x.split()[1]).stem in GOLDENS))
+        weights = folder / "weights"
         for name in MODELS:
-            shutil.copytree(SHIPPED / "tiny" / "weights" / name, folder / "tiny" / "weights" / name)
-        reproduce_scale(scale, weights=folder / "tiny" / "weights", out=folder / "tiny", reference=None, num_images=20)
+            shutil.copytree(SHIPPED / "tiny" / "weights" / name, weights / name)
+        reproduce_scale(scale, weights=weights, out=folder / "tiny", reference=None, num_images=20)
+        weights.rename(folder / "tiny" / "weights")
         (folder / "paper").mkdir()
         (folder / "paper" / "claims.yaml").write_text(yaml.safe_dump({"claims": CLAIMS}))
         patch.setitem(recipes.SCALES, "tiny", scale)
@@ -484,7 +487,8 @@ def source(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != LOCK]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
 
 
 @pytest.fixture
@@ -607,6 +611,20 @@ def test_a_kill_leaves_the_old_references(
     assert contents(stored) == before
     references.update(scale, stored, tmp_path / "out", parts=["benchmarks"], why="why", source=source)
     assert contents(stored) != before
+
+
+@pytest.mark.usefixtures("new_ratios")
+def test_two_updates_at_once_lose_none(stored: Path, scale: Scale, source: Path, tmp_path: Path) -> None:
+    """The second one is refused before it measures, because it would compare with references about to be replaced."""
+    where = (scale, stored, tmp_path / "out")
+    with locked(stored):
+        with pytest.raises(FolderInUseError, match=f"in use by another run, process {os.getpid()} on "):
+            references.update(*where, parts=["benchmarks"], why="why", source=source)
+        references.update(*where, parts=["benchmarks"], source=source)  # only looks
+    (source / ".tokenbridge-leftover").mkdir()
+    (source / ".tokenbridge-leftover" / "file").touch()  # is no change of the checkout
+    references.update(*where, parts=["benchmarks"], why="why", source=source)
+    assert not list(stored.glob(".tokenbridge*"))
 
 
 # ------------------------------------------------------------------------------------------------- in GitHub CI

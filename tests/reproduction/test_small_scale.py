@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tokenbridge.reproduction.small_scale import reproduce_scale
 from tokenbridge.results.compare import compare, verdicts
 from tokenbridge.results.schema import Results, read
 from tokenbridge.training.train import load
+from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.utils.provenance import hash_of_dataset
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -146,11 +148,35 @@ def test_missing_model_is_an_error_that_names_its_file(world: World, tmp_path: P
     shutil.copytree(world.weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / missing)
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "weights" / missing / WEIGHTS_FILE))):
-        reproduce_scale(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10)
+        reproduce_scale(MINI, weights=tmp_path / "weights", out=tmp_path / "out", reference=None, num_images=10)
 
 
 def test_main_system_missing_is_not_run_like_the_others(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.weights, tmp_path / "weights")
     shutil.rmtree(tmp_path / "weights" / "tokenbridge-64")
-    found, _ = reproduce_scale(MINI, weights=tmp_path / "weights", out=tmp_path, reference=None, num_images=10)
+    found, _ = reproduce_scale(MINI, weights=tmp_path / "weights", out=tmp_path / "out", reference=None, num_images=10)
     assert {row.id for row in found.rows if row.not_run} >= {"table3/tokenbridge", "table5/cached"}
+
+
+def test_a_folder_is_of_one_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed between its pictures and its results leaves those of the older run, all of them."""
+
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(world.root / "first", tmp_path / "out")
+    before = contents()
+    for step in ("golden_tokens", "trends", "markdown.to_markdown"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tokenbridge.reproduction.small_scale.{step}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                reproduce_scale(
+                    MINI, weights=world.weights, out=tmp_path / "out", reference=None, num_images=10, seed=1
+                )
+        assert contents() == before
+    (tmp_path / "out" / "diary.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out is not replaced, because it holds diary\.txt, which is not one of ours"):
+        reproduce_scale(MINI, weights=world.weights, out=tmp_path / "out", reference=None, num_images=10)

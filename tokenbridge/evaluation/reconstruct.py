@@ -43,7 +43,8 @@ from tokenbridge.tokenizers.quantizer import (
 from tokenbridge.utils import provenance
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import make_folder, write_json, write_text
+from tokenbridge.utils.files import check_replaceable, write_json, write_text
+from tokenbridge.utils.locks import results_folder
 from tokenbridge.weights.artifacts import MissingArtifactsError
 from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
     from tokenbridge.evaluation.classifier import Classifier
 
+FILES = ("reconstruction.json", "reconstruction.md", "reconstruction.png")
 SCHEMA = "tokenbridge-reconstruction/1"
 QUANTIZERS = ("gaussian", "uniform", "lloyd-max")
 COLUMNS = ("PSNR", "SSIM", "rFID", "bits per image")
@@ -138,7 +140,7 @@ def reconstruct(
             distortions[_row_id(label)] = measure_distortion(chosen, latents)
             tokenizers[label] = LatentTokenizer(model, chosen.to(model.device))
 
-    make_folder(out)
+    check_replaceable(out, FILES)  # before the work whose results it is to hold
     shown = torch.linspace(0, len(pixels) - 1, min(NUM_SHOWN, len(pixels))).long()  # sources are often sorted by class
     rows, pictures = [], {"original": pixels[shown]}
     for label, chosen_tokenizer in tokenizers.items():
@@ -396,7 +398,6 @@ def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
     num_shown = len(pictures["original"])
     title = f"{settings['class']}: {num_shown} of {settings['images']} images, {Path(settings['source']).name}"
     inches = min(1.6, max(0.6, settings["image shape"][-1] / 150))  # 150 dots an inch: up to 240 pixels, dot for pixel
-    save_grid(out / "reconstruction.png", list(pictures.values()), list(pictures), title, cell_inches=inches)
     value = {
         "schema_version": SCHEMA,
         "settings": settings,
@@ -408,8 +409,10 @@ def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
             **provenance.origin(),
         },
     }
-    write_json(out / "reconstruction.json", value)
-    write_text(out / "reconstruction.md", to_markdown(report))
+    with results_folder(out, FILES) as fresh:
+        save_grid(fresh / "reconstruction.png", list(pictures.values()), list(pictures), title, cell_inches=inches)
+        write_json(fresh / "reconstruction.json", value)
+        write_text(fresh / "reconstruction.md", to_markdown(report))
 
 
 def to_markdown(report: Report) -> str:

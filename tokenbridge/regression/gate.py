@@ -121,7 +121,8 @@ def tiny(scale: Scale, folder: Path | str, out: Path | str, *, quick: bool = Fal
     checks = stored_checks(stored, Path(folder) / "weights")
     if quick:
         bench = open_workbench(scale, Path(folder) / "weights")
-        checks += row_checks(reconstruction_rows(bench, Path(out)), stored)
+        with tempfile.TemporaryDirectory() as folder_of_the_picture:  # `out` is for the files of a whole run
+            checks += row_checks(reconstruction_rows(bench, Path(folder_of_the_picture)), stored)
         measured = {check.name for check in checks}
         rest = [*(row.id for row in stored.rows), *(trend.id for trend in stored.trends)]
         return checks + [Check(id_, "skipped", "--quick") for id_ in rest if id_ not in measured]

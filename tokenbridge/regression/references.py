@@ -9,6 +9,7 @@ import datetime
 import functools
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from tokenbridge.reproduction.small_scale import reproduce_scale
 from tokenbridge.results import compare, markdown, tolerances, verdicts
 from tokenbridge.results import schema as results
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import make_folder, replacing_folder, write_text
+from tokenbridge.utils.files import HIDDEN, make_folder, recover, replacing_folder, write_text
+from tokenbridge.utils.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -62,49 +64,51 @@ def update(
 
     Raises:
         UserError: a part is unknown, the reason is empty, or references are to be written and the checkout has
-            uncommitted changes.
+            uncommitted changes, or somebody else is updating them.
     """
     folder, out = Path(folder), Path(out)
     if unknown := sorted(set(parts) - set(PARTS)):
         raise UserError(f"There are no references {', '.join(unknown)}; there are {', '.join(PARTS)}.")
     if why is not None and not why.strip():
         raise UserError("References change for a reason: say it with --why.")
-    make_folder(out)
-    commit = None if why is None else clean_commit(source)  # checked first, since measuring takes minutes
-    changes: list[Change] = []
-    fresh: dict[str, Path] = {}  # new files by their names in `folder`
-    if "tiny" in parts:
-        made, changed = _measure_tiny(scale, folder / scale.name, out / scale.name)
-        fresh |= {f"{scale.name}/{path.name}": path for path in made}
-        changes += changed
-    audit = None
-    if "verdicts" in parts:
-        audit = gate.audit_of(folder, out / scale.name if "tiny" in parts else None, fail_on=())
-        expected = read_expected(folder / EXPECTED) if (folder / EXPECTED).is_file() else {}
-        changes += verdict_changes(audit, expected)
-    if "benchmarks" in parts:
-        name = "benchmarks/ratios.json"
-        measured = functools.reduce(ratios.merge, (ratios.measure() for _ in range(ratios.NUM_RUNS)))
-        if measured.failed:
-            raise UserError(f"These benchmarks fail, and cannot become references: {', '.join(measured.failed)}.")
-        stored = ratios.read(folder / name) if (folder / name).is_file() else None
-        changes += ratio_changes(measured, stored)
-        ratios.write(out / name, measured)
-        fresh[name] = out / name
-    if why is not None:
-        if clean_commit(source) != commit:
-            raise UserError("The checkout changed during the measurement; nothing was written.")
-        record = _record(why.strip(), str(commit), _who(source), changes)
-        with replacing_folder(folder, known=None) as new:
-            shutil.copytree(folder, new, dirs_exist_ok=True)
-            for name, path in fresh.items():
-                (new / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, new / name)
-            if audit is not None:
-                write_expected(new / EXPECTED, audit, why.strip())
-            before = (new / RECORD).read_text(encoding="utf-8") if (new / RECORD).is_file() else _TITLE
-            write_text(new / RECORD, before + record)
-    return changes
+    recover(folder)
+    with locked(folder) if why is not None else nullcontext():  # what is read must be what is replaced
+        make_folder(out)
+        commit = None if why is None else clean_commit(source)  # checked first, since measuring takes minutes
+        changes: list[Change] = []
+        fresh: dict[str, Path] = {}  # new files by their names in `folder`
+        if "tiny" in parts:
+            made, changed = _measure_tiny(scale, folder / scale.name, out / scale.name)
+            fresh |= {f"{scale.name}/{path.name}": path for path in made}
+            changes += changed
+        audit = None
+        if "verdicts" in parts:
+            audit = gate.audit_of(folder, out / scale.name if "tiny" in parts else None, fail_on=())
+            expected = read_expected(folder / EXPECTED) if (folder / EXPECTED).is_file() else {}
+            changes += verdict_changes(audit, expected)
+        if "benchmarks" in parts:
+            name = "benchmarks/ratios.json"
+            measured = functools.reduce(ratios.merge, (ratios.measure() for _ in range(ratios.NUM_RUNS)))
+            if measured.failed:
+                raise UserError(f"These benchmarks fail, and cannot become references: {', '.join(measured.failed)}.")
+            stored = ratios.read(folder / name) if (folder / name).is_file() else None
+            changes += ratio_changes(measured, stored)
+            ratios.write(out / name, measured)
+            fresh[name] = out / name
+        if why is not None:
+            if clean_commit(source) != commit:
+                raise UserError("The checkout changed during the measurement; nothing was written.")
+            record = _record(why.strip(), str(commit), _who(source), changes)
+            with replacing_folder(folder, known=None) as new:
+                shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(HIDDEN))
+                for name, path in fresh.items():
+                    (new / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, new / name)
+                if audit is not None:
+                    write_expected(new / EXPECTED, audit, why.strip())
+                before = (new / RECORD).read_text(encoding="utf-8") if (new / RECORD).is_file() else _TITLE
+                write_text(new / RECORD, before + record)
+        return changes
 
 
 def clean_commit(source: Path) -> str:
@@ -113,8 +117,9 @@ def clean_commit(source: Path) -> str:
     Raises:
         UserError: it has uncommitted changes, or is not a git checkout.
     """
+    hidden = (HIDDEN, f"{HIDDEN}/**")
     try:
-        if changed := _git(source, "status", "--porcelain"):
+        if changed := _git(source, "status", "--porcelain", "--", ".", *(f":(exclude,glob)**/{h}" for h in hidden)):
             first = changed.splitlines()[0].split(maxsplit=1)[1]
             raise UserError(f"{source} has uncommitted changes ({first}, ...): no reference can be measured there.")
         return _git(source, "rev-parse", "HEAD")
@@ -138,7 +143,6 @@ def _who(source: Path) -> str:
 def _measure_tiny(scale: Scale, folder: Path, out: Path) -> tuple[list[Path], list[Change]]:
     """Measure tiny results; return the new files, and what differs from the stored results and tokens."""
     stored = results.read(folder / "results.json") if (folder / "results.json").is_file() else None
-    shutil.rmtree(out, ignore_errors=True)  # files of an older measurement must not become references
     measured, _ = reproduce_scale(
         scale,
         weights=folder / "weights",

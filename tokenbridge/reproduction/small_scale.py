@@ -38,13 +38,15 @@ from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import make_folder, sha256_of, write_text
+from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.utils.locks import results_folder
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from tokenbridge.configs.schema import Scale
 
 
+FILES = ("results.json", "tables.md", "tokens.json", "reconstruction.png", "samples-*.png")
 LEVELS = (8, 16, 32, 64)  # table 1a
 RANGES = (2.0, 3.0, 4.0, 5.0)  # table 1b
 
@@ -94,41 +96,40 @@ def reproduce_scale(
         UserError: the reference is not a result file, or `num_images` is not a multiple of the number of classes.
     """
     stopwatch = provenance.Stopwatch()
-    out = Path(out)
     if num_images < 1 or num_images % len(scale.classes):
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
     stored = results.read(reference) if reference is not None else None  # first: a damaged file must not cost minutes
     bench = open_workbench(scale, weights)
-    make_folder(out)
-    rows = [*reconstruction_rows(bench, out), *generation_rows(bench, out, num_images, seed)]
-    write_text(out / "tokens.json", json.dumps(golden_tokens(bench)))
-    rows += prediction_time_rows(bench)
-    measured = Results(
-        scale=scale.name,
-        provenance=Provenance(
-            **stopwatch.record(),
-            seed=seed,
-            data_sha256={
-                f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
-                for split in ("train", "test")
-            },
-            weights_sha256={
-                f"{recipe.name}/{name}": sha256_of(file)
-                for recipe in scale.recipes
-                for name in ("config.json", WEIGHTS_FILE)
-                if (file := Path(weights) / recipe.name / name).is_file()
-            },
-            settings={
-                "num_images": num_images,
-                **{recipe.name: dataclasses.asdict(recipe.sampling) for recipe in scale.recipes if recipe.sampling},
-            },
-        ),
-        rows=rows,
-        trends=trends(rows),
-    )
-    results.write(out / "results.json", measured)
-    write_text(out / "tables.md", markdown.to_markdown(measured, stored))
-    return measured, stored
+    with results_folder(out, FILES) as fresh:
+        rows = [*reconstruction_rows(bench, fresh), *generation_rows(bench, fresh, num_images, seed)]
+        write_text(fresh / "tokens.json", json.dumps(golden_tokens(bench)))
+        rows += prediction_time_rows(bench)
+        measured = Results(
+            scale=scale.name,
+            provenance=Provenance(
+                **stopwatch.record(),
+                seed=seed,
+                data_sha256={
+                    f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
+                    for split in ("train", "test")
+                },
+                weights_sha256={
+                    f"{recipe.name}/{name}": sha256_of(file)
+                    for recipe in scale.recipes
+                    for name in ("config.json", WEIGHTS_FILE)
+                    if (file := Path(weights) / recipe.name / name).is_file()
+                },
+                settings={
+                    "num_images": num_images,
+                    **{recipe.name: dataclasses.asdict(recipe.sampling) for recipe in scale.recipes if recipe.sampling},
+                },
+            ),
+            rows=rows,
+            trends=trends(rows),
+        )
+        results.write(fresh / "results.json", measured)
+        write_text(fresh / "tables.md", markdown.to_markdown(measured, stored))
+        return measured, stored
 
 
 def reconstruction_rows(bench: Workbench, out: Path) -> list[Row]:

@@ -61,13 +61,15 @@ from tokenbridge.utils import provenance
 from tokenbridge.utils.console import track
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import make_folder, replacing, sha256_of, write_text
+from tokenbridge.utils.files import check_replaceable, replacing, sha256_of, write_text
 from tokenbridge.utils.flop import count, placeholder
+from tokenbridge.utils.locks import results_folder
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS, Status
 from tokenbridge.weights.rule import rule_state
 
 FILES = (IMAGENET, KL16_VAE, INCEPTION, STATISTICS)
+RESULT_FILES = ("results.json", "tables.md")
 IMAGE_SIZE = 256
 BATCH_SIZE = 50
 NUM_CLASSES = 1000
@@ -129,7 +131,7 @@ def reproduce_table1(options: Options, *, out: Path | str) -> tuple[Results, Jud
     paths = artifacts.resolve(_needed(options), folder=folder, given=_given(options))
     inception = load_inception(other or paths[INCEPTION], allow_other=other is not None)
     hashes = {key: artifacts.fingerprint(paths[key], folder=folder) for key in (KL16_VAE, STATISTICS)}
-    make_folder(out)
+    check_replaceable(out, RESULT_FILES)  # before the work whose results it is to hold
     results = measure(
         paths,
         inception,
@@ -150,6 +152,7 @@ def _stand_in(options: Options, out: Path) -> tuple[Results, Judged]:
     statistics are those of photographs that scikit-image ships.
     """
     num_images = options.images_or(len(PHOTOGRAPHS))
+    check_replaceable(out, RESULT_FILES)
     with tempfile.TemporaryDirectory() as folder:
         files, inception = write_stand_ins(Path(folder))
         results = measure(
@@ -423,6 +426,7 @@ def _given(options: Options) -> dict[str, Path | None]:
 
 def _write(results: Results, out: Path) -> Judged:
     judged = judge(results)
-    write(out / "results.json", results)
-    write_text(out / "tables.md", to_markdown(results, judged))
+    with results_folder(out, RESULT_FILES) as fresh:
+        write(fresh / RESULT_FILES[0], results)
+        write_text(fresh / RESULT_FILES[1], to_markdown(results, judged))
     return judged

@@ -164,7 +164,7 @@ def check_replaceable(folder: Path | str, known: Sequence[str] | None) -> None:
     for place, folders, names in os.walk(target, onerror=_raise):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         found += [Path(place, name).relative_to(target).as_posix() for name in [*names, *links]]
-    there = sorted(name for name in found if not Path(name).name.startswith(".tokenbridge"))
+    there = sorted(name for name in found if not fnmatch.fnmatchcase(Path(name).name, HIDDEN))
     remedy = "Name another folder, or move its files away."
     if there and known[0] not in there:
         raise UserError(f"{folder} is not replaced, because it holds {there[0]} and has no {known[0]}. {remedy}")
@@ -258,8 +258,8 @@ def _flush(path: Path) -> None:
 
 # ------------------------------------------------------------------------------------ leftovers of dead processes
 
-LEFTOVERS = ".tokenbridge-*"
-"""Temporary files and folders, which bear the name of their machine and their process."""
+HIDDEN = ".tokenbridge*"
+"""Names of files and folders that are no results: locks, and temporary ones with their machine and process."""
 _LEFTOVER = re.compile(r"\.tokenbridge-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(\.[^.]*)?")
 _ABANDONED = 7 * 24 * 3600.0  # seconds without a change after which another machine's process is taken for dead
 
@@ -270,7 +270,7 @@ def clear_leftovers(folder: Path | str) -> None:
     Only names that this module gives are looked at, and never those of a process that lives. Of processes on other
     machines, which share the folder over a network, only what nobody changed for a week is removed.
     """
-    for path in Path(folder).glob(LEFTOVERS):
+    for path in Path(folder).glob(HIDDEN):
         if (found := _LEFTOVER.fullmatch(path.name)) and not _may_live(path, *found.group(1, 2, 3)):
             _clear(path)
 

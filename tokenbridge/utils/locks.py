@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import make_folder, storage_errors
+from tokenbridge.utils.files import check_replaceable, make_folder, recover, replacing_folder, storage_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 LOCK = ".tokenbridge.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -40,6 +40,7 @@ def locked(folder: Path | str, *, name: str = LOCK, wait: bool = False) -> Itera
         FolderInUseError: another process, or another thread of this one, holds the lock, and `wait` is False.
         StorageError: the folder cannot be made or written to.
     """
+    recover(folder)
     path = make_folder(folder) / name
     with storage_errors(path):
         handle = _open_locked(path, wait)
@@ -52,6 +53,22 @@ def locked(folder: Path | str, *, name: str = LOCK, wait: bool = False) -> Itera
         if _is_at(handle, path):
             path.unlink()
         os.close(handle)
+
+
+@contextmanager
+def results_folder(folder: Path | str, known: Sequence[str]) -> Iterator[Path]:
+    """Yield a new folder that replaces `folder` once all results are in it: they are those of one run, or the old ones.
+
+    Args:
+        known: see `files.check_replaceable`.
+
+    Raises:
+        FolderInUseError: another run is about to replace the folder.
+        UserError: the folder holds something else, which must not be lost.
+    """
+    check_replaceable(folder, known)
+    with locked(folder), replacing_folder(folder, known) as fresh:
+        yield fresh
 
 
 def _open_locked(path: Path, wait: bool) -> int:

@@ -31,6 +31,7 @@ from tokenbridge.utils import files, provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.utils.locks import results_folder
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ COMPARISONS: dict[str, tuple[str, Callable[[Study], list[Row]]]] = {
     "llamagen-zero-row": ("LlamaGen: rotary row of the class token", llamagen_zero_row),
 }
 """The title and the function of each comparison."""
+
+FILES = ("results.json", "tables.md")
 
 
 def trends(rows: Sequence[Row], extractor: str) -> list[Trend]:
@@ -115,41 +118,41 @@ def measure_discrepancies(
         read_latents(latents)  # before the work, so that a bad file does not cost minutes
     weights = Path(weights or files.reference_folder() / scale.name / "weights")
     bench = open_workbench(scale, weights)
-    files.make_folder(out)
-    study = Study(bench, num_images, seed, latents)
-    rows = []
-    for title, compare in COMPARISONS.values():
-        log(title)
-        rows += compare(study)
-    given = {} if latents is None else {f"given latents ({latents.name})": sha256_of(latents)}
-    measured = Results(
-        scale=scale.name,
-        provenance=Provenance(
-            **stopwatch.record(),
-            seed=seed,
-            data_sha256={
-                f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
-                for split in ("train", "test")
-            }
-            | given,
-            weights_sha256={
-                f"{name}/{file.name}": sha256_of(file)
-                for name in ("vae", "vq", "classifier", MAIN_SYSTEM, "givt", "llamagen")
-                for file in (weights / name / "config.json", weights / name / WEIGHTS_FILE)
-                if file.is_file()
-            },
-            settings={
-                "num_images": num_images,
-                "num_seeds": NUM_SEEDS,
-                **{recipe.name: dataclasses.asdict(recipe.sampling) for recipe in scale.recipes if recipe.sampling},
-            },
-        ),
-        rows=rows,
-        trends=trends(rows, bench.extractor),
-    )
-    write(Path(out) / "results.json", measured)
-    write_text(Path(out) / "tables.md", to_markdown(measured))
-    return measured
+    with results_folder(out, FILES) as fresh:
+        study = Study(bench, num_images, seed, latents)
+        rows = []
+        for title, compare in COMPARISONS.values():
+            log(title)
+            rows += compare(study)
+        given = {} if latents is None else {f"given latents ({latents.name})": sha256_of(latents)}
+        measured = Results(
+            scale=scale.name,
+            provenance=Provenance(
+                **stopwatch.record(),
+                seed=seed,
+                data_sha256={
+                    f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
+                    for split in ("train", "test")
+                }
+                | given,
+                weights_sha256={
+                    f"{name}/{file.name}": sha256_of(file)
+                    for name in ("vae", "vq", "classifier", MAIN_SYSTEM, "givt", "llamagen")
+                    for file in (weights / name / "config.json", weights / name / WEIGHTS_FILE)
+                    if file.is_file()
+                },
+                settings={
+                    "num_images": num_images,
+                    "num_seeds": NUM_SEEDS,
+                    **{recipe.name: dataclasses.asdict(recipe.sampling) for recipe in scale.recipes if recipe.sampling},
+                },
+            ),
+            rows=rows,
+            trends=trends(rows, bench.extractor),
+        )
+        write(fresh / FILES[0], measured)
+        write_text(fresh / FILES[1], to_markdown(measured))
+        return measured
 
 
 def by_comparison(results: Results) -> dict[str, list[Row]]:
