@@ -176,7 +176,7 @@ def test_two_tensors_that_change_places_are_kept_apart() -> None:
 
 def test_the_error_names_the_model_that_it_is(tmp_path: Path) -> None:
     mappings = layout(create_model("tokenbridge-b")).mappings
-    state = {name: torch.zeros(()).expand(mapping.shape) for name, mapping in mappings.items()}
+    state = {name: torch.zeros(mapping.shape, dtype=torch.uint8) for name, mapping in mappings.items()}  # small
     torch.save({"model_ema": state, "model": state}, tmp_path / "wrong.pth")
     for name, described in (("tokenbridge-h", "tokenbridge-h"), ("mar-b", "MAR"), ("kl16", "KL-16")):
         with pytest.raises(ValueError, match=rf"not the state of {described} .* It is the state of tokenbridge-b\.$"):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import check_replaceable, write_json, write_text
 from tokenbridge.utils.locks import results_folder
 from tokenbridge.weights.artifacts import MissingArtifactsError
-from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
+from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -186,8 +185,8 @@ def load_tokenizer_model(name: str) -> Any:
     folder = next((f for f in (root, *(root / p for p in PIPELINE_PARTS)) if (f / "config.json").is_file()), None)
     if folder is None:
         raise UserError(f"There is no config.json in {name!r}, nor in {', '.join(PIPELINE_PARTS)} under it.")
-    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    model_class: Any = getattr(diffusers, str(class_name), None)
+    class_name = read_config(folder)["_class_name"]
+    model_class: Any = getattr(diffusers, class_name, None)
     if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
         raise UserError(f"{name!r} holds a {class_name}, not an autoencoder of diffusers.")
     try:

@@ -26,7 +26,7 @@ from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.models.system import change_settings
 from tokenbridge.reproduction.timing import prediction_time_rows
 from tokenbridge.reproduction.trends import trends
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench, open_workbench
+from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench, hashes_of_models, open_workbench
 from tokenbridge.results import markdown
 from tokenbridge.results import schema as results
 from tokenbridge.results.schema import Provenance, Results, Row
@@ -38,7 +38,8 @@ from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.utils.files import write_text
+from tokenbridge.utils.hashed import recording
 from tokenbridge.utils.locks import results_folder
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
@@ -99,8 +100,9 @@ def reproduce_scale(
     if num_images < 1 or num_images % len(scale.classes):
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
     stored = results.read(reference) if reference is not None else None  # first: a damaged file must not cost minutes
-    bench = open_workbench(scale, weights)
-    with results_folder(out, FILES) as fresh:
+    with recording() as read:
+        bench = open_workbench(scale, weights)
+    with recording(read), results_folder(out, FILES) as fresh:
         rows = [*reconstruction_rows(bench, fresh), *generation_rows(bench, fresh, num_images, seed)]
         write_text(fresh / "tokens.json", json.dumps(golden_tokens(bench)))
         rows += prediction_time_rows(bench)
@@ -113,12 +115,7 @@ def reproduce_scale(
                     f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
                     for split in ("train", "test")
                 },
-                weights_sha256={
-                    f"{recipe.name}/{name}": sha256_of(file)
-                    for recipe in scale.recipes
-                    for name in ("config.json", WEIGHTS_FILE)
-                    if (file := Path(weights) / recipe.name / name).is_file()
-                },
+                weights_sha256=hashes_of_models(read, weights),
                 settings={
                     "num_images": num_images,
                     **{recipe.name: dataclasses.asdict(recipe.sampling) for recipe in scale.recipes if recipe.sampling},

@@ -40,6 +40,7 @@ from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing_folder, write_text
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import Status
+from tokenbridge.weights.diffusers import PIPELINE_FILE
 from tokenbridge.weights.published import Preset
 
 IMAGE_SIZE = 256
@@ -144,9 +145,11 @@ def files(name: str, options: Options) -> list[Status]:
 def _given(name: str, options: Options) -> dict[str, Path | None]:
     """Return the files that the user named, by key."""
     system, preset = published_preset(name)
+    weights = options.weights
+    is_pipeline = weights is not None and (weights / PIPELINE_FILE).is_file()  # it holds the tokenizer too
     return {
-        preset.name: options.weights,
-        system.tokenizer.key: options.vae,
+        preset.name: weights,
+        system.tokenizer.key: options.vae or (weights if is_pipeline else None),
         artifacts.INCEPTION: options.inception,
         artifacts.STATISTICS: options.reference,
         artifacts.REFERENCE_BATCH: options.reference_batch,

@@ -18,6 +18,8 @@ from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tokenbridge.configs.schema import Scale
     from tokenbridge.evaluation.classifier import Classifier
 
@@ -67,6 +69,11 @@ class Workbench:
     def vq(self) -> VQTokenizer:
         """The VQ autoencoder."""
         return VQTokenizer(self.model("vq"))
+
+
+def hashes_of_models(read: Mapping[Path, str], weights: Path | str) -> dict[str, str]:
+    """Return, by MODEL/FILE, the hashes of those files of a folder of models that were read (`hashed.recording`)."""
+    return {f"{p.parent.name}/{p.name}": sha256 for p, sha256 in read.items() if p.parent.parent == Path(weights)}
 
 
 def open_workbench(scale: Scale, weights: Path | str) -> Workbench:

@@ -41,14 +41,23 @@ from tokenbridge.tokenizers.llamagen_vq import EVALUATED_SIZE, LlamaGenVQ
 from tokenbridge.utils import files
 from tokenbridge.utils.devices import DTYPES, Dtype
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import sha256_of
+from tokenbridge.utils.hashed import recording
 from tokenbridge.weights.artifacts import ARTIFACTS, resolve
-from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
+from tokenbridge.weights.diffusers import (
+    CONFIG_FILE,
+    PIPELINE_FILE,
+    WEIGHTS_FILE,
+    load_model,
+    model_folder,
+    plain_config,
+)
 from tokenbridge.weights.official import Layout, flat_layout, load_official
 from tokenbridge.weights.published import Preset
 from tokenbridge.weights.rule import RULE, rule_state
 from tokenbridge.weights.torch_files import CHECKPOINT
 
+GENERATOR, VAE = "transformer", "vae"  # the folders of a pipeline
+_HARMLESS = ("sample_size", "force_upcast")  # settings of a VAE that no image depends on
 STAND_IN_IMAGES = 2  # the smallest number of images that tests the whole path
 STAND_IN_RULE = {"rule": RULE, "salt": "stand-in"}
 AUTOENCODERS: dict[str, Any] = {"vae": AutoencoderKL, "vq": VQModel}  # by name of their recipe at every scale
@@ -183,11 +192,11 @@ class NamedModel:
             raise MissingFileError(f"Files are missing. {'; '.join(missing)}.")
         assert self.weights is not None
         assert self.vae is not None
-        read = {
-            "generator": weights_file(self.weights, self.name),
-            self.system.recipe: weights_file(self.vae, self.system.tokenizer.key),
-        }
-        model, decoder = self.load_model(self.weights), self.load_decoder(self.vae)
+        with recording() as of_model:
+            model = self.load_model(self.weights)
+        with recording() as of_decoder:
+            decoder = self.load_decoder(self.vae)
+        read = {"generator": _hash_of_weights(of_model), self.system.recipe: _hash_of_weights(of_decoder)}
         return self._sampler(model, decoder, read, device, dtype, compiled)
 
     def stand_in(self, device: torch.device, *, dtype: Dtype = "fp32", compiled: bool = False) -> ModelSampler:
@@ -204,7 +213,7 @@ class NamedModel:
             raise UserError(f"{self.name} cannot be compiled, because it would be compiled again for every token.")
 
     def _sampler(
-        self, model: Any, decoder: Any, files: Mapping[str, Path], device: torch.device, dtype: Dtype, compiled: bool
+        self, model: Any, decoder: Any, weights: Mapping[str, str], device: torch.device, dtype: Dtype, compiled: bool
     ) -> ModelSampler:
         # diffusers' own `to` would warn about a list of modules that is empty here, so nn.Module's is called.
         nn.Module.to(model, device, DTYPES[dtype] if self.system.casts_weights else torch.float32)
@@ -214,8 +223,8 @@ class NamedModel:
             # The number of visible positions grows from iteration to iteration, so shapes are dynamic.
             model.get_submodule(self.system.compiled_part).compile(dynamic=True)
             decoder.decoder.compile()
-        name = self.name if files else f"{self.name}, stand-in weights, no result"
-        return ModelSampler(name, self.system, model, as_tokenizer(decoder), self.settings, dtype, files, compiled)
+        name = self.name if weights else f"{self.name}, stand-in weights, no result"
+        return ModelSampler(name, self.system, model, as_tokenizer(decoder), self.settings, dtype, weights, compiled)
 
 
 def find_model(
@@ -246,7 +255,7 @@ def find_model(
             raise UserError(f"{name} is a path: name the model that it holds with --preset ({', '.join(known)}).")
         if weights is not None:
             raise UserError("Weights are given twice: as the model's path, and with --weights.")
-        found = find_model(find_preset(preset)[1].name, variant=variant, vae=vae)
+        found = find_model(find_preset(preset)[1].name, variant=variant, vae=vae or _of_pipeline(Path(name)))
         return replace(found, weights=Path(name))
     if preset is not None:
         raise UserError(f"--preset names the model that a path holds, but there is no path {name!r}.")
@@ -277,8 +286,8 @@ def scale_model(scale: Scale, recipe: Recipe, weights: Path) -> NamedModel:
         settings=recipe.sampling,
         create_decoder=partial(on_meta, decoder_class, decoder.model),
         decoder_layout=kl16_layout if decoder_class is AutoencoderKL else flat_layout,
-        load_model=lambda path: load_model(system.model, path, recipe.model),
-        load_decoder=lambda path: load_model(decoder_class, path, decoder.model),
+        load_model=lambda path: load_model(system.model, model_folder(path, GENERATOR) or path, recipe.model),
+        load_decoder=lambda path: load_model(decoder_class, model_folder(path, VAE) or path, decoder.model),
         weights=weights / recipe.name,
         vae=weights / decoder.name,
         is_published=False,
@@ -291,13 +300,14 @@ def _published(
     tokenizer = system.tokenizer
 
     def load(path: Path) -> Any:
-        if (path / "config.json").is_file():
-            return load_model(system.model, path, preset.model)
+        if (folder := model_folder(path, GENERATOR)) is not None:
+            return load_model(system.model, folder, preset.model)
         return load_published(system, weights_file(path, preset.name), preset.name)
 
     def load_decoder(path: Path) -> Any:
-        if (path / "config.json").is_file():
-            return load_model(tokenizer.model, path)
+        if (folder := model_folder(path, VAE)) is not None:
+            published = plain_config(tokenizer.create())
+            return load_model(tokenizer.model, folder, {k: v for k, v in published.items() if k not in _HARMLESS})
         return load_published_tokenizer(tokenizer, weights_file(path, tokenizer.key))
 
     return NamedModel(
@@ -310,7 +320,7 @@ def _published(
         load_model=load,
         load_decoder=load_decoder,
         weights=weights,
-        vae=vae,
+        vae=vae or _of_pipeline(weights),
         is_published=True,
     )
 
@@ -323,9 +333,20 @@ def weights_file(path: Path, key: str) -> Path:
     """
     if not path.is_dir():
         return path
-    if (path / "config.json").is_file():
+    if (path / CONFIG_FILE).is_file():
         return path / WEIGHTS_FILE
     return path / (Path(ARTIFACTS[key].file).name if key in ARTIFACTS else CHECKPOINT)
+
+
+def _of_pipeline(weights: Path | None) -> Path | None:
+    """Return the path of the weights if a pipeline lies there, which holds the tokenizer too."""
+    return weights if weights is not None and (weights / PIPELINE_FILE).is_file() else None
+
+
+def _hash_of_weights(read: Mapping[Path, str]) -> str:
+    """Return the hash of the one file of weights among the files that were read for a model."""
+    (sha256,) = (sha256 for path, sha256 in read.items() if path.name != CONFIG_FILE)
+    return sha256
 
 
 def on_meta(model_class: Any, arguments: Mapping[str, Any]) -> Any:
@@ -363,13 +384,13 @@ class ModelSampler:
     tokenizer: Any  # `LatentTokenizer`, `VQTokenizer` or `LlamaGenVQ`
     settings: Any  # sampling settings
     dtype: Dtype
-    files: Mapping[str, Path]  # the files that the weights were read from, by part; empty for stand-in weights
+    weights: Mapping[str, str]  # the SHA-256 of the files that were read, by part; empty for stand-in weights
     compiled: bool = False
 
     @property
     def stand_in(self) -> bool:
         """Whether the weights are stand-ins, drawn by a rule."""
-        return not self.files
+        return not self.weights
 
     @property
     def num_classes(self) -> int:
@@ -409,14 +430,18 @@ class ModelSampler:
         return generated
 
     def describe(self) -> dict[str, Any]:
-        """Return settings, precision and the SHA-256 of the weights (see `run.Sampler.describe`)."""
+        """Return settings, precision, sizes, and the SHA-256 of the weights (see `run.Sampler.describe`)."""
         return {
             "system": self.system.name,
             "num_parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "sampling": asdict(self.settings),
             "dtype": self.dtype,
             "compiled": self.compiled,
-            "weights": {part: sha256_of(path) for part, path in self.files.items()} or STAND_IN_RULE,
+            "weights": dict(self.weights) or STAND_IN_RULE,
+            "config": {
+                "generator": plain_config(self.model),
+                self.system.recipe: plain_config(decoder_of(self.tokenizer)),
+            },
             **self.system.facts(self.model),
         }
 

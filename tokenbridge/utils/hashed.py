@@ -22,12 +22,15 @@ _records: list[dict[Path, str]] = []
 
 
 @contextmanager
-def recording() -> Iterator[dict[Path, str]]:
+def recording(record: dict[Path, str] | None = None) -> Iterator[dict[Path, str]]:
     """Yield a dictionary that receives the SHA-256 of every file that is read within the block, by its path.
 
-    A file that is read a second time within the block and has changed since the first time is refused.
+    A file that is read a second time and has changed since the first time is refused.
+
+    Args:
+        record: the dictionary of an earlier block, which goes on.
     """
-    record: dict[Path, str] = {}
+    record = {} if record is None else record
     _records.append(record)
     try:
         yield record

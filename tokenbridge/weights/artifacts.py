@@ -180,7 +180,7 @@ def resolve(
         missing = [a for a in absent if a.key not in found]
         raise MissingArtifactsError([Missing(a, _place(a, folder), reasons.get(a.key, waiting)) for a in missing])
     for artifact in chosen:
-        if not artifact.is_dataset:
+        if not found[artifact.key].is_dir():
             _check(artifact, found[artifact.key], lock_file(folder))
     return {a.key: found[a.key] for a in chosen}
 
@@ -276,11 +276,16 @@ def _locate(artifact: Artifact, folder: Path | None, named: PathLike | None) -> 
     """Return where the file lies on this machine. A file that the user named is looked for at that place only."""
     if named is not None:
         path = Path(named)
-        if artifact.is_dataset or path.is_file():
+        if artifact.is_dataset or path.is_file() or _is_converted(path):
             return path if path.exists() else None
         return _in_folder(artifact, path) or _existing(path / Path(artifact.file).name)
     in_folder = _in_folder(artifact, folder) if folder is not None else None
     return in_folder or (_in_hub_cache(artifact) if artifact.hub else None) or _existing(_address_cache(artifact))
+
+
+def _is_converted(path: Path) -> bool:
+    """Whether a folder holds a model or a pipeline of diffusers (`tokenbridge convert`), which is read as it is."""
+    return any((path / name).is_file() for name in ("config.json", "model_index.json"))
 
 
 def _in_folder(artifact: Artifact, folder: Path) -> Path | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenbridge.utils.errors import MissingFileError, UserError
+from tokenbridge.utils.hashed import opened
 from tokenbridge.weights.official import Layout, State, load_state
 
 
@@ -33,7 +34,8 @@ def read_tree(path: Path | str) -> State:
     if not path.is_file():
         raise MissingFileError(f"There is no checkpoint at {path}.")
     try:
-        arrays = _read_npz(path) if zipfile.is_zipfile(path) else _read_msgpack(path)
+        with opened(path) as file:
+            arrays = _read_npz(file) if zipfile.is_zipfile(file) else _read_msgpack(file)
     except ImportError:
         raise
     except Exception as error:  # zipfile, zlib, numpy and msgpack have many ways to say that bytes are damaged
@@ -46,6 +48,9 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     with np.load(path, allow_pickle=False) as file:
         prefixes = (p for p in ("params/", "opt/target/") if any(name.startswith(p) for name in file.files))
         prefix = next(prefixes, "")
+        sizes = [entry.file_size for entry in file.zip.infolist() if entry.filename.startswith(prefix)]
+        if sum(sizes) > 8 * path.stat().st_size + 2**20:  # weights do not compress
+            raise ValueError(f"it would unfold to {sum(sizes):,} bytes")
         return {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
 
 

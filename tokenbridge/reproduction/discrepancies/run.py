@@ -23,7 +23,7 @@ from tokenbridge.reproduction.discrepancies.precision import latents_precision, 
 from tokenbridge.reproduction.discrepancies.quantizing import encode, gaussian_fit, posterior, read_latents
 from tokenbridge.reproduction.discrepancies.sampling import class_labels, num_images, pixels, temperature
 from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, open_workbench
+from tokenbridge.reproduction.workbench import hashes_of_models, open_workbench
 from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, measured_by, trend_cells
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
 from tokenbridge.results.score import ScoreName, change_of, deviation_of
@@ -31,8 +31,8 @@ from tokenbridge.utils import files, provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.utils.hashed import recording
 from tokenbridge.utils.locks import results_folder
-from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from tokenbridge.configs.schema import Scale
@@ -117,8 +117,9 @@ def measure_discrepancies(
     if latents is not None:
         read_latents(latents)  # before the work, so that a bad file does not cost minutes
     weights = Path(weights or files.reference_folder() / scale.name / "weights")
-    bench = open_workbench(scale, weights)
-    with results_folder(out, FILES) as fresh:
+    with recording() as read:
+        bench = open_workbench(scale, weights)
+    with recording(read), results_folder(out, FILES) as fresh:
         study = Study(bench, num_images, seed, latents)
         rows = []
         for title, compare in COMPARISONS.values():
@@ -135,12 +136,7 @@ def measure_discrepancies(
                     for split in ("train", "test")
                 }
                 | given,
-                weights_sha256={
-                    f"{name}/{file.name}": sha256_of(file)
-                    for name in ("vae", "vq", "classifier", MAIN_SYSTEM, "givt", "llamagen")
-                    for file in (weights / name / "config.json", weights / name / WEIGHTS_FILE)
-                    if file.is_file()
-                },
+                weights_sha256=hashes_of_models(read, weights),
                 settings={
                     "num_images": num_images,
                     "num_seeds": NUM_SEEDS,
