@@ -16,6 +16,9 @@ def main() -> None:
     try:
         # Imported here, because ^C is also pressed in the seconds that it takes.
         from tokenbridge.utils.console import lasting_streams
+        from tokenbridge.utils.parent import end_with_parent
+
+        end_with_parent()
 
         with lasting_streams():
             code = _run()
@@ -90,6 +93,12 @@ def _environment_problem(error: Exception) -> str | None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, PIL.UnidentifiedImageError):  # names the file in its message
         return f"An image is damaged: {error}."
+    if type(error).__name__ in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError") or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    ):
+        return (
+            "Another process of this run has ended, or did not come. What is finished is kept: run all of them again."
+        )
     # torch has a class of its own for a GPU, and a RuntimeError for main memory.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
         return f"There is not enough memory; a smaller batch takes less. ({_one_line(error)})"

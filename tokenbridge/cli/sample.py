@@ -66,7 +66,7 @@ def sample(
     refused with the list of those that the model has; `tokenbridge models` shows the published values.
     """
     from tokenbridge.sampling.sample import choose_run, plan_sampling, sample_model
-    from tokenbridge.utils.devices import process_state
+    from tokenbridge.utils.processes import process_state
 
     named, config = choose_run(
         model,

@@ -35,9 +35,9 @@ from tokenbridge.sampling.load import STAND_IN_IMAGES, NamedModel, find_model
 from tokenbridge.sampling.plan import Plan
 from tokenbridge.sampling.sample import plan_sampling, sample_model
 from tokenbridge.utils import provenance
-from tokenbridge.utils.devices import process_state
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import replacing_folder, write_text
+from tokenbridge.utils.processes import process_state
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import Status
 from tokenbridge.weights.diffusers import PIPELINE_FILE

@@ -23,8 +23,8 @@ from tokenbridge.results.schema import Results, Row
 from tokenbridge.results.verdicts import Verdict
 from tokenbridge.utils import files
 from tokenbridge.utils.console import log
-from tokenbridge.utils.devices import process_state
 from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.processes import process_state
 
 TABLE1, ALL = "table1", "all"
 SMALL_SCALE_IMAGES = 2000  # samples of each system

@@ -40,9 +40,10 @@ from tokenbridge.data.pictures import save_grid
 from tokenbridge.sampling.config import RunConfig, run_labels
 from tokenbridge.sampling.store import STORES, read_first_images
 from tokenbridge.utils import console, provenance
-from tokenbridge.utils.devices import peak_memory, process_state
+from tokenbridge.utils.devices import peak_memory
 from tokenbridge.utils.errors import UnusableImageError, UserError
 from tokenbridge.utils.files import clear_leftovers, replacing, storage_errors, write_json
+from tokenbridge.utils.processes import process_state
 
 RECIPE_FILE = "run.json"
 NUM_LISTED = 8  # an error message lists at most this many differences

@@ -16,8 +16,9 @@ from tokenbridge.sampling.load import STAND_IN_IMAGES, ModelSampler, NamedModel,
 from tokenbridge.sampling.plan import Plan, plan_run
 from tokenbridge.sampling.run import BadImageError, RunReport, sampling_run, save_overview
 from tokenbridge.utils.console import track
-from tokenbridge.utils.devices import Dtype, process_state
+from tokenbridge.utils.devices import Dtype
 from tokenbridge.utils.errors import UnusableImageError, UserError
+from tokenbridge.utils.processes import locked_by_launch, process_state
 
 MODEL = "tokenbridge-tiny"
 NUM_IMAGES = 100
@@ -198,10 +199,11 @@ def sample_model(
         with state.main_process_first():  # one process downloads the files, and the others find them
             model = model.with_artifacts()
         sampler = model.load(state.device, dtype=precision, compiled=compiled)
-    report = sampling_run(sampler, config, folder, show_progress=show_progress)
     overview = overview or folder / "grid.png"
-    if state.is_main_process:
-        save_overview(overview, report.samples, f"{sampler.name}, seed {config.seed}, {report.num_images} images")
+    with locked_by_launch(folder):
+        report = sampling_run(sampler, config, folder, show_progress=show_progress)
+        if state.is_main_process:
+            save_overview(overview, report.samples, f"{sampler.name}, seed {config.seed}, {report.num_images} images")
     return Sampled(sampler, report, folder, overview)
 
 

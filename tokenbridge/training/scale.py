@@ -16,6 +16,7 @@ from tokenbridge.configs.schema import Scale
 from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.training.train import latents_of, train_recipe
 from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.parent import environment_of_child
 
 
 def train_scale(
@@ -60,7 +61,10 @@ def train_scale(
 def run_command(arguments: Sequence[str]) -> int:
     """Run `tokenbridge` in a process of its own, pass its stderr on line by line, and return its exit code."""
     command = [sys.executable, "-m", "tokenbridge", *arguments]
-    with subprocess.Popen(command, stdout=sys.stdout, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+    environment = environment_of_child()
+    with subprocess.Popen(  # noqa: S603
+        command, stdout=sys.stdout, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             sys.stderr.write(line)

@@ -1,13 +1,11 @@
-"""Number types, and the processes and the peak memory of a run."""
+"""Number types, the device, and the peak memory of a run."""
 
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from typing import Literal
 
 import torch
-from accelerate import PartialState
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -17,15 +15,6 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 def best_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def process_state() -> PartialState:
-    """Return accelerate's state of this process: its device, its rank and the number of processes.
-
-    The number of processes is 1 unless torchrun or accelerate launched the run.
-    """
-    # Processes wait for one another only at the start and the end of a run, for as long as the slowest one takes.
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def peak_memory() -> int:
