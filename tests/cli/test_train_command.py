@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Run, error_of
 from mini_scale import DATA, MINI, NOT_TRAINED, TRAINED, World, some_digits
+from safetensors.torch import load_file, save_file
 
+from tokenbridge.results.schema import read
 from tokenbridge.training.scale import run_command as run_command_itself
-from tokenbridge.utils.files import sha256_of
+from tokenbridge.utils.files import references_in, sha256_of
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 
@@ -95,3 +100,104 @@ def test_other_data_in_the_same_folder_is_not_taken_for_the_same(run: Run, world
     first = sha256_of(weights)
     code, _, _ = run("train", "mini", "classifier", "--out", tmp_path / "runs", "--data", tmp_path / "other")
     assert code == 2 or sha256_of(weights) != first
+
+
+@pytest.fixture
+def shipped(world: World, tmp_path: Path) -> Iterator[Path]:
+    """Let the miniature's tokenizers and classifier be shipped, and no generator."""
+    folder = tmp_path / "references" / "mini" / "weights"
+    folder.mkdir(parents=True)
+    for name in ("vae", "vq", "classifier", "givt"):
+        shutil.copytree(world.weights / name, folder / name)
+    with references_in(tmp_path / "references"):
+        yield folder
+
+
+def test_one_generator_is_trained_and_measured_with_what_is_shipped(
+    run: Run, world: World, shipped: Path, tmp_path: Path
+) -> None:
+    """The guide for developers: of one model alone, all rows that can be measured are."""
+    mine = tmp_path / "mine"
+    code, _, err = run("train", "mini", "mar", "--out", mine)
+    assert code == 0, err
+    assert f"The shipped vae is used, because there is none at {mine}/weights/vae." in err
+    assert sorted(path.name for path in (mine / "weights").iterdir()) == ["mar"]
+    expected = sha256_of(world.weights / "mar" / WEIGHTS_FILE)  # trained on the same autoencoder
+    assert sha256_of(mine / "weights" / "mar" / WEIGHTS_FILE) == expected
+    tokenizer = json.loads((mine / "mar" / "loss.json").read_text())["tokenizer"]
+    assert tokenizer == {"name": "vae", "shipped": True, "sha256": sha256_of(shipped / "vae" / WEIGHTS_FILE)}
+
+    code, out, err = run(
+        "reproduce", "mini", "--weights", mine / "weights", "--num-images", "20", "--out", tmp_path / "tables"
+    )
+    assert code == 0, err
+    for name in ("vae", "vq", "classifier"):
+        assert err.count(f"The shipped {name} is used, because there is none at {mine}/weights/{name}.") <= 1
+    results = read(tmp_path / "tables" / "results.json")
+    rows = {row.id: row.not_run for row in results.rows}
+    measured = [id_ for id_, reason in rows.items() if reason is None]
+    assert {"table1a/vae", "table1a/vq", "table3/mar", "table3/real"} <= set(measured)
+    assert "table3/givt" not in measured  # a generator is never taken from the shipped ones
+    command = f"`tokenbridge train mini givt --out {mine}` makes it"
+    assert rows["table3/givt"] == f"there are no weights of givt; {command}"
+    assert f"table3/givt: not run: there are no weights of givt; {command}" in out
+    assert results.provenance.settings["shipped models"] == ["vae", "vq", "classifier"]
+    hashes = results.provenance.weights_sha256
+    assert hashes[f"vae/{WEIGHTS_FILE}"] == sha256_of(shipped / "vae" / WEIGHTS_FILE)
+    assert hashes[f"mar/{WEIGHTS_FILE}"] == expected
+
+
+def test_the_models_own_tokenizer_comes_before_the_shipped_one(
+    run: Run, world: World, shipped: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world.weights / "vae", tmp_path / "mine" / "weights" / "vae")
+    (shipped / "vae" / WEIGHTS_FILE).write_bytes(b"would not load")
+    code, _, err = run("train", "mini", "mar", "--out", tmp_path / "mine")
+    assert code == 0, err
+    assert "shipped" not in err
+    assert json.loads((tmp_path / "mine" / "mar" / "loss.json").read_text())["tokenizer"]["shipped"] is False
+
+
+def test_shipped_tokenizers_are_not_for_other_images(run: Run, shipped: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for split in ("train", "test"):
+        some_digits(split, 3).to_parquet(tmp_path / "other" / f"{split}.parquet")
+    message = error_of(run("train", "mini", "mar", "--out", tmp_path / "mine", "--data", tmp_path / "other"))
+    command = f"tokenbridge train mini vae --data {tmp_path}/other --out {tmp_path}/mine"
+    assert "The model 'vae' is missing." in message
+    assert f"`{command}` makes it." in message
+
+
+def test_the_advice_for_a_scale_that_is_not_shipped_names_that_scale(run: Run) -> None:
+    message = error_of(run("reproduce", "small", "--data", DATA))
+    assert "No model of the scale small is in " in message
+    assert "`tokenbridge train small --data mini-digits` makes them in runs/small-training/weights" in message
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_folder_without_models_is_not_taken_for_one_that_lacks_some(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "weights" / "mar").mkdir(parents=True)
+    for folder in (tmp_path / "nowhere", tmp_path / "mine", tmp_path / "mine" / "weights"):
+        message = error_of(
+            run("reproduce", "mini", "--weights", folder, "--num-images", "20", "--out", tmp_path / "out")
+        )
+        assert f"No model of the scale mini is in {folder}." in message
+    assert "`tokenbridge train mini --out " in message  # of the last, which is called as `train` calls it
+
+
+def test_a_generator_is_not_decoded_by_another_tokenizer_than_it_was_trained_on(
+    run: Run, world: World, shipped: Path, tmp_path: Path
+) -> None:
+    """MAR is trained on the shipped autoencoder, and then somebody trains an autoencoder in the same folder."""
+    assert run("train", "mini", "mar", "--out", tmp_path / "mine")[0] == 0
+    other = tmp_path / "mine" / "weights" / "vae"
+    shutil.copytree(world.weights / "vae", other)
+    tensors = load_file(other / WEIGHTS_FILE)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / WEIGHTS_FILE)
+    weights = tmp_path / "mine" / "weights"
+    sample = ("sample", "mini/mar", "--weights", weights, "--num-images", "2", "--out", tmp_path / "images")
+    message = error_of(run(*sample))
+    assert f"was trained on another vae than the one in {other}, which would decode its images wrongly." in message
+    reproduce = ("reproduce", "mini", "--weights", weights, "--num-images", "20")
+    assert "was trained on another vae" in error_of(run(*reproduce, "--out", tmp_path / "tables"))
+    assert run(*sample, "--vae", shipped / "vae")[0] == 0

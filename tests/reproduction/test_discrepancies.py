@@ -402,7 +402,7 @@ def test_rows_without_weights_or_latents_are_not_run(folder: Path, study: Study,
         (["--num-images", "30"], "multiple of twice the 10 classes"),
         (["--num-images", "0"], "multiple of twice"),
         (["--latents", "missing.npz"], "missing.npz"),
-        (["--weights", "missing"], "classifier"),
+        (["--weights", "missing"], "No model of the scale tiny is in missing. `tokenbridge train tiny` makes them in"),
     ],
 )
 def test_refusals(options: list[str], message: str, run_command: Callable[..., tuple[int, str, str]]) -> None:

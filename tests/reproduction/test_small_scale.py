@@ -76,7 +76,7 @@ def test_rows_of_all_tables(world: World) -> None:
     assert metrics["table1a/ptq-8"]["bits per image"] == 4 * 4 * 4 * 3  # 16 positions, 4 channels, 3 bits
     assert metrics["table1a/vq"]["bits per image"] == 4 * 4 * 4  # 16 positions, 16 codes
     for name in GENERATORS:
-        model = load(MINI.recipe(name), world.weights)
+        model = load(MINI, name, world.weights)
         assert metrics[f"table3/{name.removesuffix('-64')}"]["parameters"] == sum(p.numel() for p in model.parameters())
 
 

@@ -421,14 +421,17 @@ def test_command_without_files(command: Any) -> None:
 def test_command_plans(command: Any, folder: Path) -> None:
     code, out, _ = command("reproduce", "table1", "--plan", "--json", "--folder", folder, "--num-images", 100)
     planned = json.loads(out)
-    assert code == 0
+    assert code == 2
     assert planned["missing"] == ["inception"]
+    assert planned["next"] == [f"tokenbridge artifacts inception --download --folder {folder}"]
     assert (planned["encodings"], planned["decodings"]) == (100, 800)
     total = 100 * planned["TFLOP per encoding"] + 800 * planned["TFLOP per decoding"]
     assert planned["TFLOP of the VAE"] == pytest.approx(total)
     code, out, _ = command("reproduce", "table1", "--plan")
-    assert code == 0
+    assert code == 2
     assert out.count("MISSING") == 4
+    assert "tokenbridge artifacts kl16 inception adm-statistics --download" in out
+    assert "hf download --repo-type dataset ILSVRC/imagenet-1k" in out
     assert not (folder / artifacts.LOCK_FILE).exists()
 
 
@@ -476,7 +479,7 @@ def test_download_needs_names(command: Any) -> None:
     assert "name those to download" in err
     code, _, err = command("artifacts", "kl16", "--download")
     assert code == 2
-    assert "HF_HUB_OFFLINE is set" in err
+    assert "HF_HUB_OFFLINE=1, was asked for" in err
 
 
 def test_one_file_of_inceptions_weights(tmp_path: Path, inception: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_file_that_was_named_and_is_not_there(run_command: Run) -> None:
     code, out, err = run_command("reproduce", "tokenbridge-l", "--weights", "nowhere")
     assert (code, out) == (2, "")
     assert "Error: 5 files are missing." in err
-    assert "--weights names nowhere, where it is not." in err
+    assert "--weights names nowhere, and the file is not there." in err
     assert err.count("name it with --reference-batch") == 1
 
 
@@ -238,7 +238,7 @@ def test_several_run_what_has_its_files(
     found = {entry["id"]: entry for entry in json.loads(out)}
     assert list(found) == [f"table3/{preset}", "table1", "table3/tokenbridge-b"]
     assert found["table1"]["verdict"] == found["table3/tokenbridge-b"]["verdict"] == "not run"
-    assert found["table1"]["why"].startswith("missing: imagenet (`tokenbridge artifacts`")
+    assert found["table1"]["why"].startswith("missing: imagenet; next: `hf download --repo-type dataset ")
     assert "no weights" in found["table3/tokenbridge-b"]["why"]
     assert found[f"table3/{preset}"]["verdict"] == "not reproduced"
     assert code == 1

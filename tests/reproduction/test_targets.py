@@ -184,8 +184,9 @@ def test_plan_of_some_is_a_table(run_command: Run) -> None:
 
 def test_plan_of_one(run_command: Run) -> None:
     code, out, _ = run_command("reproduce", "mar", "--size", "b", "--plan")
-    assert code == 0
+    assert code == 2
     assert "Plan: mar-b" in out
+    assert "tokenbridge artifacts mar-b kl16 inception adm-statistics adm-reference --download" in out
     assert "TFLOP per image" in out
     code, out, _ = run_command("reproduce", "mar", "--size", "b", "--plan", "--json", "--num-images", "100")
     planned = json.loads(out)

@@ -14,7 +14,8 @@ import torch
 from tokenbridge.cli import main as cli
 from tokenbridge.sampling.config import RunConfig
 from tokenbridge.sampling.load import find_model
-from tokenbridge.sampling.plan import measure_matmul, plan_run
+from tokenbridge.sampling.plan import hours_in_words, measure_matmul, plan_run
+from tokenbridge.sampling.sample import choose_run, plan_sampling
 
 
 def test_plan_adds_up(tmp_path: Path) -> None:
@@ -39,6 +40,21 @@ def test_matmul_is_timed() -> None:
     assert 1e8 < measure_matmul(torch.device("cpu"), torch.float32) < 1e14
 
 
+@pytest.mark.parametrize(
+    ("hours", "words"),
+    [(30_712.3, "30,700"), (1.5e6, "1,500,000"), (99.96, "100"), (99.9, "99.9"), (0.42, "0.4"), (0.0031, "0.003")],
+)
+def test_hours_are_plain_numbers(hours: float, words: str) -> None:
+    assert hours_in_words(hours) == words
+
+
+def test_named_files_that_are_not_there_are_missing(tmp_path: Path) -> None:
+    model, config = choose_run("tokenbridge-l", weights=tmp_path / "none.pth", vae=tmp_path)
+    planned = plan_sampling(model, config, tmp_path / "out")
+    assert planned.missing == (f"there is no {tmp_path}/none.pth",)
+    assert planned.next == ()  # the user named them
+
+
 def test_command_plans_without_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,17 +64,15 @@ def test_command_plans_without_weights(
         monkeypatch.setattr(sys, "argv", ["tokenbridge", *arguments, *options])
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        assert not stop.value.code
+        assert bool(stop.value.code) == (options != ["--stand-in"])  # two files are missing; a stand-in needs none
         text, _ = capfd.readouterr()
         if options == ["--json"]:
             plan = json.loads(text)
             assert (plan["num_images"], plan["num_iterations"]) == (50_000, 256)
             assert plan["tflop_per_image"]["total"] == pytest.approx(107.76, abs=0.01)
-            assert [line.split(":")[0] for line in plan["missing"]] == [
-                "generator of tokenbridge-l",
-                "VAE of tokenbridge-l",
-            ]
+            assert [line.split(":")[0] for line in plan["missing"]] == ["tokenbridge-l", "kl16"]
+            assert plan["next"] == ["tokenbridge artifacts tokenbridge-l kl16 --download"]
         else:
             assert "TFLOP per image" in text
-            assert ("--weights" in text) == (options == [])
+            assert ("tokenbridge artifacts tokenbridge-l kl16 --download" in text) == (options == [])
     assert not out.exists()

@@ -27,7 +27,7 @@ def test_training_leaves_models_that_load(world: World) -> None:
         run_files = sorted(path.name for path in (world.root / "runs" / name).iterdir())
         assert run_files == ["checkpoint.pt", "loss.json", "loss.png"]
         assert world.logs[name]["loss"][-1][0] == 5
-        model = load(MINI.recipe(name), world.weights)
+        model = load(MINI, name, world.weights)
         assert not model.training
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -35,7 +35,7 @@ def test_training_leaves_models_that_load(world: World) -> None:
 def test_saved_models_are_the_trained_ones_in_half_precision(world: World) -> None:
     for name in TRAINED:
         shadow = torch.load(world.root / "runs" / name / "checkpoint.pt", weights_only=True)["ema"]["shadow_params"]
-        loaded = list(load(MINI.recipe(name), world.weights).parameters())
+        loaded = list(load(MINI, name, world.weights).parameters())
         assert len(loaded) == len(shadow)
         for ours, trained in zip(loaded, shadow, strict=True):
             assert torch.equal(ours, trained.half().float())
@@ -44,7 +44,7 @@ def test_saved_models_are_the_trained_ones_in_half_precision(world: World) -> No
 @pytest.mark.parametrize("gain", [None, 5.0])
 def test_scaling_makes_latents_of_unit_variance(world: World, gain: float | None) -> None:
     """The untrained model's latents have nearly unit variance already, so they are also made larger."""
-    vae = load(MINI.recipe("vae"), world.weights)
+    vae = load(MINI, "vae", world.weights)
     factor = vae.config.scaling_factor
     dataset = experiment.images_of(MINI, "train")
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_scaling_makes_latents_of_unit_variance(world: World, gain: float | None
 def test_generator_has_the_measured_channel_order(world: World) -> None:
     order = json.loads((world.weights / "tokenbridge-64" / "config.json").read_text())["channel_order"]
     assert sorted(order) == [0, 1, 2, 3]
-    assert tuple(order) == load(MINI.recipe("tokenbridge-64"), world.weights).channel_order
+    assert tuple(order) == load(MINI, "tokenbridge-64", world.weights).channel_order
 
 
 def test_training_again_gives_the_same_weights(world: World, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_generator_follows_a_retrained_autoencoder(world: World, tmp_path: Path)
     for some, vae_runs in ((MINI, "a"), (scale, "b")):
         train_recipe(some, "vae", weights=tmp_path / "weights", runs=tmp_path / vae_runs, show_progress=False)
         table = experiment.latents_of(some, tmp_path / "weights", tmp_path / "latents")
-        vae = load(some.recipe("vae"), tmp_path / "weights")
+        vae = load(some, "vae", tmp_path / "weights")
         with torch.no_grad():
             expected = vae.encode(experiment.images_of(some, "train")[:4]["images"]).latent_dist.parameters
         # Another batch size: float32 rounding of activations of order 1; two autoencoders differ by 1e-1.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenbridge.cli.options import Json, app
+from tokenbridge.cli.options import Json, Offline, app
 from tokenbridge.utils import files
 from tokenbridge.utils.console import print_line, print_table
 
@@ -93,6 +93,7 @@ def audit(
         Path | None, typer.Option(help="With --samples: other Inception weights; scores are labelled, decide nothing.")
     ] = None,
     num_bootstrap: Annotated[int, typer.Option(min=0, help="With --samples: resamples for FID's interval.")] = 100,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Judge every published number by what was measured: verdicts, evidence, a page; exit code 1 if the gate fails."""

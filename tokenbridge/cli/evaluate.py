@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokenbridge.cli.options import Json, app
+from tokenbridge.cli.options import Json, Offline, app
 from tokenbridge.utils import files
 from tokenbridge.utils.console import print_line, print_table
 from tokenbridge.utils.errors import UserError
@@ -33,6 +33,7 @@ def reconstruct(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/reconstruction"),
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of images under --limit.")] = 0,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Measure what a tokenizer keeps of images, continuous and quantised: PSNR, SSIM, rFID, bits per image."""
@@ -93,6 +94,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
     cache: Annotated[Path, typer.Option(help="Folder for features.")] = Path("runs/features"),
     out: Annotated[Path | None, typer.Option(help="Result file to write (JSON).")] = None,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
@@ -143,6 +145,7 @@ def reference(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw of images to keep.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Make the reference statistics of a data set: mean and covariance of Inception's features."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 import typer
@@ -18,6 +19,26 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+
+
+def _stop_downloads(wanted: bool) -> None:
+    """Stop all downloads, of this process and of those that it starts."""
+    if wanted:
+        from huggingface_hub import constants
+
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+
+
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        callback=_stop_downloads,
+        expose_value=False,
+        help="Download nothing that is missing (HF_HUB_OFFLINE=1).",
+    ),
+]
 Data = Annotated[
     str | None, typer.Option(help="Images to use instead of the scale's: a folder, Parquet, or a hub name.")
 ]

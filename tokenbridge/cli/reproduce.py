@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenbridge.cli.options import Data, DtypeName, Json, Labels, Randomness, ScaleName, app
+from tokenbridge.cli.options import Data, DtypeName, Json, Labels, Offline, Randomness, ScaleName, app
 from tokenbridge.utils.console import Cell, colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 
@@ -36,7 +36,7 @@ def reproduce(
         ),
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what a run takes and what is missing; run nothing.")
+        bool, typer.Option("--plan", help="Say what a run takes; exit code 2 if one target's files are missing.")
     ] = False,
     stand_in: Annotated[
         bool, typer.Option("--stand-in", help="Prove the path at full size with drawn weights, few images: no result.")
@@ -108,6 +108,7 @@ def reproduce(
         int | None,
         row_option(min=0, help="Resamples for FID's interval; 100 by default, 0 for none."),
     ] = None,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Rebuild the paper's tables and judge every row.
@@ -151,6 +152,8 @@ def reproduce(
             _print_plans(planned)
         else:
             print_table(f"Plan: {planned[0].name}", ["", ""], planned[0].rows)
+        if not several and planned[0].not_run is not None:  # of several, those run that can be
+            sys.exit(2)
         return
     done = t.reproduce(names, options, out=out)
     if not done:  # in all processes but the main one
@@ -255,10 +258,12 @@ def discrepancies(
 
 
 def _print_plans(planned: Sequence[Planned]) -> None:
+    from tokenbridge.sampling.plan import hours_in_words
+
     body: list[list[Cell]] = []
     for each in planned:
         plan = each.plan or {}
-        hours = f"{plan['estimated_hours_at_least']:,.0f}" if "estimated_hours_at_least" in plan else "–"
+        hours = hours_in_words(plan["estimated_hours_at_least"]) if "estimated_hours_at_least" in plan else "–"
         total = plan.get("tflop_per_image", {}).get("total")
         body.append([each.id, "–" if total is None else f"{total:.4g}", hours, each.not_run or "ready"])
     print_table("Plan: tables 1 and 3", ["", "TFLOP an image", "hours at least", ""], body)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from pydantic_core import to_jsonable_python
 
-from tokenbridge.cli.options import DtypeName, FileFormat, Json, Randomness, SettingsCommand, app, settings_of
+from tokenbridge.cli.options import DtypeName, FileFormat, Json, Offline, Randomness, SettingsCommand, app, settings_of
 from tokenbridge.utils.console import print_line, print_table
 from tokenbridge.utils.errors import UserError
 
@@ -53,10 +54,13 @@ def sample(
         FileFormat, typer.Option("--format", help="png: a folder; npz: one file as ADM reads.")
     ] = "png",
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/MODEL-samples by default.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what it would take, and do nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take, and do nothing; exit code 2 if files are missing.")
+    ] = False,
     stand_in: Annotated[
         bool, typer.Option("--stand-in", help="Weights drawn by a rule, few images and iterations: no result.")
     ] = False,
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Generate images, in one process or under torchrun; a run that was killed goes on where it was.
@@ -90,6 +94,8 @@ def sample(
             print(json.dumps(planned.as_json(), indent=2))
         else:
             print_table(f"Plan: {planned.name}", ["", ""], planned.rows())
+        if planned.missing:
+            sys.exit(2)
         return
     done = sample_model(named, config, out, dtype=dtype, compiled=compiled, stand_in=stand_in)
     if not process_state().is_main_process:

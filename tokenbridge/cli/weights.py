@@ -12,6 +12,7 @@ import typer
 from tokenbridge.cli.options import Json, app
 from tokenbridge.utils.console import colored, print_line, print_table
 from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.files import make_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,8 @@ def artifacts(
     if download:
         if not keys:
             raise UserError("All files are more than 20: name those to download.")
+        if folder is not None:
+            make_folder(folder)
         files.resolve(keys, folder=folder)
     if verify:
         here = [s.artifact.key for s in files.status(keys, folder=folder) if s.state != "missing"]

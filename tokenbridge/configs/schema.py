@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenbridge.utils.errors import UserError
 
+TRAINING_LOG = "loss.json"  # in the folder of a training's run
 LOG_EVERY = 20  # steps between two points of the loss curve (each is the mean over these steps)
 
 

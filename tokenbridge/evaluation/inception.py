@@ -54,18 +54,20 @@ class Inception:
         return None if self.published else OTHER_INCEPTION
 
 
-def find_inception(path: Path | str | None = None, *, folder: Path | str | None = None) -> Path:
-    """Return the path of torch-fidelity's published weights, checked by their hash. Nothing is downloaded.
+def find_inception(path: Path | str | None = None, *, folder: Path | str | None = None, download: bool = True) -> Path:
+    """Return the path of torch-fidelity's published weights, checked by their hash.
 
     Args:
         path: the file, or a folder that holds it. None stands for the usual places (artifacts.py).
         folder: a folder of published files, as `artifacts.resolve` takes it.
+        download: whether the file is downloaded if it is missing. A command downloads what it cannot do without, and
+            uses an extra if it is here.
 
     Raises:
-        MissingArtifactsError: the file was not found.
+        MissingArtifactsError: the file was not found, and was not downloaded.
         UserError: `path` is another file.
     """
-    return resolve([INCEPTION], folder=folder, given={INCEPTION: path}, download=False)[INCEPTION]
+    return resolve([INCEPTION], folder=folder, given={INCEPTION: path}, download=download)[INCEPTION]
 
 
 def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:

@@ -296,7 +296,7 @@ def _download(name: str) -> Path:
 def _find_inception(path: Path | str | None) -> tuple[Inception | None, list[str]]:
     """Return the network and no note, or None and the reason; a file that was asked for by name must be there."""
     try:
-        return load_inception(find_inception(path)), []
+        return load_inception(find_inception(path, download=False)), []
     except MissingArtifactsError as error:
         if path is not None:
             raise

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokenbridge.configs.scales import is_shipped
 from tokenbridge.data.images import load_images, pixels_to_images
 from tokenbridge.data.pictures import save_grid
 from tokenbridge.evaluation.metrics import class_accuracy, score
@@ -35,6 +36,7 @@ from tokenbridge.sampling.sample import sample_pixels
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.distortion import measure_distortion
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
+from tokenbridge.training.train import how_to_train
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import MissingFileError, UserError
@@ -97,6 +99,7 @@ def reproduce_scale(
         UserError: the reference is not a result file, or `num_images` is not a multiple of the number of classes.
     """
     stopwatch = provenance.Stopwatch()
+    shipped = [recipe.name for recipe in scale.recipes if is_shipped(scale, recipe.name, weights)]
     if num_images < 1 or num_images % len(scale.classes):
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
     stored = results.read(reference) if reference is not None else None  # first: a damaged file must not cost minutes
@@ -115,9 +118,10 @@ def reproduce_scale(
                     f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
                     for split in ("train", "test")
                 },
-                weights_sha256=hashes_of_models(read, weights),
+                weights_sha256=hashes_of_models(read, scale, weights),
                 settings={
                     "num_images": num_images,
+                    **({"shipped models": shipped} if shipped else {}),
                     **{recipe.name: dataclasses.asdict(recipe.sampling) for recipe in scale.recipes if recipe.sampling},
                 },
             ),
@@ -182,7 +186,8 @@ def generation_rows(bench: Workbench, out: Path, num_images: int, seed: int) -> 
         try:
             sampler = bench.sampler(recipe.name)
         except MissingFileError as error:
-            missing[recipe.name] = f"there are no weights of {recipe.name}; `tokenbridge train` makes them"
+            how = how_to_train(bench.scale, recipe.name, bench.weights)
+            missing[recipe.name] = f"there are no weights of {recipe.name}; {how}"
             log(f"Not run: {error}")
             continue
         log(f"Sampling {num_images} images: {recipe.name}")

@@ -176,6 +176,7 @@ def plan(options: Options) -> dict[str, Any]:
     num_images = options.images_or(NUM_IMAGES)
     encoder, decoder = vae_tflop()
     states = files(options)
+    missing = [status.artifact.key for status in states if status.state == "missing"]
     return {
         "images": num_images,
         "encodings": num_images,
@@ -185,7 +186,8 @@ def plan(options: Options) -> dict[str, Any]:
         "TFLOP of the VAE": num_images * (encoder + decoder * len(QUANTIZERS)),
         "GB of features": num_images * len(QUANTIZERS) * 4 * (NUM_FEATURES + NUM_LOGITS) / 1e9,
         "files": [status.as_dict() for status in states],
-        "missing": [status.artifact.key for status in states if status.state == "missing"],
+        "missing": missing,
+        "next": artifacts.how_to_fetch(missing, options.folder),
     }
 
 
@@ -200,6 +202,7 @@ def plan_rows(planned: Mapping[str, Any]) -> list[tuple[str, str]]:
             (file["key"], f"MISSING, from {file['origin']}" if file["state"] == "missing" else file["state"])
             for file in planned["files"]
         ),
+        *(("next", command) for command in planned["next"]),
     ]
 
 

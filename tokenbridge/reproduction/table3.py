@@ -133,8 +133,9 @@ def plan(name: str, options: Options, *, out: Path | str) -> Plan:
     model = find_model(preset.name, variant=options.variant)
     config = _run_config(options, model)
     model.check(config)
-    missing = [f"{s.artifact.key}: {s.artifact.origin}" for s in files(name, options) if s.state == "missing"]
-    return plan_sampling(model, config, out, dtype=options.dtype, missing=missing)
+    needed = [] if options.stand_in else files(name, options)
+    missing = [s.artifact for s in needed if s.state == "missing"]
+    return plan_sampling(model, config, out, dtype=options.dtype, missing=missing, folder=options.folder)
 
 
 def files(name: str, options: Options) -> list[Status]:

@@ -25,6 +25,7 @@ from tokenbridge.utils import files
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.processes import process_state
+from tokenbridge.weights.artifacts import how_to_fetch
 
 TABLE1, ALL = "table1", "all"
 SMALL_SCALE_IMAGES = 2000  # samples of each system
@@ -263,7 +264,10 @@ def _why_not(target: Target, options: Options) -> str | None:
         return None
     states = table1.files(options) if target.group == "table1" else table3.files(target.name, options)
     missing = [state.artifact.key for state in states if state.state == "missing"]
-    return f"missing: {', '.join(missing)} (`tokenbridge artifacts` says where from)" if missing else None
+    if not missing:
+        return None
+    commands = " and ".join(f"`{command}`" for command in how_to_fetch(missing, options.folder))
+    return f"missing: {', '.join(missing)}; next: {commands}"
 
 
 def _run(target: Target, options: Options, out: Path, show_progress: bool) -> tuple[Results, Judged] | None:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokenbridge.configs.scales import find_model_folder
 from tokenbridge.data.images import labels_of, load_images, pixels_of
 from tokenbridge.sampling.load import ModelSampler, scale_model
 from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
-from tokenbridge.training.train import load
+from tokenbridge.training.train import how_to_train, load
 from tokenbridge.utils.devices import best_device
-from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.errors import MissingFileError, UserError
+from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +52,7 @@ class Workbench:
         Raises:
             MissingFileError: it has no weights.
         """
-        return load(self.scale.recipe(name), self.weights).to(self.device)
+        return load(self.scale, name, self.weights).to(self.device)
 
     def sampler(self, name: str) -> ModelSampler:
         """Load a generator of the scale with its tokenizer.
@@ -71,9 +73,10 @@ class Workbench:
         return VQTokenizer(self.model("vq"))
 
 
-def hashes_of_models(read: Mapping[Path, str], weights: Path | str) -> dict[str, str]:
-    """Return, by MODEL/FILE, the hashes of those files of a folder of models that were read (`hashed.recording`)."""
-    return {f"{p.parent.name}/{p.name}": sha256 for p, sha256 in read.items() if p.parent.parent == Path(weights)}
+def hashes_of_models(read: Mapping[Path, str], scale: Scale, weights: Path | str) -> dict[str, str]:
+    """Return, by MODEL/FILE, the hashes of those files of the scale's models that were read (`hashed.recording`)."""
+    folders = {find_model_folder(scale, recipe.name, weights) for recipe in scale.recipes}
+    return {f"{p.parent.name}/{p.name}": sha256 for p, sha256 in read.items() if p.parent in folders}
 
 
 def open_workbench(scale: Scale, weights: Path | str) -> Workbench:
@@ -83,10 +86,16 @@ def open_workbench(scale: Scale, weights: Path | str) -> Workbench:
         MissingFileError: the weights of the classifier are missing.
         UserError: the images are missing, or the test images are the training images.
     """
+    weights = Path(weights)
+    if not any((weights / recipe.name / WEIGHTS_FILE).is_file() for recipe in scale.recipes):
+        # Shipped tokenizers stand in for those that a folder lacks, but not for a folder that is another one.
+        raise MissingFileError(
+            f"No model of the scale {scale.name} is in {weights}. {how_to_train(scale, '', weights)}."
+        )
     device = best_device()
-    classifier = load(scale.recipe("classifier"), weights).to(device)
+    classifier = load(scale, "classifier", weights).to(device)
     train, test = (load_images(scale.data, split) for split in ("train", "test"))
     train_pixels, test_pixels = (pixels_of(d, size=scale.image_size, channels=scale.channels) for d in (train, test))
     if torch.equal(train_pixels, test_pixels):
         raise UserError(f"{scale.data!r} gives the same images as training and as test set.")
-    return Workbench(scale, Path(weights), classifier, train_pixels, test_pixels, labels_of(test), device)
+    return Workbench(scale, weights, classifier, train_pixels, test_pixels, labels_of(test), device)

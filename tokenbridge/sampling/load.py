@@ -42,7 +42,7 @@ from tokenbridge.utils import files
 from tokenbridge.utils.devices import DTYPES, Dtype
 from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.utils.hashed import recording
-from tokenbridge.weights.artifacts import ARTIFACTS, resolve
+from tokenbridge.weights.artifacts import ARTIFACTS, Artifact, resolve, status
 from tokenbridge.weights.diffusers import (
     CONFIG_FILE,
     PIPELINE_FILE,
@@ -166,6 +166,12 @@ class NamedModel:
             if path is None or not path.exists()
         ]
 
+    def missing_artifacts(self) -> list[Artifact]:
+        """Return the published files that the user did not name and that are not in the usual places."""
+        paths = ((self.name, self.weights), (self.system.tokenizer.key, self.vae))
+        keys = [key for key, path in paths if self.is_published and path is None and key in ARTIFACTS]
+        return [s.artifact for s in status(keys) if s.state == "missing"]
+
     def with_artifacts(self) -> NamedModel:
         """Return the same published model with the paths of the files that the user did not name.
 
@@ -276,9 +282,15 @@ def find_model(
 
 
 def scale_model(scale: Scale, recipe: Recipe, weights: Path) -> NamedModel:
-    """Return a generator of a scale; the folder `weights` holds all models of the scale."""
+    """Return a generator of a scale; `weights` holds the models of the scale (see `scales.find_model_folder`)."""
     system = SYSTEMS[recipe.kind]
     decoder, decoder_class = scale.recipe(system.recipe), AUTOENCODERS[system.recipe]
+
+    def load_decoder(path: Path) -> Any:
+        folder = model_folder(path, VAE) or path
+        scales.check_tokenizer(recipe.name, weights, folder)
+        return load_model(decoder_class, folder, decoder.model)
+
     return NamedModel(
         name=f"{scale.name}/{recipe.name}",
         system=system,
@@ -287,9 +299,9 @@ def scale_model(scale: Scale, recipe: Recipe, weights: Path) -> NamedModel:
         create_decoder=partial(on_meta, decoder_class, decoder.model),
         decoder_layout=kl16_layout if decoder_class is AutoencoderKL else flat_layout,
         load_model=lambda path: load_model(system.model, model_folder(path, GENERATOR) or path, recipe.model),
-        load_decoder=lambda path: load_model(decoder_class, model_folder(path, VAE) or path, decoder.model),
+        load_decoder=load_decoder,
         weights=weights / recipe.name,
-        vae=weights / decoder.name,
+        vae=scales.find_model_folder(scale, decoder.name, weights),
         is_published=False,
     )
 

@@ -32,6 +32,7 @@ class Plan:
     disk_bytes: int  # an upper bound, for uncompressed images
     free_bytes: int
     missing: tuple[str, ...]  # a line for each file that the run needs and that is missing
+    next: tuple[str, ...]  # the commands that fetch them
 
     @property
     def hours(self) -> float:
@@ -57,6 +58,7 @@ class Plan:
             "disk_gib_at_most": round(self.disk_bytes / 2**30, 3),
             "free_gib": round(self.free_bytes / 2**30, 3),
             "missing": list(self.missing),
+            "next": list(self.next),
         }
 
     def rows(self) -> list[tuple[str, str]]:
@@ -64,17 +66,25 @@ class Plan:
         tflop = {part: f"{flop / 1e12:.3g}" for part, flop in self.flop_per_image.items()}
         total = sum(self.flop_per_image.values()) / 1e12
         speed = f"{self.matmul_flop_per_second / 1e12:.3g} TFLOP/s"
+        hours = f"at least {hours_in_words(self.hours)} h at that speed, which sampling does not reach"
         enough = "" if self.disk_bytes < self.free_bytes else ": NOT ENOUGH"
         return [
             ("images", f"{self.num_images:,}"),
             ("iterations", str(self.num_iterations)),
             ("TFLOP per image", f"{total:.4g} ({', '.join(f'{part} {n}' for part, n in tflop.items())})"),
             ("device", f"{self.num_processes} × {self.device}, {self.dtype}: {speed} measured in a matrix product"),
-            ("hours, estimated", f"at least {self.hours:.3g} at that speed, which sampling does not reach"),
+            ("hours, estimated", hours),
             ("disk", f"at most {self.disk_bytes / 2**30:.3g} GiB; {self.free_bytes / 2**30:.3g} GiB are free{enough}"),
             *(("missing", line) for line in self.missing),
             *([] if self.missing else [("missing", "nothing")]),
+            *(("next", command) for command in self.next),
         ]
+
+
+def hours_in_words(hours: float) -> str:
+    """Return hours as a plain number of at most three significant digits."""
+    rounded = float(f"{hours:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.1f}" if rounded >= 0.1 else f"{rounded:.3f}"
 
 
 def plan_run(
@@ -86,6 +96,7 @@ def plan_run(
     dtype: str,
     num_processes: int,
     missing: Sequence[str],
+    next_commands: Sequence[str] = (),
 ) -> Plan:
     """Estimate a run without loading or writing anything.
 
@@ -95,6 +106,7 @@ def plan_run(
         dtype: precision of the run and of that product: fp32, bf16 or fp16.
         num_processes: number of processes that share the work.
         missing: a line for each file that the run needs and that is missing.
+        next_commands: what fetches them.
     """
     there = folder.absolute()
     while not there.exists():
@@ -113,6 +125,7 @@ def plan_run(
         disk_bytes=copies * config.num_images * model.channels * model.image_size**2,
         free_bytes=shutil.disk_usage(there).free,
         missing=tuple(missing),
+        next=tuple(next_commands),
     )
 
 

@@ -19,6 +19,7 @@ from tokenbridge.utils.console import track
 from tokenbridge.utils.devices import Dtype
 from tokenbridge.utils.errors import UnusableImageError, UserError
 from tokenbridge.utils.processes import locked_by_launch, process_state
+from tokenbridge.weights.artifacts import Artifact, how_to_fetch
 
 MODEL = "tokenbridge-tiny"
 NUM_IMAGES = 100
@@ -132,7 +133,8 @@ def plan_sampling(
     *,
     dtype: Dtype | None = None,
     stand_in: bool = False,
-    missing: Sequence[str] | None = None,
+    missing: Sequence[Artifact] | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Estimate what `sample_model` would take with the same arguments; nothing is loaded or written.
 
@@ -142,11 +144,13 @@ def plan_sampling(
         out: the folder of the run.
         dtype: the precision of the run.
         stand_in: whether the weights are drawn by a rule.
-        missing: the files that the run lacks, one line each. None means those of the model and its tokenizer.
+        missing: the published files that the run lacks. None means those of the model and its tokenizer.
+        folder: the folder of the published files, for the command that fetches them.
     """
     state = process_state()
+    named = [] if stand_in else [path for path in (model.weights, model.vae) if path is not None]
     if missing is None:
-        missing = [] if stand_in else model.missing()
+        missing = [] if stand_in else model.missing_artifacts()
     return plan_run(
         model,
         config,
@@ -154,7 +158,11 @@ def plan_sampling(
         device=state.device,
         dtype=model.dtype(dtype, state.device),
         num_processes=state.num_processes,
-        missing=missing,
+        missing=[
+            *(f"{artifact.key}: {artifact.origin}" for artifact in missing),
+            *(f"there is no {path}" for path in named if not path.exists()),
+        ],
+        next_commands=how_to_fetch([artifact.key for artifact in missing], folder),
     )
 
 

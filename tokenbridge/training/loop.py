@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenbridge.configs.schema import LOG_EVERY, TrainingConfig
+from tokenbridge.configs.schema import LOG_EVERY, TRAINING_LOG, TrainingConfig
 from tokenbridge.utils import console
 from tokenbridge.utils.errors import DivergedError, UserError, reading
 from tokenbridge.utils.files import replacing, write_json
 from tokenbridge.utils.states import read_state, save_state
 
-CHECKPOINT, LOGS = "checkpoint.pt", ("loss.json", "loss.png")  # the files of a run
+CHECKPOINT, LOGS = "checkpoint.pt", (TRAINING_LOG, "loss.png")  # the files of a run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,13 +19,14 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
+from tokenbridge.configs.scales import find_model_folder, has_other_images, is_shipped
 from tokenbridge.data.images import labels_of, load_images, pixels_to_images, to_pixels
 from tokenbridge.data.latents import cache_latents, encode_images
 from tokenbridge.evaluation.classifier import Classifier, classifier_loss
 from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
 from tokenbridge.training.loop import CHECKPOINT, LOGS, train
-from tokenbridge.utils import provenance
+from tokenbridge.utils import files, provenance
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.utils.files import check_replaceable, make_folder, sha256_of, write_json
@@ -52,20 +53,31 @@ def build(recipe: Recipe, **overrides: Any) -> Any:
     return model_class(recipe.kind)(**recipe.model, **overrides)
 
 
-def load(recipe: Recipe, weights: Path | str) -> Any:
-    """Load the recipe's model from a folder of models, in float32 and evaluation mode.
+def load(scale: Scale, name: str, weights: Path | str) -> Any:
+    """Load a model of a scale from a folder of models (see `find_model_folder`), in float32 and evaluation mode.
 
     Raises:
         MissingFileError: the model is missing; the message says where it should be and how to train it.
         UserError: the model's files are damaged or hold another model.
     """
+    recipe = scale.recipe(name)
     try:
-        return load_model(model_class(recipe.kind), Path(weights) / recipe.name, recipe.model)
+        return load_model(model_class(recipe.kind), find_model_folder(scale, name, weights), recipe.model)
     except FileNotFoundError as error:
         raise MissingFileError(
-            f"The model {recipe.name!r} is missing. {error} Train it with `tokenbridge train`, or name the folder that "
-            "holds it with --weights."
+            f"The model {name!r} is missing. {error} {how_to_train(scale, name, weights)}."
         ) from error
+
+
+def how_to_train(scale: Scale, name: str, weights: Path | str) -> str:
+    """Return what makes a model that a folder of models lacks; no name stands for all models."""
+    data = f" --data {scale.data}" if has_other_images(scale) else ""
+    command = f"tokenbridge train {scale.name} {name}".rstrip() + data
+    what = "it" if name else "them"
+    weights = Path(weights)
+    if weights.name == "weights" and not weights.is_relative_to(files.reference_folder()):
+        return f"`{command} --out {weights.parent}` makes {what}"
+    return f"`{command}` makes {what} in runs/{scale.name}-training/weights, which --weights can name"
 
 
 def train_recipe(
@@ -73,8 +85,8 @@ def train_recipe(
 ) -> dict[str, Any]:
     """Train the recipe `name` of a scale; save the model to `weights/name` and its log to `runs/name`.
 
-    For a generator, `weights` must hold the scale's tokenizer: `vq` for systems that model codes (LlamaGen), and `vae`
-    for all others.
+    A generator is trained on the scale's tokenizer in `weights`, or on the shipped one (see `find_model_folder`): `vq`
+    for systems that model codes (LlamaGen), and `vae` for all others.
 
     Returns:
         The training log (see `loop.train`), with the recipe, the command and the versions.
@@ -112,6 +124,13 @@ def train_recipe(
             "command": provenance.command(),
             **provenance.origin(),
         }
+        if recipe.is_generator:
+            tokenizer = SYSTEMS[recipe.kind].recipe
+            log["tokenizer"] = {
+                "name": tokenizer,
+                "shipped": is_shipped(scale, tokenizer, weights),
+                "sha256": sha256_of(find_model_folder(scale, tokenizer, weights) / WEIGHTS_FILE),
+            }
         if recipe.kind == "autoencoder":
             model.register_to_config(scaling_factor=_measure_scaling(model, dataset))
         if PartialState().is_main_process:
@@ -152,7 +171,7 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
 
     The table is that of `data.latents.cache_latents`, and it is kept in a sub-folder of `folder`.
     """
-    autoencoder = load(scale.recipe("vae"), weights).to(best_device())
+    autoencoder = load(scale, "vae", weights).to(best_device())
     images = labelled_images(scale, "train")
     # The folder's name has a hash, so that latents of another autoencoder or of other images are never used.
     options: dict[str, Any] = {
@@ -160,7 +179,7 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
         "channels": scale.channels,
         "with_mirrored": scale.with_mirrored,
     }
-    what = [sha256_of(Path(weights) / "vae" / WEIGHTS_FILE), scale.data, len(images), options]
+    what = [sha256_of(find_model_folder(scale, "vae", weights) / WEIGHTS_FILE), scale.data, len(images), options]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     with PartialState().main_process_first():
         return cache_latents(autoencoder, images, folder / name, **options)
@@ -175,7 +194,7 @@ def tokens_of(scale: Scale, weights: Path | str) -> Dataset:
     """
     from datasets import Sequence, Value
 
-    tokenizer = VQTokenizer(load(scale.recipe("vq"), weights).to(best_device()))
+    tokenizer = VQTokenizer(load(scale, "vq", weights).to(best_device()))
     table = encode_images(
         labelled_images(scale, "train"),
         lambda images: tokenizer.encode(images.to(tokenizer.device)).flatten(1),
@@ -248,7 +267,7 @@ def step_of(recipe: Recipe) -> Callable[..., Tensor]:
 
 
 def _autoencoder_scaling(scale: Scale, weights: Path | str) -> float:
-    return float(load(scale.recipe("vae"), weights).config.scaling_factor)
+    return float(load(scale, "vae", weights).config.scaling_factor)
 
 
 @torch.inference_mode()

@@ -7,12 +7,16 @@ declared only if the publisher or several public repositories state it. A file i
 2. in the folder that $TOKENBRIDGE_ARTIFACTS names, directly or one folder down, so that the official layout
    (`pretrained_models/vae/kl16.ckpt`) is found unchanged;
 3. in the hub's cache or, for plain addresses, in the cache of torch hub, where torch-fidelity keeps its own download;
-4. at its origin. `huggingface_hub` downloads into the hub's cache, and `torch.hub` downloads plain addresses into
-   $TOKENBRIDGE_ARTIFACTS (into the cache of torch hub if the variable is not set). Data sets are never downloaded.
-   HF_HUB_OFFLINE=1 stops all downloads.
+4. at its origin. `huggingface_hub` downloads into the hub's cache. From a plain address a file goes into
+   $TOKENBRIDGE_ARTIFACTS, or into the cache of torch hub if the variable is not set. Data sets are never downloaded.
+   `--offline`, or HF_HUB_OFFLINE=1, stops all downloads.
 
-One error names every missing file, its origin and its place. Nothing is downloaded while any requested file has to be
-put in place by hand. A download is abandoned when the server is silent for `TIMEOUT` seconds.
+All origins are asked before the first download, so that hours of downloads do not end with a 404: nothing is
+downloaded while any requested file has to be put in place by hand. One error names every missing file, its origin and
+its place. A server is given up when it is silent for `TIMEOUT` seconds, and is not asked for other files then.
+
+A download is taken only if it is as long as the server announced, is what its publisher states (size, hash), and can be
+read to its end if it is a ZIP archive, which checkpoints of torch and NumPy archives are.
 
 The SHA-256 of a file is computed at its first use and written to `artifacts.lock.json`, which lies in
 $TOKENBRIDGE_ARTIFACTS if that folder can be written to, else in the working directory. From then on a file with
@@ -25,24 +29,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
+import shutil
+import urllib.error
+import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import huggingface_hub
 import yaml
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.console import progress
+from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_json
 
 FOLDER_VARIABLE = "TOKENBRIDGE_ARTIFACTS"
 LOCK_FILE = "artifacts.lock.json"
+TEXT, ZIP = (b"<", b"{"), b"PK"  # what files begin with: a web page or a message in JSON; an archive
 TIMEOUT = 10.0  # seconds that a server may be silent
 
 INCEPTION = "inception"
@@ -90,19 +99,25 @@ ARTIFACTS = _read_declarations()
 
 
 @dataclass(frozen=True)
+class Download:
+    """A file that an origin has: `run` downloads it, and returns its path."""
+
+    host: str
+    run: Callable[[], Path]
+
+
+@dataclass(frozen=True)
 class Missing:
     """A file that was not found, and why it was not downloaded."""
 
     artifact: Artifact
     place: str  # the path at which it would be found
     reason: str
+    has_option: bool = False  # whether the command takes the file by an option
 
     def __str__(self) -> str:
-        a = self.artifact
-        return (
-            f"{a.key}: {a.what}. From {a.origin}; licence: {a.licence}. {self.reason} "
-            f"Put it at {self.place}, or name it with {a.option}."
-        )
+        a, named = self.artifact, f", or name it with {self.artifact.option}" if self.has_option else ""
+        return f"{a.key}: {a.what}. From {a.origin}; licence: {a.licence}. {self.reason} Put it at {self.place}{named}."
 
 
 class MissingArtifactsError(UserError):
@@ -156,10 +171,9 @@ def resolve(
     Args:
         keys: keys of `ARTIFACTS`.
         folder: the folder of the files; None takes $TOKENBRIDGE_ARTIFACTS.
-        given: the files that the user named, or folders that hold them, by key. Where the value is None, the usual
-            places are searched.
-        download: whether to download missing files. Nothing is downloaded if one of them has to be put in place by
-            hand.
+        given: by key, the files that the user named by options, or folders that hold them. Where the value is None,
+            the usual places are searched; a key that is absent has no option.
+        download: whether to download missing files. Nothing is downloaded if one of them cannot be.
 
     Raises:
         MissingArtifactsError: files are missing; the message lists all of them.
@@ -170,15 +184,19 @@ def resolve(
     found = {a.key: path for a in chosen if (path := _locate(a, folder, given.get(a.key))) is not None}
     absent = [a for a in chosen if a.key not in found]
     reasons = {a.key: reason for a in absent if (reason := _why_not_fetched(a, given.get(a.key), download))}
+    if not reasons:
+        downloads, reasons = _find_downloads(absent, folder)
     for artifact in [] if reasons else absent:
         try:
-            found[artifact.key] = _fetch(artifact, folder)
+            found[artifact.key] = _first_that_works(downloads[artifact.key])
         except UserError as error:
-            reasons[artifact.key] = f"Not downloaded: {error}."
+            reasons[artifact.key] = f"Not downloaded: {str(error).rstrip('.')}."
     if reasons:
         waiting = "Its download will be tried once the other files are in place."
         missing = [a for a in absent if a.key not in found]
-        raise MissingArtifactsError([Missing(a, _place(a, folder), reasons.get(a.key, waiting)) for a in missing])
+        raise MissingArtifactsError(
+            [Missing(a, _place(a, folder), reasons.get(a.key, waiting), a.key in given) for a in missing]
+        )
     for artifact in chosen:
         if not found[artifact.key].is_dir():
             _check(artifact, found[artifact.key], lock_file(folder))
@@ -211,6 +229,19 @@ def status(
             state = "verified" if _is_recorded(path, entry) else "changed" if entry["size"] != size else "present"
         listed.append(Status(artifact, state, path, size, sha256))
     return listed
+
+
+def how_to_fetch(keys: Iterable[str], folder: PathLike | None = None) -> list[str]:
+    """Return the commands that fetch missing files: one for all files, one for each data set."""
+    chosen = [find_artifact(key) for key in keys]
+    files = [artifact.key for artifact in chosen if not artifact.is_dataset]
+    place = "" if folder is None else f" --folder {folder}"
+    commands = [f"tokenbridge artifacts {' '.join(files)} --download{place}"] if files else []
+    return [*commands, *(_hub_command(artifact) for artifact in chosen if artifact.is_dataset)]
+
+
+def _hub_command(artifact: Artifact) -> str:
+    return f"hf download --repo-type dataset {artifact.hub}"
 
 
 def accept(key: str, *, folder: PathLike | None = None, given: Mapping[str, PathLike | None] | None = None) -> Path:
@@ -332,80 +363,162 @@ def _place(artifact: Artifact, folder: Path | None) -> str:
 def _why_not_fetched(artifact: Artifact, named: PathLike | None, download: bool) -> str | None:
     """Return why a missing file will not be downloaded; None if a download can be tried."""
     if named is not None:
-        return f"{artifact.option} names {named}, where it is not."
+        return f"{artifact.option} names {named}, and the file is not there."
     if artifact.is_dataset:
-        command = f"hf download --repo-type dataset {artifact.hub}"
-        return f"Data sets are not downloaded here; `{command}` does, after its terms are accepted."
+        return f"Data sets are not downloaded here; `{_hub_command(artifact)}` does, after its terms are accepted."
     if not download:
-        return "Not downloaded: only files on this machine were asked for."
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return "Not downloaded: HF_HUB_OFFLINE is set."
+        return f"Not downloaded here; `tokenbridge artifacts {artifact.key} --download` does."
+    if constants.HF_HUB_OFFLINE:
+        return "Not downloaded: --offline, or HF_HUB_OFFLINE=1, was asked for."
     return None
 
 
-def _fetch(artifact: Artifact, folder: Path | None) -> Path:
+def _find_downloads(
+    absent: Iterable[Artifact], folder: Path | None
+) -> tuple[dict[str, list[Download]], dict[str, str]]:
+    """Ask the origins for files, before any of them is downloaded.
+
+    Returns:
+        By key the downloads from the origins that have the file, and by key why no origin has it.
+    """
+    downloads: dict[str, list[Download]] = {}
+    reasons: dict[str, str] = {}
+    silent: dict[str, str] = {}  # by host, what happened; it would cost `TIMEOUT` seconds to ask for each file again
+    for artifact in absent:
+        found, refused = [], []
+        for origin, ask in ((constants.ENDPOINT if artifact.hub else None, _ask_hub), (artifact.url, _ask_address)):
+            if origin is None:
+                continue
+            host = urlsplit(origin).netloc
+            try:
+                if host in silent:
+                    raise UserError(silent[host])
+                found.append(Download(host, ask(artifact, folder)))
+            except StorageError:
+                raise
+            except Exception as error:  # the hub's client and sockets raise dozens of unrelated types
+                why = _in_a_line(error)
+                refused.append(f"{host} did not send it ({why})")
+                if not isinstance(error, UserError | urllib.error.HTTPError | HfHubHTTPError):
+                    silent[host] = why
+        downloads[artifact.key] = found
+        if not found:
+            reasons[artifact.key] = f"Not downloaded: {'; '.join(refused)}."
+    return downloads, reasons
+
+
+def _first_that_works(downloads: Iterable[Download]) -> Path:
     """Download a file from the first origin that sends it; the file appears whole or not at all.
 
     Raises:
-        UserError: no origin sent it; the message says what each of them answered.
+        UserError: no origin sent it; the message says what each of them did.
+        StorageError: the file cannot be written.
     """
     reasons = []
-    for origin, fetch in (
-        (huggingface_hub.constants.ENDPOINT if artifact.hub else None, _fetch_from_hub),
-        (artifact.url, _fetch_from_address),
-    ):
-        if origin is None:
-            continue
+    for download in downloads:
         try:
-            return fetch(artifact, folder)
-        except Exception as error:  # the hub's client and sockets raise dozens of unrelated types
-            line = (str(error) or "no message").splitlines()[0]
-            what = line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
-            reasons.append(f"{urlsplit(origin).netloc} did not send it ({what})")
+            return download.run()
+        except StorageError:
+            raise
+        except Exception as error:  # as above
+            reasons.append(f"{download.host} did not send it ({_in_a_line(error)})")
     raise UserError("; ".join(reasons))
 
 
-def _fetch_from_hub(artifact: Artifact, folder: Path | None) -> Path:
-    """Download the one file of the repository whose path ends in `artifact.file` into the hub's cache.
+def _in_a_line(error: Exception) -> str:
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    cause = cause if isinstance(cause, Exception) and not isinstance(error, urllib.error.HTTPError) else error
+    line = (str(cause) or "no message").splitlines()[0]
+    return line if isinstance(cause, UserError) else f"{type(cause).__name__}: {line}"
+
+
+def _ask_hub(artifact: Artifact, folder: Path | None) -> Callable[[], Path]:
+    """Find the one file of the repository whose path ends in `artifact.file`; return its download into the hub's cache.
 
     The official README names the folder of each checkpoint, but not where the folder lies in the repository.
     """
-    assert artifact.hub is not None
-    siblings = huggingface_hub.HfApi().model_info(artifact.hub, timeout=TIMEOUT).siblings or []
+    repository = artifact.hub
+    assert repository is not None
+    siblings = huggingface_hub.HfApi().model_info(repository, timeout=TIMEOUT).siblings or []
     paths = [s.rfilename for s in siblings if f"/{s.rfilename}".endswith(f"/{artifact.file}")]
     if len(paths) != 1:
-        raise UserError(f"{artifact.hub} has {len(paths)} files …{artifact.file}")
-    return Path(huggingface_hub.hf_hub_download(artifact.hub, paths[0], etag_timeout=TIMEOUT))
+        raise UserError(f"{repository} has {len(paths)} files …{artifact.file}")
+    return lambda: Path(huggingface_hub.hf_hub_download(repository, paths[0], etag_timeout=TIMEOUT))
 
 
-def _fetch_from_address(artifact: Artifact, folder: Path | None) -> Path:
-    """Download a file from its plain address into `folder`, or into the cache of torch hub."""
-    import torch
+def _ask_address(artifact: Artifact, folder: Path | None) -> Callable[[], Path]:
+    """Look at the beginning of a file at a plain address; return its download, into `folder` or torch hub's cache.
 
+    Raises:
+        FullDiskError: the file is longer than what is free.
+    """
     target = folder / artifact.file if folder is not None else _address_cache(artifact)
-    assert artifact.url is not None
     assert target is not None
-    with replacing(target) as temporary, _socket_timeout(TIMEOUT):
-        torch.hub.download_url_to_file(artifact.url, str(temporary), hash_prefix=artifact.sha256)
-        # torch.hub does not compare the length of the file with the one that the server announced.
-        with temporary.open("rb") as file:
-            start = file.read(2)
-        if start[:1] == b"<":
-            raise UserError("the answer is a web page, not the file")
-        if start == b"PK" and not zipfile.is_zipfile(temporary):
-            raise UserError("the file was cut off")
+    with _open_address(artifact) as response:
+        length = response.length or 0
+        _refuse_text(response.read1(64))
+    free = shutil.disk_usage(next(place for place in target.absolute().parents if place.exists())).free
+    if length > free:
+        raise FullDiskError(f"There is no space for {target}: it has {length:,} bytes, and {free:,} are free.")
+    return partial(_download, artifact, target)
+
+
+def _download(artifact: Artifact, target: Path) -> Path:
+    """Download a file from its plain address; it is checked before it appears."""
+    with replacing(target) as temporary:
+        with _open_address(artifact) as response, temporary.open("wb") as file:
+            announced: int | None = response.length
+            count, megabytes = 0, (announced or 0) // 10**6
+            words = "{done} of {total} MB", "{rate:.1f} MB/s, {left} left"
+            with progress(f"download {artifact.key}", megabytes, *words, show=megabytes > 0) as advance:
+                while chunk := response.read(2**20):
+                    before, count = count // 10**6, count + file.write(chunk)
+                    if count // 10**6 > before:
+                        advance(count // 10**6, "")
+        if announced is not None and count != announced:
+            raise UserError(f"the file was cut off: {count:,} of {announced:,} bytes came")
+        _check_content(artifact, temporary)
     return target
 
 
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Limit the wait of every socket, because torch.hub has no timeout of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+def _open_address(artifact: Artifact) -> Any:
+    assert artifact.url is not None
+    request = urllib.request.Request(artifact.url, headers={"User-Agent": "tokenbridge"})  # noqa: S310  declared here
+    response = urllib.request.urlopen(request, timeout=TIMEOUT)  # noqa: S310
+    if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+        response.close()
+        raise UserError(f"the answer is packed with {encoding}, which was not asked for")
+    return response
+
+
+def _refuse_text(start: bytes) -> None:
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(TEXT):
+        raise UserError("the answer is a web page or a message, not the file")
+
+
+def _check_content(artifact: Artifact, path: Path) -> None:
+    """Check a download by everything that is known of it.
+
+    Raises:
+        UserError: it is empty, a web page, a damaged archive, or not what the publisher states.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise UserError("the answer is empty")
+    _refuse_text(start)
+    if start.startswith(ZIP):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip() is not None  # reads all of it
+        except Exception:  # zlib and struct have errors of their own
+            damaged = True
+        if damaged:
+            raise UserError("the file was cut off or damaged on its way")
     try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+        _published_hash(artifact, path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), "the answer").rstrip(".")) from error
 
 
 def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:

@@ -136,7 +136,7 @@ def measure_discrepancies(
                     for split in ("train", "test")
                 }
                 | given,
-                weights_sha256=hashes_of_models(read, weights),
+                weights_sha256=hashes_of_models(read, scale, weights),
                 settings={
                     "num_images": num_images,
                     "num_seeds": NUM_SEEDS,

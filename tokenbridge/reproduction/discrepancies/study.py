@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokenbridge.configs.scales import find_model_folder
 from tokenbridge.data.images import images_to_pixels, pixels_to_images
 from tokenbridge.evaluation.metrics import (
     Statistics,
@@ -211,7 +212,7 @@ def not_run_row(name: str, label: str, reason: str) -> Row:
 
 def has_weights(study: Study, name: str) -> bool:
     """Whether there are weights of a model of the scale."""
-    return (study.bench.weights / name / WEIGHTS_FILE).is_file()
+    return (find_model_folder(study.bench.scale, name, study.bench.weights) / WEIGHTS_FILE).is_file()
 
 
 def no_weights(name: str) -> str:
