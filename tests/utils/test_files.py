@@ -23,6 +23,7 @@ import pytest
 from tokenbridge.utils import files
 from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
 from tokenbridge.utils.files import (
+    check_replaceable,
     check_writable,
     clear_leftovers,
     full_disk_errors,
@@ -377,8 +378,8 @@ def test_leftovers_of_the_dead_alone_are_cleared(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
 
-    def made(machine: str, pid: int, start: int | None, age: float = 0.0) -> Path:
-        path = tmp_path / f".tokenbridge-{machine}-{pid}-{start}-{secrets.token_hex(4)}.png"
+    def made(machine: str, pid: int, start: int | None, age: float = 0.0, suffix: str = ".png") -> Path:
+        path = tmp_path / f".tokenbridge-{machine}-{pid}-{start}-{secrets.token_hex(4)}{suffix}"
         path.touch()
         os.utime(path, (time.time() - age,) * 2)
         return path
@@ -397,6 +398,7 @@ def test_leftovers_of_the_dead_alone_are_cleared(tmp_path: Path) -> None:
         made(machine, dead.pid, 1),
         made(machine, process.pid, (start or 0) - 1),  # its number was that of another process before
         made(machine, 10**12, 1),
+        made(machine, dead.pid, 2, suffix=".pt.0123abcd.partial"),  # of a download
         made("0" * 8, process.pid, start, week + 100),
     ]
     folder = tmp_path / f".tokenbridge-{machine}-{dead.pid}-1-00000000"
@@ -426,3 +428,58 @@ def test_an_unwritable_target_is_found_before_the_work(tmp_path: Path, name: str
         with pytest.raises(StorageError, match=reason):
             check(path)
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_a_file_of_the_users_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+
+    def read() -> None:
+        json.loads(path.read_text())["ours"]
+
+    check_writable(path, read)
+    write_json(path, {"ours": 1})
+    check_writable(path, read)
+    for content in ("{}", "a diary"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"out\.json is not replaced, because it is no older result"):
+            check_writable(path, read)
+
+
+def test_folders_with_strangers_are_not_replaced(tmp_path: Path) -> None:
+    known = ("index.json", "vae/weights", "samples-*.png")
+    folder = tmp_path / "results"
+    check_replaceable(folder, known)
+    (folder / "vae").mkdir(parents=True)
+    check_replaceable(folder, known)
+    (folder / "vae" / "weights").touch()
+    with pytest.raises(UserError, match=r"it holds vae/weights and has no index\.json\. Name another folder"):
+        check_replaceable(folder, known)
+    for name in ("index.json", "samples-1.png", ".tokenbridge.lock"):
+        (folder / name).touch()
+    check_replaceable(folder, known)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for stranger, make in {
+        "diary.txt": Path.touch,
+        "vae/index.json": Path.touch,
+        ".git": Path.touch,
+        "vae/link": lambda path: path.symlink_to(elsewhere),
+        "pipe": os.mkfifo,
+    }.items():
+        make(folder / stranger)
+        for check in (check_replaceable, lambda *given: replacing_folder(*given).__enter__()):
+            with pytest.raises(UserError, match=rf"holds {re.escape(stranger)}, which is not one of ours"):
+                check(folder, known)
+        (folder / stranger).unlink()
+
+    def disturbed() -> None:
+        with replacing_folder(folder, known) as fresh:
+            (fresh / "index.json").touch()
+            (folder / "diary.txt").write_text("came during the work")
+
+    with pytest.raises(UserError, match=r"holds diary\.txt"):
+        disturbed()
+    assert (folder / "diary.txt").read_text() == "came during the work"
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file is a file, so no folder can be written there"):
+        check_replaceable(tmp_path / "file", known)

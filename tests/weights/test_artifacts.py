@@ -604,6 +604,26 @@ def test_unchanged_file_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyP
         resolve(["kl16"])
 
 
+def test_no_entry_of_another_process_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing takes minutes. What another process records meanwhile stays, and is checked."""
+    first, second = put(folder / "kl16.ckpt"), put(folder / "VIRTUAL_imagenet256_labeled.npz")
+    of_publisher = artifacts._published_hash
+
+    def meanwhile(artifact: Artifact, path: Path) -> str:
+        sha256 = of_publisher(artifact, path)
+        if artifact.key == "kl16":
+            resolve(["adm-reference"])
+        return sha256
+
+    monkeypatch.setattr(artifacts, "_published_hash", meanwhile)
+    resolve(["kl16"])
+    assert {key: entry["path"] for key, entry in lock_of(folder).items()} == {
+        "kl16": str(first),
+        "adm-reference": str(second),
+    }
+    assert not list(folder.glob(".tokenbridge*"))
+
+
 def test_deleting_the_entry_accepts_too(folder: Path) -> None:
     put(folder / "kl16.ckpt", b"one")
     put(folder / "adm-reference.npz")

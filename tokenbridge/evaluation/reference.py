@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tokenbridge.evaluation.inception import NUM_FEATURES, Inception
 from tokenbridge.evaluation.metrics import Statistics
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import make_folder, replacing, sha256_of
+from tokenbridge.utils.files import check_writable, replacing, sha256_of
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def make_reference(
         raise UserError(f"Statistics are written as .npz, so {out.name} needs another name.")
     if image_size < 1 or batch_size < 1:
         raise UserError("The image size and the batch size must be at least 1.")
-    make_folder(out.parent)
+    check_writable(out, lambda: _read_meta(out))
     images = CroppedImages(load_images(source, split), image_size)
     if len(images) < 2 or not 0 <= keep_images <= len(images):
         raise UserError(f"{source} has {len(images)} images, but needs at least 2 and the {keep_images} to keep.")
@@ -147,6 +148,12 @@ def make_reference(
     with replacing(out) as temporary:
         np.savez(temporary, **arrays)
     return meta
+
+
+def _read_meta(path: Path) -> None:
+    """Raise an error unless a file is one of statistics that `make_reference` wrote."""
+    with zipfile.ZipFile(path) as archive:
+        archive.getinfo("meta.npy")
 
 
 def read_statistics(path: Path | str) -> Statistics:

@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenbridge.evaluation.evaluate import evaluate
 from tokenbridge.evaluation.metrics import SEED
-from tokenbridge.results.schema import Provenance, Results, Row, write
+from tokenbridge.results.schema import Provenance, Results, Row, read, write
 from tokenbridge.results.score import to_metrics
-from tokenbridge.utils.files import make_folder
+from tokenbridge.utils.files import check_writable
 from tokenbridge.utils.provenance import Stopwatch
 
 
@@ -26,7 +26,7 @@ def measure_evaluation(
     """
     stopwatch = Stopwatch()
     if out is not None:
-        make_folder(out.parent)
+        check_writable(out, lambda: read(out))
     evaluated = evaluate(samples, reference, seed=seed, **options)
     rows = [
         Row(id=f"evaluation/{i}", label=one.name, metrics={"images": one.num_images, **one.metrics})

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from tokenbridge.utils.errors import FullDiskError, MissingFileError, StorageError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 @contextmanager
@@ -90,15 +90,26 @@ def make_folder(folder: Path | str, *names: str) -> Path:
     return folder
 
 
-def check_writable(path: Path | str) -> None:
+def check_writable(path: Path | str, read: Callable[[], object] | None = None) -> None:
     """Check that a file can be written at `path`, before the work whose result it is to hold; make its folder.
 
+    Args:
+        read: reads an older file at `path`. If it raises an error, the file is not one of ours and must not be lost.
+
     Raises:
+        UserError: another file has this name.
         StorageError: the name is too long, a folder has this name, or its folder cannot be made or written to.
     """
     path = Path(path)
     _check_no_folder(path)
     make_folder(path.parent)
+    if read is not None and os.path.lexists(path):
+        try:
+            read()
+        except Exception as error:
+            raise UserError(
+                f"{path} is not replaced, because it is no older result of this command. Name another file."
+            ) from error
 
 
 def _check_no_folder(path: Path) -> None:
@@ -260,7 +271,7 @@ def _flush(path: Path) -> None:
 
 HIDDEN = ".tokenbridge*"
 """Names of files and folders that are no results: locks, and temporary ones with their machine and process."""
-_LEFTOVER = re.compile(r"\.tokenbridge-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(\.[^.]*)?")
+_LEFTOVER = re.compile(r"\.tokenbridge-([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(\..*)?")  # downloads append more
 _ABANDONED = 7 * 24 * 3600.0  # seconds without a change after which another machine's process is taken for dead
 
 

@@ -34,6 +34,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenbridge.utils.console import progress
 from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_json
+from tokenbridge.utils.locks import locked
 
 FOLDER_VARIABLE = "TOKENBRIDGE_ARTIFACTS"
 LOCK_FILE = "artifacts.lock.json"
@@ -260,7 +262,8 @@ def accept(key: str, *, folder: PathLike | None = None, given: Mapping[str, Path
         raise MissingArtifactsError([Missing(artifact, _place(artifact, root), reason)])
     sha256 = _published_hash(artifact, path)
     lock = lock_file(root)
-    write_json(lock, {**_read_lock(lock), key: {**_identity(path), "sha256": sha256}})
+    with _changing(lock):
+        write_json(lock, {**_read_lock(lock), key: {**_identity(path), "sha256": sha256}})
     return path
 
 
@@ -523,18 +526,25 @@ def _check_content(artifact: Artifact, path: Path) -> None:
 
 def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:
     """Compare a file with its published and recorded hashes, and record its hash at the first use."""
-    lock = _read_lock(lock_path)
-    entry = lock.get(artifact.key)
+    entry = _read_lock(lock_path).get(artifact.key)
     if entry is not None and _is_recorded(path, entry):
         return
     sha256 = _published_hash(artifact, path)
-    if entry is not None and entry["sha256"] != sha256:
-        raise UserError(
-            f"{path} is not the {artifact.key} that was used before: its SHA-256 is {sha256}, and {lock_path} has "
-            f"{entry['sha256']} (of {entry['path']}). If the new file is right, run `tokenbridge artifacts --accept "
-            f"{artifact.key}`, or delete the entry."
-        )
-    write_json(lock_path, {**lock, artifact.key: {**_identity(path), "sha256": sha256}})
+    with _changing(lock_path):
+        lock = _read_lock(lock_path)  # again: hashing takes minutes, in which another process may have written
+        entry = lock.get(artifact.key)
+        if entry is not None and entry["sha256"] != sha256:
+            raise UserError(
+                f"{path} is not the {artifact.key} that was used before: its SHA-256 is {sha256}, and {lock_path} has "
+                f"{entry['sha256']} (of {entry['path']}). If the new file is right, run `tokenbridge artifacts "
+                f"--accept {artifact.key}`, or delete the entry."
+            )
+        write_json(lock_path, {**lock, artifact.key: {**_identity(path), "sha256": sha256}})
+
+
+def _changing(lock_path: Path) -> AbstractContextManager[None]:
+    """Return a context in which no other process changes the lock file, so that no entry is lost."""
+    return locked(lock_path.parent, name=f".tokenbridge.{lock_path.name}", wait=True)
 
 
 def _published_hash(artifact: Artifact, path: Path) -> str:
