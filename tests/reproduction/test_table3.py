@@ -15,6 +15,7 @@ from conftest import Run, error_of
 from official_files import SMALL_VAE, declare_small_models, write_checkpoint, write_kl16, write_quick_inception
 from published import publish
 
+from tokenbridge.audit.paper import contradiction, doubts, known_hashes
 from tokenbridge.evaluation import evaluate as evaluation
 from tokenbridge.models import registry
 from tokenbridge.models.tokenbridge.presets import PRESETS
@@ -118,6 +119,12 @@ def test_the_whole_of_it_on_small_files(preset: str, folder: Path, monkeypatch: 
     assert done is not None
     results, judged = done
     (row,) = results.rows
+    # What a genuine run writes contradicts nothing, and leaves nothing open but what this test declares anew.
+    assert contradiction(results) is None
+    known = known_hashes(results, folder)
+    assert None not in known.values()
+    left_open = doubts(results, row, "precision-50K", known)
+    assert left_open in ([], ["the code that measured had uncommitted changes"])
     assert row.id == f"table3/{preset}"
     assert {"FID-50K", "IS-50K", "precision-50K", "recall-50K"} <= set(row.metrics)
     assert row.metrics["parameters"] == PRESETS[preset].num_parameters

@@ -20,6 +20,7 @@ from tokenbridge.configs.scales import SCALES
 from tokenbridge.results import markdown, tolerances
 from tokenbridge.results.verdicts import CLAIM_VERDICTS, Verdict
 from tokenbridge.utils.files import write_text
+from tokenbridge.utils.text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -102,7 +103,7 @@ def write_page(audit: Audit, path: Path, *, reference: Path, runs: Path | None =
         tolerance=tolerance,
         number=number,
     )
-    write_text(path, page)
+    write_text(path, plain(page))
 
 
 def number(value: float, decimals: int | None = None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokenbridge.audit.findings import Audit, Finding
 from tokenbridge.audit.page import TITLES, write_page
-from tokenbridge.results.markdown import cell, columns_of, commit_of, markdown_table
+from tokenbridge.results.markdown import cell, code, columns_of, commit_of, escape, markdown_table
 from tokenbridge.results.verdicts import CLAIM_VERDICTS
 from tokenbridge.utils.files import write_json, write_text
 from tokenbridge.utils.junit import Case, Suite, to_xml
@@ -51,36 +51,36 @@ def to_markdown(audit: Audit) -> str:
     lines = ["# Audit", "", f"Made {audit.made}, {commit_of(audit.commit, audit.dirty)}.", ""]
     lines += [*markdown_table(["verdict", "claims"], [[v, str(n)] for v, n in counts(audit).items()]), ""]
     if audit.failures:
-        lines += ["## The gate fails", "", *(f"- {_line(failure)}" for failure in audit.failures), ""]
+        lines += ["## The gate fails", "", *(f"- {escape(failure)}" for failure in audit.failures), ""]
     for group in dict.fromkeys(group_of(finding) for finding in audit.findings):
         findings = [finding for finding in audit.findings if group_of(finding) == group]
         lines += [f"## {TITLES.get(group, group)}", ""]
         lines += [*markdown_table(["claim", "claimed", "measured", "verdict"], [_cells(f) for f in findings]), ""]
-        lines += [f"- `{f.claim.id}`: {_line(f.why)}" for f in findings] + [""]
-        lines += [f"- `{f.claim.id}`, support: {_line(text)}" for f in findings for text in f.support]
+        lines += [f"- `{f.claim.id}`: {escape(f.why)}" for f in findings] + [""]
+        lines += [f"- `{f.claim.id}`, support: {escape(text)}" for f in findings for text in f.support]
         lines += [""] * any(f.support for f in findings)
     if audit.effects:
         lines += ["## Discrepancies", ""]
     for effect in audit.effects:
         discrepancy = effect.discrepancy
-        lines += [f"### {discrepancy.id}", "", f"{_line(discrepancy.text)} ({_line(discrepancy.source)})", ""]
+        lines += [f"### {discrepancy.id}", "", f"{escape(discrepancy.text)} ({escape(discrepancy.source)})", ""]
         run = [row for row in effect.rows if row.not_run is None]
         if run:
             columns = columns_of(run)
-            body = [[_cell(row.label), *(cell(row, column) for column in columns)] for row in run]
-            lines += [*markdown_table(["", *columns], body), ""]
+            body = [[escape(row.label), *(cell(row, column) for column in columns)] for row in run]
+            lines += [*markdown_table(["", *map(escape, columns)], body), ""]
         notes = [f"{row.label}: not run: {row.not_run}" for row in effect.rows if row.not_run is not None]
         notes += [f"{name}: {_number(value)}" for name, value in effect.checks.items()]
         if not run and not effect.checks:
             notes += [f"not measured: {discrepancy.not_measured or 'no result file has its rows'}"]
-        lines += [f"- {_line(note)}" for note in notes] + [""] * bool(notes)
+        lines += [f"- {escape(note)}" for note in notes] + [""] * bool(notes)
     lines += ["## Evidence", ""]
     for number, evidence in enumerate(audit.evidence):
         p = evidence.provenance
         lines += [
-            f"{number}. `{evidence.file}`, scale {evidence.scale}, SHA-256 `{evidence.sha256}`: "
-            f"`{_line(p['command'])}` at {p['started']}, {commit_of(p['commit'], p['dirty'])}. "
-            f"{_line('; '.join(evidence.notes))}"
+            f"{number}. {code(evidence.file)}, scale {escape(evidence.scale)}, SHA-256 `{evidence.sha256}`: "
+            f"{code(p['command'])} at {escape(p['started'])}, {commit_of(p['commit'], p['dirty'])}. "
+            f"{escape('; '.join(evidence.notes))}"
         ]
     return "\n".join(lines)
 
@@ -119,20 +119,11 @@ def _cells(finding: Finding) -> list[str]:
     measured = "–" if finding.measured is None else _number(finding.measured)
     if finding.interval is not None:
         measured += f" ({finding.interval[0]:.4g} to {finding.interval[1]:.4g})"
-    return [_cell(claim.text), claimed, measured, finding.verdict]
+    return [escape(claim.text), claimed, measured, finding.verdict]
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value.is_integer() else f"{value:.6g}"
-
-
-def _line(text: str) -> str:
-    """Return text on one line."""
-    return " ".join(text.split())
-
-
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
 
 
 def lines_of(audit: Audit, verdicts: Iterable[str]) -> list[str]:

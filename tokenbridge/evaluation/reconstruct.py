@@ -27,7 +27,7 @@ from tokenbridge.data.pictures import save_grid
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.features import forward
 from tokenbridge.evaluation.inception import Inception, find_inception, load_inception
-from tokenbridge.results.markdown import cell, markdown_table
+from tokenbridge.results.markdown import cell, escape, markdown_table
 from tokenbridge.results.schema import Row
 from tokenbridge.results.score import Score, to_metrics
 from tokenbridge.tokenizers.base import LatentTokenizer, Tokenizer, VQTokenizer
@@ -417,12 +417,12 @@ def _write(report: Report, out: Path, pictures: dict[str, Tensor]) -> None:
 def to_markdown(report: Report) -> str:
     """Return a report as a Markdown page with the settings, the table, the notes and the latents' distortion."""
     lines = ["# Reconstruction", ""]
-    lines += [f"- {name}: {value}" for name, value in report.settings.items()]
-    body = [[row.label, *[cell(row, name) for name in COLUMNS]] for row in report.rows]
+    lines += [f"- {name}: {escape(str(value))}" for name, value in report.settings.items()]
+    body = [[escape(row.label), *[cell(row, name) for name in COLUMNS]] for row in report.rows]
     lines += ["", *markdown_table(["", *COLUMNS], body), ""]
-    lines += [f"- {note}" for note in report.notes]
+    lines += [f"- {escape(note)}" for note in report.notes]
     if report.distortions:
-        labels = {row.id: row.label for row in report.rows}
+        labels = {row.id: escape(row.label) for row in report.rows}
         header = ["", "SNR (dB)", "bits per dimension", "entropy (bits)", "relative MSE", "Lloyd-Max", "Gaussian bound"]
         body = [
             [

@@ -227,5 +227,6 @@ _TITLE = """# Changes of the references
 def _record(why: str, commit: str, who: str, changes: Sequence[Change]) -> str:
     """Return the section that the record gains: when, who, why, the commit that was measured, and what differs."""
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    table = markdown.markdown_table(COLUMNS, changes) if changes else ["No number changed."]
+    cells = [[markdown.escape(cell) for cell in change] for change in changes]
+    table = markdown.markdown_table(COLUMNS, cells) if changes else ["No number changed."]
     return "\n".join(["", f"## {when}", "", f"{who}, measured at commit {commit}: {why}", "", *table, ""])

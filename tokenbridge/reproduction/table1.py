@@ -48,7 +48,7 @@ from tokenbridge.reproduction.options import PHOTOGRAPHS, Options, write_photogr
 from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results.compare import Judged, judge_published
 from tokenbridge.results.ledger import published_metrics
-from tokenbridge.results.markdown import TITLES, cell, markdown_table, measured_by, tables, tolerance_lines
+from tokenbridge.results.markdown import TITLES, cell, escape, markdown_table, measured_by, tables, tolerance_lines
 from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
 from tokenbridge.results.score import Score, ScoreName, to_metrics
@@ -382,7 +382,7 @@ def to_markdown(results: Results, judged: Judged) -> str:
             for row in rows
         ]
         lines += [f"## {TITLES[table]}", "", *markdown_table(header, body), ""]
-        said = {f"- {verdict}: {why}": None for verdict, why in (judged[row.id] for row in rows)}  # each once
+        said = {f"- {verdict}: {escape(why)}": None for verdict, why in (judged[row.id] for row in rows)}  # each once
         lines += [*said, ""]
     return "\n".join([*lines, *tolerance_lines(papers)])
 

@@ -26,7 +26,7 @@ from tokenbridge.reproduction.options import PHOTOGRAPHS, Options, write_photogr
 from tokenbridge.results.compare import NUM_IMAGES as NUM_IMAGES
 from tokenbridge.results.compare import Judged, judge_published
 from tokenbridge.results.ledger import published_metrics
-from tokenbridge.results.markdown import cell, markdown_table, measured_by, tolerance_lines
+from tokenbridge.results.markdown import cell, escape, markdown_table, measured_by, tolerance_lines
 from tokenbridge.results.schema import STAND_IN as STAND_IN
 from tokenbridge.results.schema import Provenance, Results, Row, write
 from tokenbridge.results.score import Score, to_metrics
@@ -251,13 +251,13 @@ def to_markdown(preset: Preset, results: Results, judged: Judged) -> str:
     lines = [f"# Table 3, {preset.name}: {results.scale}", ""]
     lines += [f"{measured_by(p)}. Published: {p.settings['published']}.", ""]
     row = results.rows[0]
-    body = [[name, cell(row, name), cell(published, name)] for name in row.metrics]
+    body = [[escape(name), cell(row, name), cell(published, name)] for name in row.metrics]
     lines += [*markdown_table(["", "measured", "published"], body), ""]
     verdict, why = judged[row.id]
-    lines += [f"**{verdict}**: {why}.", ""]
+    lines += [f"**{verdict}**: {escape(why)}.", ""]
     lines += [f"- {note}" for note in p.settings["notes"]]
     for reason in p.settings["not run"]:
-        lines += [f"- not run: {reason}"]
+        lines += [f"- not run: {escape(reason)}"]
     names = [name for name in row.metrics if name in published.metrics]
     return "\n".join([*lines, *(["", *tolerance_lines(names)] if names else [])])
 

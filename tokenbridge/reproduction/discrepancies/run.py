@@ -24,7 +24,7 @@ from tokenbridge.reproduction.discrepancies.quantizing import encode, gaussian_f
 from tokenbridge.reproduction.discrepancies.sampling import class_labels, num_images, pixels, temperature
 from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
 from tokenbridge.reproduction.workbench import hashes_of_models, open_workbench
-from tokenbridge.results.markdown import TREND_COLUMNS, cell, columns_of, markdown_table, measured_by, trend_cells
+from tokenbridge.results.markdown import cell, columns_of, escape, markdown_table, measured_by, trend_lines
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
 from tokenbridge.results.score import ScoreName, change_of, deviation_of
 from tokenbridge.utils import files, provenance
@@ -173,11 +173,16 @@ def to_markdown(results: Results) -> str:
         lines += [f"## {title}", ""]
         if run:
             columns = columns_of(run)
-            lines += [*markdown_table(["", *columns], [[r.label, *[cell(r, c) for c in columns]] for r in run]), ""]
-        lines += [f"- {row.label}: not run: {row.not_run}" for row in rows if row.not_run] + [""] * (
+            lines += [
+                *markdown_table(
+                    ["", *map(escape, columns)], [[escape(r.label), *[cell(r, c) for c in columns]] for r in run]
+                ),
+                "",
+            ]
+        lines += [f"- {escape(row.label)}: not run: {escape(row.not_run)}" for row in rows if row.not_run] + [""] * (
             len(run) < len(rows)
         )
     if results.trends:
         lines += ["## Within the seeds' noise?", ""]
-        lines += markdown_table(TREND_COLUMNS, [trend_cells(trend) for trend in results.trends])
+        lines += trend_lines(results.trends)
     return "\n".join(lines)
