@@ -23,6 +23,7 @@ import pytest
 from tokenbridge.utils import files
 from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
 from tokenbridge.utils.files import (
+    check_folder,
     check_replaceable,
     check_writable,
     clear_leftovers,
@@ -428,6 +429,21 @@ def test_an_unwritable_target_is_found_before_the_work(tmp_path: Path, name: str
         with pytest.raises(StorageError, match=reason):
             check(path)
     assert names(tmp_path) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 256, "File name too long"), ("file", "Not a directory"), ("file/a/b", "Not a directory"), ("a/b/c", None)],
+)
+def test_an_unwritable_folder_is_found_before_the_work(tmp_path: Path, name: str, reason: str | None) -> None:
+    (tmp_path / "file").touch()
+    if reason is None:
+        check_folder(tmp_path / name)
+        check_folder(tmp_path)
+    else:
+        with pytest.raises(StorageError, match=f"cannot be written to: {reason}"):
+            check_folder(tmp_path / name)
+    assert names(tmp_path) == ["file"]  # nothing is made
 
 
 def test_a_file_of_the_users_is_not_replaced(tmp_path: Path) -> None:

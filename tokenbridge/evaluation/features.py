@@ -17,7 +17,7 @@ from tokenbridge.evaluation.inception import Inception
 from tokenbridge.utils.console import track
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import replacing
+from tokenbridge.utils.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +43,7 @@ def inception_features(
         except SafetensorError as error:
             raise UserError(f"The cached features {file} are damaged: {error}. Delete this file.") from error
         return stored["features"], stored["logits"]
+    check_writable(file)
     batches = [outputs for _, outputs in forward(images, inception.network, batch_size, "features")]
     features, logits = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if not (features.isfinite().all() and logits.isfinite().all()):

@@ -36,7 +36,7 @@ from tokenbridge.sampling.plan import Plan
 from tokenbridge.sampling.sample import plan_sampling, sample_model
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import replacing_folder, write_text
+from tokenbridge.utils.files import make_folder, replacing_folder, write_text
 from tokenbridge.utils.processes import process_state
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import Status
@@ -275,7 +275,8 @@ def _measure(
     stopwatch = provenance.Stopwatch()
     config, state, is_stand_in = _run_config(options, model), process_state(), options.stand_in
     model.check(config)
-    # The files that the scores need are loaded before the hours of sampling, not after.
+    # The files that the scores need are loaded before the hours of sampling, not after, and so is the target tried.
+    make_folder(out, "results.json", "tables.md", "grid.png")
     network = load_inception(inception, allow_other=is_stand_in)
     if state.is_main_process:
         for reference in references:
@@ -332,6 +333,7 @@ def _measure(
         trends=[],
     )
     judged = judge(preset, results)
+    (out / "tables.md").unlink(missing_ok=True)  # a kill must not leave the page of other results beside these
     write(out / "results.json", results)
     write_text(out / "tables.md", to_markdown(preset, results, judged))
     return results, judged

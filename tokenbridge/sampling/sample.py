@@ -18,6 +18,7 @@ from tokenbridge.sampling.run import BadImageError, RunReport, sampling_run, sav
 from tokenbridge.utils.console import track
 from tokenbridge.utils.devices import Dtype
 from tokenbridge.utils.errors import UnusableImageError, UserError
+from tokenbridge.utils.files import check_folder
 from tokenbridge.utils.processes import locked_by_launch, process_state
 from tokenbridge.weights.artifacts import Artifact, how_to_fetch
 
@@ -201,6 +202,7 @@ def sample_model(
     model.check(config)
     state, folder = process_state(), run_folder(model, out, stand_in=stand_in)
     precision = model.dtype(dtype, state.device)
+    check_folder(folder)  # before gigabytes are downloaded and loaded
     if stand_in:
         sampler = model.stand_in(state.device, dtype=precision, compiled=compiled)
     else:

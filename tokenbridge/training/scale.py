@@ -16,7 +16,9 @@ from tokenbridge.configs.schema import Scale
 from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.training.train import latents_of, train_recipe
 from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.files import check_replaceable
 from tokenbridge.utils.parent import environment_of_child
+from tokenbridge.weights.diffusers import MODEL_FILES
 
 
 def train_scale(
@@ -40,6 +42,8 @@ def train_scale(
     """
     out = Path(out)
     recipes = [scale.recipe(name) for name in names] if names else [r for r in scale.recipes if not r.optional]
+    for recipe in recipes:  # before hours of work, at whose end the last folder would be refused
+        check_replaceable(out / "weights" / recipe.name, MODEL_FILES)
     if not torch.cuda.is_available():
         # With one thread for each model, the order of additions does not depend on the number of cores, so a seed
         # always gives the same weights. Two models side by side also use two cores better than one model does.

@@ -90,6 +90,21 @@ def make_folder(folder: Path | str, *names: str) -> Path:
     return folder
 
 
+def check_folder(folder: Path | str) -> None:
+    """Check that a folder can be made and written to, before the work whose results it is to hold; make nothing.
+
+    Raises:
+        StorageError: the name is too long, a file is in its way, or its place cannot be written to.
+    """
+    folder = Path(folder).absolute()
+    with storage_errors(folder):
+        with suppress(FileNotFoundError):
+            os.lstat(folder)  # finds names that are too long, and files in the place of folders
+        there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+
+
 def check_writable(path: Path | str, read: Callable[[], object] | None = None) -> None:
     """Check that a file can be written at `path`, before the work whose result it is to hold; make its folder.
 
