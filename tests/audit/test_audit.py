@@ -107,6 +107,7 @@ DISCREPANCIES = [
     {"id": "orders", "text": "Levels", "source": "table 1", "rows": ["table1a/ptq-8", "table1a/ptq-64"]},
     {"id": "precision", "text": "Half precision", "source": "table 4", "not_measured": "no GPU"},
 ]
+REFERENCES = ("fid_stats/adm_in256_stats.npz", "VIRTUAL_imagenet256_labeled.npz")
 CHECKS: dict[str, Callable[[], float]] = {"head": lambda: 80_793_600.0, "classes": lambda: 1.0}
 TODAY = {
     **{claim["id"]: "not run" for claim in CLAIMS[:4]},
@@ -302,7 +303,11 @@ def test_a_number_of_the_paper(shipped: Path, tmp_path: Path, metrics: dict[str,
         assert finding.measured == metrics["FID_50K"]
         assert finding.evidence is not None
         assert done.evidence[finding.evidence].file == str(tmp_path / "results.json")
-        assert done.evidence[finding.evidence].notes == ("5 hashes of weights and images compared with the files here",)
+        assert done.evidence[finding.evidence].notes == (
+            "5 hashes of weights and images compared with the files here",
+            f"of a published hash: inception, {REFERENCES[0]}",
+            f"recorded here, no hash was published: generator, vae, {REFERENCES[1]}",
+        )
     if "FID_low" in metrics:
         assert finding.interval == (metrics["FID_low"], metrics["FID_high"])
         assert "95 % interval" in finding.why
@@ -526,7 +531,7 @@ def test_hashes_that_nothing_here_can_prove(shipped: Path, tmp_path: Path) -> No
         found = finding_of(done, "table3/tokenbridge-l/FID")
         assert found.verdict == "within doubt"
         assert found.why.startswith("the SHA-256 of its generator is neither published nor recorded here; ")
-        assert "not here to compare: generator, vae" in done.evidence[1].notes[1]
+        assert "not here to compare: generator, vae" in done.evidence[1].notes[-1]
         assert done.failures == ()
 
 
@@ -668,14 +673,19 @@ def test_reports_agree(done: Audit, shipped: Path) -> None:
     claims, gate = suites.findall("testsuite")
     cases = {case.get("name"): case for case in claims}
     assert set(cases) == set(TODAY)
+    rank: dict[str, int] = {str(verdict): place for verdict, place in RANK.items()}
+    worse = {id_ for id_, verdict in verdicts_of(done).items() if rank[verdict] > rank[TODAY[id_]]}
+    assert worse == {"table3/tokenbridge-l/IS"}
     for id_, verdict in verdicts_of(done).items():
-        tags = [child.tag for child in cases[id_]]
-        assert tags == {"reproduced": [], "not reproduced": ["failure"]}.get(verdict, ["skipped"])
-    assert int(claims.get("failures", "")) == found["not reproduced"]
+        properties, *rest = cases[id_]
+        assert {p.get("name"): p.get("value") for p in properties} == {"verdict": verdict, "stored verdict": TODAY[id_]}
+        tags = [child.tag for child in rest]
+        assert tags == (["failure"] if id_ in worse else [] if verdict == "reproduced" else ["skipped"])
+    assert int(claims.get("failures", "")) == len(worse)
     assert int(claims.get("tests", "")) == len(CLAIMS)
-    assert int(claims.get("skipped", "")) == len(CLAIMS) - found["reproduced"] - found["not reproduced"]
+    assert int(claims.get("skipped", "")) == len(CLAIMS) - found["reproduced"] - len(worse)
     assert gate.get("failures") == "1"  # Inception Score, which was expected not to run
-    assert cases["table3/tokenbridge-l/FID"][0].get("message", "").startswith("within doubt: 1.8 (95 % interval")
+    assert cases["table3/tokenbridge-l/FID"][1].get("message", "").startswith("within doubt: 1.8 (95 % interval")
 
 
 def test_junit_of_texts_that_xml_cannot_hold(done: Audit) -> None:

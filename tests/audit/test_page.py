@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import shutil
 from collections import Counter
@@ -357,9 +358,44 @@ def test_pictures_of_a_run_stand_beside_the_reference(tmp_path: Path) -> None:
     assert differs.reference != differs.own
 
 
+def test_a_picture_that_cannot_be_read_is_left_out_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored, own = tmp_path / "stored", tmp_path / "own"
+    for folder in (stored, own):
+        folder.mkdir()
+    Image.effect_noise((64, 64), 50).save(stored / "samples-cut.png")
+    (own / "samples-cut.png").write_bytes((stored / "samples-cut.png").read_bytes()[:1000])
+    (own / "samples-text.png").write_text("<svg onload='alert(1)'/>")
+    (own / "samples-sparse.png").touch()
+    os.truncate(own / "samples-sparse.png", 2**33)
+    os.mkfifo(own / "samples-pipe.png")
+    (own / "samples-device.png").symlink_to("/dev/zero")
+    Image.new("1", (8000, 8000)).save(own / "samples-bomb.png")
+    Image.new("RGB", (8, 8)).save(own / "samples-good.png")
+    found = {picture.name: picture for picture in pictures(stored, own)}
+    assert set(found) == {"cut", "good"}
+    assert (found["cut"].own, found["cut"].same) == (None, False)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 6
+    for name in ("cut", "text", "sparse", "pipe", "device", "bomb"):
+        assert sum(f"samples-{name}.png" in line for line in said) == 1
+    assert all(line.startswith("The page leaves out a picture of the run: ") for line in said)
+
+
+def test_control_and_direction_characters_do_not_reach_the_page(tmp_path: Path) -> None:
+    steering = "\x1b[31m\x07\x00\u202e\u2066\ud800"
+    finding = make_finding("table3/a/fid", "not run", why=f"because {steering}", text=f"text {steering}")
+    write_page(make_audit().model_copy(update={"findings": (finding,)}), tmp_path / "a", reference=REFERENCE)
+    page = (tmp_path / "a").read_text(encoding="utf-8")
+    assert "because �[31m�" in page
+    assert not set(steering) & set(page) - set("[31m")
+
+
 def test_pictures_are_lossless_where_small() -> None:
     path = REFERENCE / "tiny" / "samples-tokenbridge-64.png"
-    content = base64.b64decode(data_uri(path).partition(",")[2])
+    with Image.open(path) as image:
+        content = base64.b64decode(data_uri(image).partition(",")[2])
     assert len(content) < path.stat().st_size
     with Image.open(path) as stored, Image.open(io.BytesIO(content)) as shown:
         assert shown.convert("RGB").tobytes() == stored.convert("RGB").tobytes()

@@ -675,6 +675,19 @@ def test_damaged_lock_is_one_clear_error(text: str, folder: Path) -> None:
 # Status
 
 
+def test_a_published_hash_is_told_from_one_that_was_only_recorded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = put(folder / "kl16.ckpt")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(ARTIFACTS, "kl16", replace(ARTIFACTS["kl16"], sha256=sha256))
+    resolve(["kl16"])
+    assert [s.state for s in status(["kl16"])] == ["matches the published hash"]
+    # Whatever the lock file says, another hash than the published one is no match.
+    monkeypatch.setitem(ARTIFACTS, "kl16", replace(ARTIFACTS["kl16"], sha256="0" * 64))
+    assert [s.state for s in status(["kl16"])] == ["changed"]
+
+
 def test_status_tells_without_hashing(folder: Path) -> None:
     def state() -> str:
         (only,) = status(["kl16"])
@@ -684,14 +697,14 @@ def test_status_tells_without_hashing(folder: Path) -> None:
     file = put(folder / "kl16.ckpt")
     assert state() == "present"
     resolve(["kl16"])
-    assert state() == "verified"
+    assert state() == "recorded here, no hash was published"
     file.write_bytes(b"another size")
     assert state() == "changed"
     accept("kl16")
     (now,) = status(["kl16"])
     assert now.as_dict() == {
         "key": "kl16",
-        "state": "verified",
+        "state": "recorded here, no hash was published",
         "path": str(file),
         "size": 12,
         "sha256": hashlib.sha256(b"another size").hexdigest(),

@@ -24,7 +24,7 @@ from typing import Any
 
 from tokenbridge.audit.checks import all_checks
 from tokenbridge.audit.evidence import choose, gather
-from tokenbridge.audit.expected import WORSE, gate_failures, read_expected, write_expected
+from tokenbridge.audit.expected import WORSE, expected_verdict, gate_failures, read_expected, write_expected
 from tokenbridge.audit.findings import Audit
 from tokenbridge.audit.report import write_report
 from tokenbridge.audit.samples import score_samples
@@ -124,6 +124,8 @@ def audit_claims(
     sources, regressions = choose(gather(results, runs=Path(runs), weights=weights, folder=folder, scored=scored))
     statuses = {s.artifact.key: s for s in artifacts.status({k for c in ledger.claims for k in c.needs}, folder=folder)}
     findings = tuple(judge_claim(claim, sources, statuses, run_check) for claim in ledger.claims)
+    if WORSE in fail_on:
+        findings = tuple(f.model_copy(update={"stored": expected_verdict(f.claim.id, expected)}) for f in findings)
     failures = gate_failures(findings, expected, fail_on, whole=row is None)
     return Audit(
         made=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

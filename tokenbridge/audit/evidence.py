@@ -22,7 +22,7 @@ from tokenbridge.results.schema import Results, Trend
 from tokenbridge.utils import files, provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import sha256_of
-from tokenbridge.weights.artifacts import INCEPTION
+from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION
 
 RUNS = ("tiny", "small", "discrepancies", "table1", *all_presets())  # folders to which the commands write by default
 
@@ -104,6 +104,7 @@ def check_hashes(
             results of the paper's scale contradict themselves.
     """
     p = results.provenance
+    origins: list[str] = []
     if results.scale in SCALES:
         if outside := [n for n in p.weights_sha256 if Path(n).is_absolute() or ".." in Path(n).parts]:
             raise UserError(f"{name} names weights outside of the folder of its models: {outside[0][:80]!r}.")
@@ -132,6 +133,13 @@ def check_hashes(
         named = {part.name: part.sha256 for part in parts if part.name is not None and part.sha256 is not None}
         known = {n: {h for part in parts if part.name == n and (h := published[part.key])} for n in named}
         hint = "is published, or was recorded here, with another SHA-256"
+        for words, of_publisher in (("of a published hash", True), ("recorded here, no hash was published", False)):
+            names = [
+                n
+                for part in parts
+                if (n := part.name) in known and known[n] and ARTIFACTS[part.key].has_published_hash is of_publisher
+            ]
+            origins += [f"{words}: {', '.join(dict.fromkeys(names))}"] * bool(names)
     else:
         return []
     for part, sha256 in named.items():
@@ -139,7 +147,7 @@ def check_hashes(
             raise UserError(f"{name} was measured with {part} of SHA-256 {sha256[:16]}…, which {hint}.")
     compared = sum(bool(known[part]) for part in named)
     absent = [part for part in named if not known[part]]
-    notes = [f"{compared} hashes of weights and images compared with the files here"]
+    notes = [f"{compared} hashes of weights and images compared with the files here", *origins]
     return notes + ([f"not here to compare: {', '.join(absent)}"] if absent else [])
 
 

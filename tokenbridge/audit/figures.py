@@ -16,9 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
-from tokenbridge.utils.files import sha256_of
+from tokenbridge.utils.console import log
+from tokenbridge.utils.errors import UserError, reading
+from tokenbridge.utils.files import read_bytes
 
 LOSSLESS_BYTES = 150_000  # smaller pictures are stored without loss; the page stays below 3 MB
+LARGEST_PICTURE = 2**25  # bytes of a picture file
+MOST_PIXELS = 2**24
 LOSSY_QUALITY = 82  # of WebP, for larger pictures
 
 
@@ -45,23 +49,39 @@ def pictures(reference: Path, runs: Path | None) -> list[Picture]:
 
 
 def picture_pair(name: str, reference: Path, runs: Path | None) -> Picture | None:
-    """Return the picture `name` of the reference and of a user's run, or None if neither has it."""
+    """Return the picture `name` of the reference and of a user's run, or None if neither has it.
+
+    A picture of the user that cannot be read is left out, because it is no evidence; a line on stderr says so.
+    """
     stored, own = reference / name, None if runs is None else runs / name
-    stored_uri = data_uri(stored) if stored.is_file() else None
-    own_file = own if own is not None and own.is_file() else None
-    same = own_file is not None and stored_uri is not None and sha256_of(own_file) == sha256_of(stored)
-    own_uri = data_uri(own_file) if own_file is not None and not same else None
-    if stored_uri is None and own_uri is None:
+    stored_picture = _read(stored) if stored.is_file() else None
+    own_picture, same = None, False
+    if own is not None and own.exists():
+        try:
+            with reading(own, "a picture"):
+                same = stored_picture is not None and read_bytes(own, LARGEST_PICTURE) == stored.read_bytes()
+                own_picture = None if same else _read(own)
+        except UserError as error:
+            log(f"The page leaves out a picture of the run: {error}")
+    either = stored_picture or own_picture
+    if either is None:
         return None
-    with Image.open(stored if stored_uri else own_file) as image:  # type: ignore[arg-type]
-        size = image.size
-    return Picture(name.removeprefix("samples-").removesuffix(".png"), stored_uri, own_uri, same, size)
+    stored_uri, own_uri = (found and found[0] for found in (stored_picture, own_picture))
+    return Picture(name.removeprefix("samples-").removesuffix(".png"), stored_uri, own_uri, same, either[1])
 
 
-def data_uri(path: Path) -> str:
+def _read(path: Path) -> tuple[str, tuple[int, int]]:
+    """Return a picture as data URI, and its width and height; its pixels are read only if they are few enough."""
+    content = read_bytes(path, LARGEST_PICTURE)
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise UserError(f"{path} has {image.width} x {image.height} pixels, more than a picture of a run has.")
+        return data_uri(image), image.size
+
+
+def data_uri(image: Image.Image) -> str:
     """Return a picture as WebP in a data URI, without loss if that takes at most `LOSSLESS_BYTES`."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")  # the grids are opaque
+    picture = image.convert("RGB")  # the grids are opaque
     content = _webp(picture, lossless=True)
     if len(content) > LOSSLESS_BYTES:
         content = _webp(picture, quality=LOSSY_QUALITY)

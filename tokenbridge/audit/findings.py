@@ -39,6 +39,7 @@ class Finding(Strict):
     measured: float | None = None
     interval: tuple[float, float] | None = None  # 95 %, where the evidence has one
     evidence: int | None = None  # index in `Audit.evidence`; None if no file decided the claim
+    stored: Verdict | None = None  # the verdict that was accepted last; None if the audit did not compare with it
     support: tuple[str, ...] = ()  # "at tiny scale: <claim> holds (19.7 >= 2)"; decides nothing
 
 

@@ -6,17 +6,16 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenbridge.audit.expected import WORSE
 from tokenbridge.audit.findings import Audit, Finding
 from tokenbridge.audit.page import TITLES, write_page
 from tokenbridge.results.markdown import cell, code, columns_of, commit_of, escape, markdown_table
-from tokenbridge.results.verdicts import CLAIM_VERDICTS
+from tokenbridge.results.verdicts import CLAIM_VERDICTS, is_worse
 from tokenbridge.utils.files import write_json, write_text
 from tokenbridge.utils.junit import Case, Suite, to_xml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-FAILURE = "not reproduced"  # fails a test case; every verdict but this and "reproduced" skips it
 
 
 def write_report(audit: Audit, out: Path | str, *, reference: Path | str) -> None:
@@ -86,11 +85,10 @@ def to_markdown(audit: Audit) -> str:
 
 
 def to_junit(audit: Audit) -> str:
-    """Return JUnit XML: a test case for each claim, and one more for the gate.
+    """Return JUnit XML: a test case for each claim, with its verdict as a property, and one more for the gate.
 
-    A claim that is not reproduced is a failure, whether or not it is a known one. Claims with other verdicts than
-    "reproduced" are skipped. The gate's case fails if the gate does, so a CI job with known failures should look at
-    that case, or at the exit code.
+    A claim fails only if its verdict is worse than the stored one, so that a known contradiction is not red for ever.
+    Otherwise it passes if it is reproduced, and is skipped if it is not. The gate's case fails if the gate does.
     """
     when = {"timestamp": audit.made}
     failures = "\n".join(audit.failures)
@@ -105,12 +103,15 @@ def to_junit(audit: Audit) -> str:
 
 
 def _case(finding: Finding) -> Case:
-    classname, name = group_of(finding), finding.claim.id
+    classname, name, stored = group_of(finding), finding.claim.id, finding.stored
+    said: dict[str, str] = {"verdict": finding.verdict}
+    said |= {"stored verdict": stored} if stored is not None else {}
+    why = f"{finding.verdict}: {finding.why}"
+    if stored is not None and is_worse(finding.verdict, stored):
+        return Case(classname, name, "failure", f"{why} (stored is {stored})", WORSE, properties=said)
     if finding.verdict == "reproduced":
-        return Case(classname, name)
-    if finding.verdict == FAILURE:
-        return Case(classname, name, "failure", finding.why, FAILURE)
-    return Case(classname, name, "skipped", f"{finding.verdict}: {finding.why}")
+        return Case(classname, name, properties=said)
+    return Case(classname, name, "skipped", why, properties=said)
 
 
 def _cells(finding: Finding) -> list[str]:

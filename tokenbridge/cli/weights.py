@@ -61,7 +61,7 @@ def artifacts(
     accept: Annotated[str | None, typer.Option(help="Record this file's hash anew.", metavar="KEY")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the published files: missing, present, or verified; exit code 1 if one of KEYS is missing or changed."""
+    """Show which published files are here, and of what hashes; exit code 1 if one of KEYS is missing or changed."""
     from tokenbridge.weights import artifacts as files
 
     if accept is not None:

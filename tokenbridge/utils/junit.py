@@ -25,6 +25,7 @@ class Case:
     message: str = ""
     kind: str = ""  # the kind of failure
     text: str = ""  # the details of the result, or the output of a case that passed
+    properties: dict[str, str] = field(default_factory=dict)  # by name
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ def to_xml(name: str, suites: Iterable[Suite]) -> str:
         element = ET.SubElement(root, "testsuite", {"name": plain(suite.name), **counts, **suite.attributes})
         for case in suite.cases:
             test = ET.SubElement(element, "testcase", classname=plain(case.classname), name=plain(case.name))
+            if case.properties:
+                properties = ET.SubElement(test, "properties")
+                for key, value in case.properties.items():
+                    ET.SubElement(properties, "property", name=plain(key), value=plain(value))
             if case.result is not None:
                 result = ET.SubElement(test, case.result, message=plain(case.message))
                 result.text = plain(case.text) or None

@@ -83,6 +83,11 @@ class Artifact:
     is_dataset: bool = False
 
     @property
+    def has_published_hash(self) -> bool:
+        """Whether anything but the record of the first use says what the file's contents are."""
+        return self.sha256 is not None or self.git_sha1 is not None
+
+    @property
     def origin(self) -> str:
         """The addresses it comes from, for messages and tables."""
         if self.is_dataset:
@@ -131,14 +136,17 @@ class MissingArtifactsError(UserError):
         super().__init__("\n".join([f"{count} missing.", *(f"- {m}" for m in missing)]))
 
 
+State = Literal["missing", "present", "matches the published hash", "recorded here, no hash was published", "changed"]
+"""`present`: the file was found but is not hashed yet. `changed`: it is not the file of the first use, or the hash that
+was recorded is not the published one. Where no hash was published, nothing proves whose file was recorded."""
+
+
 @dataclass(frozen=True)
 class Status:
     """What is known about a file on this machine without reading it."""
 
     artifact: Artifact
-    # "present": the file was found but is not hashed yet. "verified": its hash is that of the publisher or of the first
-    # use. "changed": its size is not that of the first use.
-    state: Literal["missing", "present", "verified", "changed"]
+    state: State
     path: Path | None
     size: int | None  # bytes; None for a folder
     sha256: str | None  # recorded at first use
@@ -224,11 +232,15 @@ def status(
         entry = lock.get(artifact.key)
         sha256 = entry["sha256"] if entry else None
         size = path.stat().st_size if path is not None and path.is_file() else None
-        state: Literal["missing", "present", "verified", "changed"] = "present"
+        state: State = "present"
         if path is None:
             state = "missing"
         elif entry is not None:
-            state = "verified" if _is_recorded(path, entry) else "changed" if entry["size"] != size else "present"
+            if entry["size"] != size or sha256 != (artifact.sha256 or sha256):
+                state = "changed"
+            elif _is_recorded(path, entry):
+                published = artifact.has_published_hash
+                state = "matches the published hash" if published else "recorded here, no hash was published"
         listed.append(Status(artifact, state, path, size, sha256))
     return listed
 
