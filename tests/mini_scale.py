@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from tokenbridge.configs.schema import Scale, TrainingConfig
 from tokenbridge.configs.tiny import TINY
-from tokenbridge.data.images import load_images
+from tokenbridge.data.sources import load_images
 from tokenbridge.models.masked_sampling import MaskedSampling
 from tokenbridge.reproduction.small_scale import reproduce_scale
 from tokenbridge.results.schema import Results

@@ -4,7 +4,7 @@ from .audit.audit import audit_claims as audit_claims
 from .audit.audit import audit_samples as audit_samples
 from .audit.audit import run_audit as run_audit
 from .audit.report import write_report as write_report
-from .data.images import load_images as load_images
+from .data.sources import load_images as load_images
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.metrics import score as score
 from .evaluation.reconstruct import reconstruct as reconstruct

@@ -112,13 +112,13 @@ BAD_SAMPLES = [
     (only_text, r"no images.*readme\.txt"),
     (mixed_sizes, r"different sizes.*000000\.png is 32 x 32; grid\.png is 16 x 16"),
     (not_an_image, r"notes\.png is cut off or is not an image"),
-    (cut_png, r"000001\.png is cut off or is not an image"),
+    (cut_png, r"000001\.png cannot be read as an image"),
     (one_image, "holds 1 image"),
     (lambda p: array_file(p, np.zeros((4, 8, 8, 3), np.float32)), "uint8.*not float32"),
     (lambda p: array_file(p, np.zeros((4, 3, 8, 8), np.uint8)), r"uint8 \[N, H, W, 3\], not uint8 \[4, 3, 8, 8\]"),
     (lambda p: array_file(p, np.zeros((0, 8, 8, 3), np.uint8)), "uint8"),
     (lambda p: statistics_file(p.with_suffix(".npz")), "no images.*arr_0.*mu"),
-    (cut_file, "cut off"),
+    (cut_file, r"cannot be read as an \.npz file of images"),
     (damaged_file, "damaged"),
 ]
 

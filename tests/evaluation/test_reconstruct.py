@@ -25,7 +25,7 @@ from scored_images import ImageDataset
 from tiny_autoencoders import tiny_kl, tiny_taesd, tiny_vq
 from torch import Tensor
 
-from tokenbridge.data.images import load_images, pixels_of
+from tokenbridge.data.sources import load_images, pixels_of
 from tokenbridge.evaluation import reconstruct as reconstruction
 from tokenbridge.evaluation.classifier import Classifier
 from tokenbridge.evaluation.inception import Inception, load_inception

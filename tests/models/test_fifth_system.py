@@ -16,7 +16,7 @@ from PIL import Image
 from tokenbridge.configs.scales import SCALES
 from tokenbridge.configs.schema import Recipe, TrainingConfig
 from tokenbridge.configs.tiny import TINY
-from tokenbridge.data.images import load_images
+from tokenbridge.data.sources import load_images
 from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.results.schema import read
 from tokenbridge.utils.files import reference_folder

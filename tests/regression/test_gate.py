@@ -25,7 +25,7 @@ from tokenbridge.audit.expected import write_expected
 from tokenbridge.configs import scales as recipes
 from tokenbridge.configs.schema import Scale
 from tokenbridge.configs.tiny import TINY
-from tokenbridge.data.images import load_images
+from tokenbridge.data.sources import load_images
 from tokenbridge.models import noise
 from tokenbridge.models.noise import ImageNoise
 from tokenbridge.regression import gate, ratios, references

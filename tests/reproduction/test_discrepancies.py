@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenbridge.configs.tiny import TINY
-from tokenbridge.data.images import images_to_pixels, llamagen_pixels, load_images, truncated_pixels
+from tokenbridge.data.images import images_to_pixels, llamagen_pixels, truncated_pixels
+from tokenbridge.data.sources import load_images
 from tokenbridge.models.givt import model as givt
 from tokenbridge.models.givt import sampling as givt_sampling
 from tokenbridge.models.givt.density import Gaussian, GuidedDensity

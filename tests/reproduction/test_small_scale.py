@@ -12,7 +12,7 @@ import torch
 from mini_scale import DATA, GENERATORS, MINI, NOT_TRAINED, TIMES, TRAINED, World
 from PIL import Image
 
-from tokenbridge.data.images import load_images
+from tokenbridge.data.sources import load_images
 from tokenbridge.reproduction.small_scale import reproduce_scale
 from tokenbridge.results.compare import compare, verdicts
 from tokenbridge.results.schema import Results, read

@@ -27,7 +27,8 @@ from scored_images import ImageDataset
 from torch import Tensor
 
 from tokenbridge.cli import main as cli
-from tokenbridge.data.images import load_images, pixels_of, pixels_to_images
+from tokenbridge.data.images import pixels_to_images
+from tokenbridge.data.sources import load_images, pixels_of
 from tokenbridge.evaluation.inception import load_inception
 from tokenbridge.evaluation.reference import read_statistics
 from tokenbridge.reproduction import table1

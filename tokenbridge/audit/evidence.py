@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenbridge.audit.findings import Origin
 from tokenbridge.audit.paper import contradiction, known_hashes, parts_of
 from tokenbridge.configs.scales import SCALES
-from tokenbridge.data.images import load_images
+from tokenbridge.data.sources import load_images
 from tokenbridge.models.registry import all_presets
 from tokenbridge.reproduction import table3
 from tokenbridge.reproduction.discrepancies import run as discrepancies

@@ -9,78 +9,79 @@ Shape letters: N images, H height, W width.
 from __future__ import annotations
 
 import hashlib
-import io
 import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenbridge.data.images import IMAGE_SUFFIXES, decoding_errors, to_pixels
-from tokenbridge.utils.console import track
-from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import sha256_of
+from tokenbridge.data.arrays import open_archive
+from tokenbridge.data.decode import MAX_BYTES, MAX_PIXELS, open_image, read_image, to_8_bits
+from tokenbridge.data.folders import IMAGE_SUFFIXES, find_files
+from tokenbridge.data.images import to_pixels
+from tokenbridge.data.sources import cropped
+from tokenbridge.utils.console import log, track
+from tokenbridge.utils.errors import UserError, reading
+from tokenbridge.utils.files import read_bytes, sha256_of
+from tokenbridge.utils.text import plain
 
 if TYPE_CHECKING:
     import datasets
 
-DAMAGED = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
-"""The exceptions that reading a damaged .npz may raise."""
+MAX_IMAGES = 10**7
 
 
 class ImageFiles(Dataset[Tensor]):
-    """The images of a folder and its sub-folders in the order of their paths; grey images become RGB.
+    """The images of a folder (`folders.py`), all of one size; grey images become RGB.
 
-    Files whose name starts with a dot are ignored, because a killed run may leave such incomplete files behind.
+    How many there are, and what was passed over, is said on stderr.
 
     Raises:
-        UserError: the folder has no images, a file is damaged or not an image, or images have different sizes.
+        UserError: the folder has no images, a file cannot be read (`decode.py`), or images have different sizes.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.name = str(folder)
-        root = Path(folder)
-        visible = [f for f in sorted(root.rglob("*")) if f.is_file() and _is_visible(f.relative_to(root))]
-        self.files = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+        found = find_files(folder)
+        self.files = found.images
         if not self.files:
-            held = f"only {', '.join(f.name for f in visible[:3])}" if visible else "nothing"
+            held = f"{len(found.parquet)} Parquet files" if found.parquet else found.held
             raise UserError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: it holds {held}.")
         digest = hashlib.sha256()
         sizes: dict[tuple[int, int], Path] = {}
         for file in track(self.files, "check"):
-            content = file.read_bytes()
+            with reading(file, "an image"):
+                content = read_bytes(file, MAX_BYTES)
             digest.update(hashlib.sha256(content).digest())
-            try:
-                with Image.open(io.BytesIO(content)) as image:
+            with open_image(content, str(file)) as image, reading(file, "an image"):
+                sizes.setdefault((image.height, image.width), file)
+                if image.has_transparency_data:
+                    to_8_bits(image, str(file))  # whether it is opaque is seen only in the pixels
+                else:
                     image.verify()  # for a PNG, the checksum of every chunk is verified, without decoding
-            except (OSError, SyntaxError) as error:
-                raise UserError(f"{file} is cut off or is not an image: {error}.") from error
-            sizes.setdefault((image.height, image.width), file)
         if len(sizes) > 1:
-            found = "; ".join(f"{file.name} is {h} x {w}" for (h, w), file in list(sizes.items())[:3])
-            raise UserError(f"The images in {folder} have different sizes: {found}.")
+            several = "; ".join(f"{file.name} is {h} x {w}" for (h, w), file in list(sizes.items())[:3])
+            raise UserError(f"The images in {folder} have different sizes: {several}.")
         self.size = next(iter(sizes))  # (H, W)
         self.sha256 = digest.hexdigest()
+        log(plain(f"{len(self):,} image{'s' if len(self) > 1 else ''} in {folder}{found.passed_over}"))
 
     @property
     def lossy(self) -> bool:
         """Whether some images may have been compressed with loss."""
-        return any(file.suffix.lower() in (".jpg", ".jpeg", ".webp") for file in self.files)
+        return any(file.suffix.lower() not in LOSSLESS for file in self.files)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        try:
-            with Image.open(self.files[index]) as image:
-                return to_pixels([image])[0]
-        except OSError as error:
-            raise UserError(f"{self.files[index]} cannot be decoded: {error}.") from error
+        return to_pixels([read_image(self.files[index])])[0]
+
+
+LOSSLESS = (".png", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
 
 class ImageArray(Dataset[Tensor]):
@@ -98,35 +99,33 @@ class ImageArray(Dataset[Tensor]):
         self.name = str(path)
         self.path = Path(path)
         self._file: Any = None
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-                if "arr_0" in names:
-                    with archive.open("arr_0.npy") as file:
-                        shape, fortran_order, dtype = _read_header(file)
-                        self._start = file.tell()
-        except DAMAGED as error:
-            raise UserError(f"{path} is cut off or is not an .npz file: {error}.") from error
-        if "arr_0" not in names:
-            raise UserError(f"{path} holds no images: in ADM's format they are arr_0, but this file has {names}.")
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or shape[0] < 1:
-            raise UserError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {dtype} {list(shape)}.")
+        with open_archive(self.path, "an .npz file of images") as archive:
+            if "arr_0" not in archive.names:
+                raise UserError(
+                    f"{path} holds no images: in ADM's format they are arr_0, but this file has {archive.names}."
+                )
+            header, _ = archive.open("arr_0")
+        shape = header.shape
+        if header.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or header.fortran_order or 0 in shape:
+            raise UserError(f"arr_0 of {path} must be uint8 [N, H, W, 3], not {header}.")
+        if shape[0] > MAX_IMAGES or shape[1] * shape[2] > MAX_PIXELS:
+            raise UserError(f"arr_0 of {path} is {header}: at most {MAX_IMAGES:,} images are read.")
+        self._start = header.start
         self._num_images, *self._image_shape = shape
         self.size = (shape[1], shape[2])
         self.sha256 = sha256_of(self.path)
+        log(plain(f"{len(self):,} image{'s' if len(self) > 1 else ''} in {path}"))
 
     def __len__(self) -> int:
         return int(self._num_images)
 
     def __getitem__(self, index: int) -> Tensor:
         num_bytes = int(np.prod(self._image_shape))
-        try:
+        with reading(self.path, f"an .npz file of images: it is damaged at image {index}"):
             if self._file is None:
                 self._file = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115  (it stays open between images)
             self._file.seek(self._start + index * num_bytes)  # costs nothing if images are read in order
             content = self._file.read(num_bytes)
-        except DAMAGED as error:
-            raise UserError(f"{self.path} is damaged at image {index}: {error}.") from error
         if len(content) < num_bytes:
             raise UserError(f"{self.path} is cut off at image {index} of {len(self)}.")
         pixels = np.frombuffer(content, np.uint8).reshape(self._image_shape)
@@ -134,19 +133,17 @@ class ImageArray(Dataset[Tensor]):
 
 
 class CroppedImages(Dataset[Tensor]):
-    """The images of a data set (`images.load_images`) as RGB, with ADM's centre crop at `size` pixels."""
+    """The images of a data set (`sources.load_images`) as RGB, with ADM's centre crop at `size` pixels."""
 
     def __init__(self, dataset: datasets.Dataset, size: int) -> None:
-        self.dataset = dataset
+        self.dataset = cropped(dataset, size, 3)
         self.size = (size, size)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tensor:
-        with decoding_errors():
-            image = self.dataset[index]["image"]
-        return to_pixels([image], size=self.size[0])[0]
+        return to_pixels([self.dataset[index]["image"]])[0]
 
 
 ImageSet = ImageFiles | ImageArray
@@ -163,15 +160,3 @@ def open_images(path: Path | str) -> ImageSet:
     if Path(path).is_file() and Path(path).suffix == ".npz":
         return ImageArray(path)
     raise UserError(f"{path} is neither a folder of images nor an .npz file.")
-
-
-def _is_visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, Fortran order and type of an .npy file, and leave the file at its first value."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)

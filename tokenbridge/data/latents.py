@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenbridge.data.images import pixels_to_images, to_pixels
+from tokenbridge.data.sources import cropped
 from tokenbridge.utils.errors import UserError, reading
 from tokenbridge.utils.files import replacing_folder
 
@@ -62,7 +63,7 @@ def cache_latents(
 
         if not len(images):
             raise UserError("There are no images to encode.")
-        first = pixels_to_images(to_pixels(images[:1]["image"], size=image_size, channels=channels))
+        first = pixels_to_images(to_pixels(cropped(images, image_size, channels)[:1]["image"], channels=channels))
         with tempfile.TemporaryDirectory() as cache, replacing_folder(folder, FILES) as temporary:
             table = encode_images(
                 images,
@@ -114,7 +115,7 @@ def encode_images(
     from datasets import Features, Value
 
     def encode_batch(batch: dict[str, Any]) -> dict[str, Any]:
-        pixels = pixels_to_images(to_pixels(batch["image"], size=image_size, channels=channels))
+        pixels = pixels_to_images(to_pixels(batch["image"], channels=channels))
         values = {column: encode(pixels).cpu().numpy()}
         if with_mirrored:
             values[f"{column}_mirrored"] = encode(pixels.flip(-1)).cpu().numpy()
@@ -123,7 +124,7 @@ def encode_images(
     features = {column: feature} | ({f"{column}_mirrored": feature} if with_mirrored else {})
     if "label" in images.column_names:
         features["label"] = Value("int64")
-    return images.map(
+    return cropped(images, image_size, channels).map(
         encode_batch,
         batched=True,
         batch_size=batch_size,

@@ -22,8 +22,9 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
-from tokenbridge.data.images import images_to_pixels, load_images, pixels_of, pixels_to_images
+from tokenbridge.data.images import images_to_pixels, pixels_to_images
 from tokenbridge.data.pictures import save_grid
+from tokenbridge.data.sources import load_images, pixels_of
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.features import forward
 from tokenbridge.evaluation.inception import Inception, find_inception, load_inception

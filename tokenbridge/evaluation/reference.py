@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tokenbridge.data.image_sets import DAMAGED, CroppedImages, ImageSet, open_images
-from tokenbridge.data.images import load_images
+from tokenbridge.data.arrays import Archive, open_archive
+from tokenbridge.data.image_sets import CroppedImages, ImageSet, open_images
+from tokenbridge.data.sources import load_images
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.features import CACHE, forward, inception_features
 from tokenbridge.evaluation.inception import NUM_FEATURES, Inception
@@ -22,6 +23,10 @@ from tokenbridge.evaluation.metrics import Statistics
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import check_writable, replacing, sha256_of
+
+FORMAT = "tokenbridge-reference/1"
+MAX_META = 2**20  # bytes
+LARGEST = 1e12  # of a mean or covariance of features, whose squares are still numbers
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def make_reference(
     mean = total / len(images)
     covariance = (products - len(images) * np.outer(mean, mean)) / (len(images) - 1)
     meta = {
-        "format": "tokenbridge-reference/1",
+        "format": FORMAT,
         "source": source,
         "split": split,
         "image_size": image_size,
@@ -169,26 +174,68 @@ def read_statistics(path: Path | str) -> Statistics:
 
 
 def _read_file(path: Path) -> tuple[Statistics | None, dict[str, Any], list[str]]:
-    """Return the statistics in a reference's .npz if it has any, its `meta`, and the names of its arrays."""
+    """Return the statistics in a reference's .npz if it has any, what it says of them, and the names of its arrays."""
+    with open_archive(path, "an .npz file of statistics") as archive:
+        names = archive.names
+        if not {"mu", "sigma"} <= set(names):
+            if "arr_0" in names:
+                return None, {}, names
+            raise UserError(f"{path} has neither statistics (mu and sigma) nor images (arr_0), only {names}.")
+        headers = {key: archive.open(key)[0] for key in ("mu", "sigma")}
+        mean, covariance = headers["mu"], headers["sigma"]
+        if mean.shape != (NUM_FEATURES,) or covariance.shape != (NUM_FEATURES, NUM_FEATURES):
+            raise UserError(
+                f"The statistics in {path} have another feature size: mu is {list(mean.shape)} and sigma is "
+                f"{list(covariance.shape)}, but Inception has {NUM_FEATURES} features."
+            )
+        if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+            raise UserError(f"The statistics in {path} are {mean.dtype} and {covariance.dtype}, not floating point.")
+        arrays = [archive.read(key, headers[key].num_bytes).astype(np.float64) for key in ("mu", "sigma")]
+        meta = _read_meta(archive)
+    statistics = Statistics(*arrays)
+    _check_statistics(statistics, path)
+    return statistics, meta, names
+
+
+def _read_meta(archive: Archive) -> dict[str, Any]:
+    """Return what this package wrote beside statistics; a `meta` of somebody else is none of it.
+
+    Raises:
+        UserError: it is ours, and says something that cannot be.
+    """
+    if "meta" not in archive.names:
+        return {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = list(archive.files)
-            values = {key: archive[key] for key in ("mu", "sigma", "meta") if key in names}
-    except (*DAMAGED, TypeError, pickle.UnpicklingError) as error:  # TypeError: a plain .npy is not a context manager
-        raise UserError(f"{path} is not an .npz file of statistics, or it is cut off: {error}.") from error
-    if not {"mu", "sigma"} <= values.keys():
-        if "arr_0" in names:
-            return None, {}, names
-        raise UserError(f"{path} has neither statistics (mu and sigma) nor images (arr_0), only {names}.")
-    mean, covariance = values["mu"], values["sigma"]
-    if mean.shape != (NUM_FEATURES,) or covariance.shape != (NUM_FEATURES, NUM_FEATURES):
-        raise UserError(
-            f"The statistics in {path} have another feature size: mu is {list(mean.shape)} and sigma is "
-            f"{list(covariance.shape)}, but Inception has {NUM_FEATURES} features."
-        )
-    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
-        raise UserError(f"The statistics in {path} are {mean.dtype} and {covariance.dtype}, not floating point.")
+        meta = json.loads(str(archive.read("meta", MAX_META)))
+    except (ValueError, RecursionError):  # an array of objects, or no JSON
+        return {}
+    if not isinstance(meta, dict):
+        return {}
+    number, sha256 = meta.get("num_images"), meta.get("inception_sha256")
+    fitting: dict[str, Any] = {}
+    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
+        fitting["num_images"] = number
+    if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256):
+        fitting["inception_sha256"] = sha256
+    wrong = {"num_images", "inception_sha256"} - fitting.keys()
+    if meta.get("format") == FORMAT and wrong:
+        raise UserError(f"meta of {archive.path} has no usable {' and no usable '.join(sorted(wrong))}.")
+    return fitting
+
+
+def _check_statistics(statistics: Statistics, path: Path) -> None:
+    """Refuse a mean and a covariance that no features have."""
+    mean, covariance = statistics.mean, statistics.covariance
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"The statistics in {path} are not finite.")
-    meta = json.loads(str(values["meta"])) if "meta" in values else {}
-    return Statistics(mean.astype(np.float64), covariance.astype(np.float64)), meta, names
+    largest = max(np.abs(mean).max(), np.abs(covariance).max())
+    if largest > LARGEST:
+        raise UserError(f"The statistics in {path} have values up to {largest:.3g}, which no features have.")
+    # The tolerances are those of float32 sums over a million images, with room.
+    scale = covariance.trace()
+    if np.abs(covariance - covariance.T).max() > 1e-6 * abs(scale):
+        raise UserError(f"sigma of {path} is not symmetric, so it is no covariance: the file is damaged.")
+    try:
+        np.linalg.cholesky(covariance + (1e-5 * abs(scale) + 1e-30) * np.eye(len(covariance)))
+    except np.linalg.LinAlgError as error:
+        raise UserError(f"sigma of {path} has negative eigenvalues, so it is no covariance.") from error

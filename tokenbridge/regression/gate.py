@@ -20,7 +20,7 @@ from tokenbridge.audit.audit import audit_claims as run_audit
 from tokenbridge.audit.expected import WORSE, expected_verdict, gate_failures, read_expected
 from tokenbridge.audit.report import write_report
 from tokenbridge.conformance import judge as conformance
-from tokenbridge.data.images import load_images
+from tokenbridge.data.sources import load_images
 from tokenbridge.regression import ratios
 from tokenbridge.reproduction.small_scale import golden_tokens, reconstruction_rows, reproduce_scale
 from tokenbridge.reproduction.trends import trends

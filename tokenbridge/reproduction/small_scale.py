@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from tokenbridge.configs.scales import is_shipped
-from tokenbridge.data.images import load_images, pixels_to_images
+from tokenbridge.data.images import pixels_to_images
 from tokenbridge.data.pictures import save_grid
+from tokenbridge.data.sources import load_images
 from tokenbridge.evaluation.metrics import class_accuracy, score
 from tokenbridge.evaluation.reconstruct import reconstruct_with, reconstruction_scores
 from tokenbridge.models.noise import PerImage

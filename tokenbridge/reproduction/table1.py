@@ -25,15 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenbridge.data.images import (
-    decoding_errors,
-    labels_of,
-    load_images,
-    pixels_of,
-    pixels_to_images,
-    to_pixels,
-    truncated_pixels,
-)
+from tokenbridge.data.images import pixels_to_images, to_pixels, truncated_pixels
+from tokenbridge.data.sources import cropped, labels_of, load_images, pixels_of
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.inception import (
     NUM_FEATURES,
@@ -236,16 +229,14 @@ def measure(
     stopwatch = provenance.Stopwatch()
     reference = read_statistics(files[STATISTICS])  # the files that load quickly come first
     tokenizers = make_tokenizers(files[KL16_VAE], best_device())
-    dataset = load_images(str(files[IMAGENET]), "train")
+    dataset = cropped(load_images(str(files[IMAGENET]), "train"), IMAGE_SIZE, 3)
     chosen = choose_images(labels_of(dataset), num_images, num_classes)
 
     digest = hashlib.sha256()
     outputs: dict[tuple[int | None, float | None], list[tuple[Tensor, Tensor]]] = {q: [] for q in tokenizers}
     batches = chosen.split(batch_size)
     for number, indices in enumerate(track(batches, "Table 1", transient=False)):
-        with decoding_errors():
-            images = list(dataset.select(indices.tolist())["image"])
-        pixels = to_pixels(images, size=IMAGE_SIZE)
+        pixels = to_pixels(dataset.select(indices.tolist())["image"])
         digest.update(pixels.numpy().tobytes())
         first = number * batch_size
         latents = sample_latents(tokenizers[None, None], pixels, range(first, first + len(indices)), seed)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenbridge.configs.scales import find_model_folder
-from tokenbridge.data.images import labels_of, load_images, pixels_of
+from tokenbridge.data.sources import labels_of, load_images, pixels_of
 from tokenbridge.sampling.load import ModelSampler, scale_model
 from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.training.train import how_to_train, load

@@ -425,7 +425,7 @@ class ModelSampler:
         with self.autocast():  # the official evaluations of TokenBridge and MAR run the VAE under autocast too
             latents = self.system.to_latents(self.model, self.generate(labels, indices, seed))
             images = self.tokenizer.images(latents)
-        refuse(images.flatten(1).isnan().any(dim=1), "has NaN pixels")
+        refuse(~images.flatten(1).isfinite().all(dim=1), "has NaN pixels")
         pixels: Tensor = self.tokenizer.to_pixels(images)
         return pixels.cpu()
 

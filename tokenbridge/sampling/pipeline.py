@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 
-from tokenbridge.data.images import images_to_pixels, to_pil
+from tokenbridge.data.images import finite, images_to_pixels, to_pil
 from tokenbridge.models.noise import ImageNoise, image_noise
 from tokenbridge.models.tokenbridge.checkpoint import load_tokenbridge
 from tokenbridge.models.tokenbridge.model import TokenBridge
@@ -156,7 +156,7 @@ class TokenBridgePipeline(DiffusionPipeline):
         Raises:
             UserError: there are no labels, a label is unknown, ambiguous or out of range, a setting is out of range,
                 or the number of seeds is not that of the labels.
-            UnusableImageError: the logits of an image are NaN.
+            UnusableImageError: the logits of an image are NaN, or its pixels NaN or infinite.
         """
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"Unknown output type {output_type!r}; there are 'pil', 'np' and 'pt'.")
@@ -171,7 +171,7 @@ class TokenBridgePipeline(DiffusionPipeline):
             tokens = generate_tokens(self.transformer, torch.tensor(labels), config, noise, on_iteration=bar.update)
         if int(tokens.min()) < 0:
             raise UnusableImageError("The logits are NaN, so the weights are damaged or need a higher precision.")
-        images = LatentTokenizer(self.vae).images(self.transformer.to_latents(tokens))
+        images = finite(LatentTokenizer(self.vae).images(self.transformer.to_latents(tokens)))
         if output_type == "pil":
             return ImagePipelineOutput(to_pil(images_to_pixels(images)))
         images = (images + 1) / 2

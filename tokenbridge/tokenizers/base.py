@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from tokenbridge.data.images import images_to_pixels
+from tokenbridge.data.images import bounded, finite, images_to_pixels
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer
 from tokenbridge.utils.errors import UserError
 
@@ -85,7 +85,7 @@ class LatentTokenizer:
     def images(self, latents: Tensor) -> Tensor:
         """Decode scaled latents [B, C, h, w] to images, clamped to [-1, 1]."""
         raw = (latents / self.scale + self.shift).to(self.autoencoder.dtype)
-        return self.autoencoder.decode(raw).sample.float().clamp(-1, 1)
+        return bounded(self.autoencoder.decode(raw).sample.float())
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Convert the output of `images` to uint8 pixels."""
@@ -128,7 +128,7 @@ class VQTokenizer:
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Return the tokens [B, h, w] of images."""
-        latents = self.model.encode(images).latents
+        latents = finite(self.model.encode(images).latents)
         _, _, (_, _, indices) = self.model.quantize(latents)
         return indices.view(latents.shape[0], *latents.shape[2:])
 
@@ -142,7 +142,7 @@ class VQTokenizer:
         if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.num_codes):
             raise UserError(f"Tokens must be in [0, {self.num_codes}).")
         latents = self.model.quantize.embedding(tokens).permute(0, 3, 1, 2)
-        return self.model.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
+        return bounded(self.model.decode(latents, force_not_quantize=True).sample)
 
     def images(self, codes: Tensor) -> Tensor:
         """Return the images of codes [B, h, w]; this is `decode` by the name that `LatentTokenizer` has for it."""

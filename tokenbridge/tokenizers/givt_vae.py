@@ -21,6 +21,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from tokenbridge.data.images import bounded
 from tokenbridge.weights.flax_files import load_tree, read_tree
 from tokenbridge.weights.official import Layout, ParamMapping
 
@@ -120,7 +121,7 @@ class GivtVAE(ModelMixin, ConfigMixin):
     def decode(self, latents: Tensor) -> DecoderOutput:
         """Return the images (`sample`) of latents [B, C, h, w], in [-1, 1]."""
         images = self.decoder(latents)
-        return DecoderOutput(sample=(2 * images - 1 if self.unit_images else images).clamp(-1, 1))
+        return DecoderOutput(sample=bounded(2 * images - 1 if self.unit_images else images))
 
 
 # --------------------------------------------------------------------------------- the published checkpoint

@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from tokenbridge.data.images import llamagen_pixels
+from tokenbridge.data.images import bounded, finite, llamagen_pixels
 from tokenbridge.tokenizers.kl16 import LDM_WORDS
 from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.official import Layout, ParamMapping, load_state
@@ -104,7 +104,7 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Return the tokens [B, h, w] of images [B, 3, H, W] in [-1, 1]."""
-        return self.nearest(self.latents(images.to(self.dtype)))
+        return self.nearest(finite(self.latents(images.to(self.dtype))))
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class LlamaGenVQ(ModelMixin, ConfigMixin):
         Raises:
             UserError: a token is outside the codebook.
         """
-        return self._decode(tokens).clamp(-1, 1)
+        return bounded(self._decode(tokens))
 
     @torch.inference_mode()
     def images(self, codes: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from tokenbridge.configs.scales import find_model_folder, has_other_images, is_shipped
-from tokenbridge.data.images import labels_of, load_images, pixels_to_images, to_pixels
+from tokenbridge.data.images import pixels_to_images, to_pixels
 from tokenbridge.data.latents import cache_latents, encode_images
+from tokenbridge.data.sources import cropped, labels_of, load_images
 from tokenbridge.evaluation.classifier import Classifier, classifier_loss
 from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.tokenizers.base import VQTokenizer, autoencoder_loss, sample_posterior, vq_loss
@@ -144,10 +145,10 @@ def images_of(scale: Scale, split: str) -> Dataset:
     """Return a split of the scale's images, with the columns `images` (float32 [C, H, W] in [-1, 1]) and `labels`."""
 
     def transform(batch: dict[str, Any]) -> dict[str, Any]:
-        pixels = to_pixels(batch["image"], size=scale.image_size, channels=scale.channels)
+        pixels = to_pixels(batch["image"], channels=scale.channels)
         return {"images": pixels_to_images(pixels), "labels": torch.tensor(batch["label"])}
 
-    return labelled_images(scale, split).with_transform(transform)
+    return cropped(labelled_images(scale, split), scale.image_size, scale.channels).with_transform(transform)
 
 
 def labelled_images(scale: Scale, split: str) -> Dataset:

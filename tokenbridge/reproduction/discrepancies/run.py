@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenbridge.data.images import load_images
+from tokenbridge.data.sources import load_images
 from tokenbridge.reproduction.discrepancies.baselines import givt_guidance, givt_no_class, llamagen_zero_row
 from tokenbridge.reproduction.discrepancies.head import final_layer, first_element, head_cache
 from tokenbridge.reproduction.discrepancies.precision import latents_precision, tokens_precision
