@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +103,43 @@ def damaged_file(path: Path) -> Path:
     return file
 
 
+def bare_name(path: Path) -> Path:
+    """Write an array whose name in the archive lacks .npy."""
+    file = path.with_suffix(".npz")
+    content = io.BytesIO()
+    np.save(content, np.zeros((2, 8, 8, 3), np.uint8))
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("arr_0", content.getvalue())
+    return file
+
+
+def claimed(path: Path, shape: tuple[int, ...], descr: object = "|u1", compressed: bool = False) -> Path:
+    """Write an archive whose array claims a shape, with ten values in it."""
+    file = path.with_suffix(".npz")
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": descr, "fortran_order": False, "shape": shape})
+    method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(file, "w", method) as archive:
+        archive.writestr("arr_0.npy", content.getvalue() + bytes(10))
+    return file
+
+
+def encrypted(path: Path) -> Path:
+    """Set the bit that says that a member is encrypted."""
+    file = array_file(path, np.zeros((2, 8, 8, 3), np.uint8))
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x03\x04") + 6] |= 1
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    file.write_bytes(content)
+    return file
+
+
+def pointer(path: Path) -> Path:
+    file = path.with_suffix(".npz")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    return file
+
+
 def one_image(path: Path) -> Path:
     return folder_of(path, random_images(8, 1))
 
@@ -120,6 +158,16 @@ BAD_SAMPLES = [
     (lambda p: statistics_file(p.with_suffix(".npz")), "no images.*arr_0.*mu"),
     (cut_file, r"cannot be read as an \.npz file of images"),
     (damaged_file, "damaged"),
+    (bare_name, r"holds no images.*this file has \[\]"),
+    (
+        lambda p: claimed(p, (10**13, 8, 8, 3)),
+        r"is uint8 \[10000000000000, 8, 8, 3\], but 10 bytes of values are there",
+    ),
+    (lambda p: claimed(p, (10**13, 8, 8, 3), compressed=True), "10 bytes of values are there"),
+    (lambda p: claimed(p, (2, 8, 8, 3), "|O"), "arr_0 of .* holds objects, which would be code"),
+    (lambda p: claimed(p, (-1, 8, 8, 3)), "cannot be read as|must be uint8|bytes of values"),
+    (encrypted, r"cannot be read as an \.npz file of images: RuntimeError"),
+    (pointer, "is a pointer of Git LFS"),
 ]
 
 

@@ -15,9 +15,19 @@ from datasets import Image as ImageFeature
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
-from tokenbridge.data.images import centre_crop, images_to_pixels, pixels_to_images, to_pixels
+from tokenbridge.data.images import (
+    bounded,
+    centre_crop,
+    images_to_pixels,
+    llamagen_pixels,
+    pixels_to_images,
+    to_pixels,
+    truncated_pixels,
+)
 from tokenbridge.data.sources import labels_of, load_images, pixels_of
+from tokenbridge.utils.errors import UnusableImageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -370,3 +380,20 @@ def test_mixed_sizes_are_refused_unless_cropped() -> None:
 def test_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match="no images"):
         to_pixels([])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", [images_to_pixels, llamagen_pixels, truncated_pixels])
+def test_no_pixel_is_made_of_no_number(rule: Callable[[Tensor], Tensor], dtype: torch.dtype, value: float) -> None:
+    images = torch.zeros(2, 3, 4, 4, dtype=dtype)
+    images[1, 2, 3, 0] = value
+    for broken in (images, bounded(images)):
+        with pytest.raises(UnusableImageError, match="NaN or infinite"):
+            rule(broken)
+
+
+@given(st.floats(-(2.0**99), 2.0**99, width=32))
+def test_bounded_is_a_clamp_of_numbers(value: float) -> None:
+    images = torch.tensor([value])
+    assert torch.equal(bounded(images), images.clamp(-1, 1))

@@ -16,7 +16,7 @@ import skimage
 import sklearn.datasets
 import torch
 import torch_fidelity
-from conftest import REAL_DATA
+from conftest import REAL_DATA, Run, error_of
 from diffusers import UNet2DModel
 from official_files import write_quick_inception
 from PIL import Image
@@ -42,6 +42,7 @@ from tokenbridge.results.tolerances import metric
 from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.tokenizers.quantizer import gaussian_quantizer
 from tokenbridge.utils.devices import best_device
+from tokenbridge.utils.errors import UnusableImageError
 from tokenbridge.utils.files import sha256_of
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import INCEPTION, MissingArtifactsError
@@ -417,3 +418,18 @@ def test_rfid_fills_its_column(models: dict[str, str], tmp_path: Path, monkeypat
     assert any("rFID is of 4 images" in note for note in report.notes)
     assert "rFID" not in single.rows[0].metrics
     assert any("rFID not run" in note for note in single.notes)
+
+
+@pytest.mark.parametrize("make", [tiny_kl, tiny_vq, tiny_taesd])
+def test_a_decoder_that_overflows_is_an_error(make: Any, photographs: str, tmp_path: Path) -> None:
+    model = make()
+    last = [module for module in model.decoder.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    torch.nn.init.constant_(last.weight, 3e38)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UnusableImageError, match="NaN or infinite"):
+        reconstruct(photographs, tokenizer=str(tmp_path / "model"), levels=(8,), image_size=32, out=tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_digits_tokenizer_is_for_digits(photographs: str, run_command: Run) -> None:
+    assert "Name a tokenizer" in error_of(run_command("reconstruct", photographs, "--image-size", "32"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +64,30 @@ def objects(path: Path) -> Path:
     return statistics_file(path, mu=np.array([Malicious()] * NUM_FEATURES, dtype=object))
 
 
+def ours(**changes: Any) -> str:
+    meta = {"format": "tokenbridge-reference/1", "num_images": 9, "inception_sha256": "0" * 64}
+    return json.dumps({**meta, **changes})
+
+
+def bomb(path: Path) -> Path:
+    """Write statistics whose mean unfolds to far more than it claims."""
+    content = io.BytesIO()
+    np.save(content, np.zeros(NUM_FEATURES))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("mu.npy", content.getvalue() + bytes(10**7))
+        content.seek(0)
+        np.save(content, np.eye(NUM_FEATURES))
+        archive.writestr("sigma.npy", content.getvalue())
+    return path
+
+
 NAN = np.full(NUM_FEATURES, np.nan)
+
+
+def changed(place: tuple[int, int], value: float) -> np.ndarray:
+    covariance = np.eye(NUM_FEATURES)
+    covariance[place] = value
+    return covariance
 
 
 BAD_REFERENCES = [
@@ -72,6 +97,13 @@ BAD_REFERENCES = [
     (lambda p: statistics_file(p, sigma=np.diag(NAN)), "not finite"),
     (lambda p: statistics_file(p, mu=np.zeros(NUM_FEATURES, int)), "not floating point"),
     (lambda p: statistics_file(p, meta=json.dumps({"inception_sha256": "f" * 64})), "made with Inception weights"),
+    (lambda p: statistics_file(p, sigma=changed((3, 4), 0.5)), "sigma of .* is not symmetric"),
+    (lambda p: statistics_file(p, sigma=changed((3, 3), -0.5)), "sigma of .* has negative eigenvalues"),
+    (lambda p: statistics_file(p, sigma=np.eye(NUM_FEATURES) * 1e200), r"values up to 1e\+200, which no features have"),
+    (lambda p: statistics_file(p, meta=ours(num_images=float("nan"))), "meta of .* has no usable num_images"),
+    (lambda p: statistics_file(p, meta=ours(num_images=-5)), "meta of .* has no usable num_images"),
+    (lambda p: statistics_file(p, meta=ours(inception_sha256=7)), "meta of .* has no usable inception_sha256"),
+    (bomb, r"mu of .* is float64 \[2048\], but .* bytes of values are there"),
     (cut_statistics, r"cannot be read as an \.npz file of statistics"),
     (objects, "mu of .* holds objects, which would be code"),
     (plain_array, r"cannot be read as an \.npz file of statistics"),
@@ -99,7 +131,7 @@ def test_bad_references(
     ("make", "message"),
     [
         *BAD_REFERENCES[:5],
-        *BAD_REFERENCES[6:10],
+        *BAD_REFERENCES[6:-1],
         (lambda p: array_file(p, np.zeros((2, 8, 8, 3), np.uint8)), r"no statistics \(mu and sigma\).*arr_0"),
         (lambda p: p, "There is no file"),
     ],
@@ -119,3 +151,29 @@ def test_statistics_beside_images_are_read(tmp_path: Path) -> None:
     assert read.mean.dtype == read.covariance.dtype == np.float64
     np.testing.assert_array_equal(read.mean, mean)
     np.testing.assert_array_equal(read.covariance, np.eye(NUM_FEATURES))
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        "made by hand",
+        json.dumps([1, 2]),
+        json.dumps({"num_images": "50k"}),
+        np.array({"by": "me"}, object),
+        "[" * 9999,
+        7,
+    ],
+)
+def test_what_others_say_of_their_statistics_is_ignored(meta: Any, inception: Inception, tmp_path: Path) -> None:
+    reference = load_reference(statistics_file(tmp_path / "theirs.npz", meta=meta), inception)
+    assert reference.num_images is None
+    np.testing.assert_array_equal(reference.statistics.covariance, np.eye(NUM_FEATURES))
+
+
+def test_covariances_with_rounding_are_taken(tmp_path: Path) -> None:
+    """Of fewer images than features, in float32 as ADM stores them: rank-deficient, not quite symmetric."""
+    features = np.random.default_rng(0).gamma(1.0, 0.4, (60, NUM_FEATURES))
+    covariance = np.cov(features, rowvar=False).astype(np.float32)
+    covariance += np.random.default_rng(1).normal(0, 1e-7, covariance.shape).astype(np.float32)
+    read = read_statistics(statistics_file(tmp_path / "few.npz", sigma=covariance))
+    np.testing.assert_array_equal(read.covariance, covariance)

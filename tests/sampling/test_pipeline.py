@@ -30,6 +30,7 @@ from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.sampling.pipeline import TokenBridgePipeline, class_number, convert_pipeline, imagenet_labels
 from tokenbridge.tokenizers.base import LatentTokenizer
+from tokenbridge.utils.errors import UnusableImageError
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 NAMES = {0: "zero, nought", 1: "one", 2: "two", 3: "three", 4: "four"}
@@ -101,6 +102,15 @@ def test_a_seed_for_each_image_gives_what_it_gives_alone() -> None:
     assert all(a == b for a, b in zip(together, alone, strict=True))
     assert together[0] != together[2]
     assert PIPELINE([3, 3], seed=7).images[1] != PIPELINE([3, 3], seed=[7, 7]).images[1]  # (7, 1) against (7, 0)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_a_decoder_that_overflows_is_an_error(output_type: Any) -> None:
+    pipeline = make_pipeline()
+    last = [module for module in pipeline.vae.decoder.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    torch.nn.init.constant_(last.weight, 3e38)
+    with pytest.raises(UnusableImageError, match="NaN or infinite"):
+        pipeline([0], seed=1, output_type=output_type)
 
 
 def test_output_types() -> None:

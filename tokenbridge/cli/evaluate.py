@@ -18,7 +18,7 @@ from tokenbridge.utils.errors import UserError
 def reconstruct(
     source: Annotated[str, typer.Argument(help="Images: a folder, Parquet, digits, cifar10, imagenet or a hub name.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="A diffusers autoencoder: folder or hub name; the tiny VAE by default.")
+        str | None, typer.Option(help="A diffusers autoencoder: folder or hub name; the tiny VAE for digits.")
     ] = None,
     levels: Annotated[str, typer.Option(help="Quantisation levels, separated by commas.")] = "8,16,32,64",
     quantizer: Annotated[str, typer.Option(help="gaussian, uniform or lloyd-max.")] = "gaussian",
@@ -45,6 +45,8 @@ def reconstruct(
         chosen_levels = [int(level) for level in levels.split(",")]
     except ValueError as error:
         raise UserError(f"Levels are whole numbers separated by commas, not {levels!r}.") from error
+    if tokenizer is None and source != "digits":
+        raise UserError(f"The tiny VAE encodes the digits alone. Name a tokenizer for {source} with --tokenizer.")
     report = run(
         source,
         tokenizer=tokenizer or str(files.reference_folder() / "tiny" / "weights" / "vae"),

@@ -30,6 +30,7 @@ from tokenbridge.utils.files import read_bytes
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB, and Pillow's own limit
 MAX_BYTES = 2**29
+PIXELS_VERSION = 2  # raised when some file's pixels change; kept features are of one version
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins in whose place Git LFS left a pointer
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # of TIFF

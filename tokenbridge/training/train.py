@@ -180,7 +180,8 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
         "channels": scale.channels,
         "with_mirrored": scale.with_mirrored,
     }
-    what = [sha256_of(find_model_folder(scale, "vae", weights) / WEIGHTS_FILE), scale.data, len(images), options]
+    weights_file = find_model_folder(scale, "vae", weights) / WEIGHTS_FILE
+    what = [sha256_of(weights_file), provenance.hash_of_dataset(images), options]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     with PartialState().main_process_first():
         return cache_latents(autoencoder, images, folder / name, **options)
