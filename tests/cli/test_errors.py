@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tokenbridge.reproduction import listing
 from tokenbridge.utils.errors import MissingFileError, UserError
+from tokenbridge.utils.files import reference_folder
 from tokenbridge.utils.provenance import EnvironmentProblemError
 
 
@@ -163,7 +164,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("sample tokenbridge-l --weights photos --vae photos", "There is no checkpoint at photos/checkpoint-last.pth"),
         ("discrepancies --latents photos", "Is a directory: photos"),
         ("train tiny vae --data text", "text is neither a folder of images nor a Parquet file"),
-        ("reconstruct text", "text is neither a folder of images nor a Parquet file"),
+        ("reconstruct text --tokenizer VAE", "text is neither a folder of images nor a Parquet file"),
         # files of another kind
         ("audit text", "text is not JSON"),
         ("audit some.npz", "some.npz is not JSON"),
@@ -172,7 +173,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("convert text givt-vae --out out", "text (5 bytes) is damaged"),
         ("evaluate photos --reference text --inception text", "text is not the published weights-inception"),
         ("evaluate photos --reference text --inception text --allow-other-inception", "text does not hold the weights"),
-        ("reconstruct damaged --split train --out out", "An image is damaged"),
+        ("reconstruct damaged --tokenizer VAE --out out", "cannot be read as an image"),
+        ("reconstruct photos --out out", "The tiny VAE encodes the digits alone. Name a tokenizer for photos"),
         # what is not there
         ("audit nowhere", "There is no result file nowhere"),
         ("audit --weights nowhere", "There is no folder of models nowhere"),
@@ -185,7 +187,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train tiny vae --out text", "text/vae cannot be written to"),
         ("reproduce tiny --out text", "text cannot be written to"),
         ("discrepancies --out text", "text cannot be written to"),
-        ("reconstruct photos --split train --out text", "text cannot be written to"),
+        ("reconstruct photos --split train --tokenizer VAE --out text", "text cannot be written to"),
         ("audit --out text", "text/index.html cannot be written to"),
         ("gate goldens --out text", "text cannot be written to"),
         ("update-references verdicts --out text", "text cannot be written to"),
@@ -198,13 +200,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("sample tiny/mar --num-iterations 1.5", "Input should be a valid integer"),
         ("sample tiny/mar --bogus 3", "tiny/mar has no setting bogus; it has num_iterations"),
         ("sample tiny/mar --model x", "tiny/mar has no setting model"),
-        ("reconstruct photos --split train --levels 99999999999", "A quantiser can have at most 65,536 levels"),
-        ("reconstruct photos --split train --value-range nan", "value_range must be positive and finite"),
+        ("reconstruct photos --split train --tokenizer VAE --levels 99999999999", "A quantiser can have at most 65,536 levels"),
+        ("reconstruct photos --split train --tokenizer VAE --value-range nan", "value_range must be positive and finite"),
         ("discrepancies --num-images 7", "multiple of twice the 10 classes"),
     ],
 )
 def test_one_sentence(run_command: Run, line: str, message: str) -> None:
-    result = run_command(*line.split())
+    vae = str(reference_folder() / "tiny" / "weights" / "vae")
+    result = run_command(*[vae if word == "VAE" else word for word in line.split()])
     assert message in error_of(result)
     assert not Path("out").exists() or not list(Path("out").iterdir())
 
