@@ -200,8 +200,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("sample tiny/mar --num-iterations 1.5", "Input should be a valid integer"),
         ("sample tiny/mar --bogus 3", "tiny/mar has no setting bogus; it has num_iterations"),
         ("sample tiny/mar --model x", "tiny/mar has no setting model"),
-        ("reconstruct photos --split train --tokenizer VAE --levels 99999999999", "A quantiser can have at most 65,536 levels"),
-        ("reconstruct photos --split train --tokenizer VAE --value-range nan", "value_range must be positive and finite"),
+        (
+            "reconstruct photos --split train --tokenizer VAE --levels 99999999999",
+            "A quantiser can have at most 65,536 levels",
+        ),
+        (
+            "reconstruct photos --split train --tokenizer VAE --value-range nan",
+            "value_range must be positive and finite",
+        ),
         ("discrepancies --num-images 7", "multiple of twice the 10 classes"),
     ],
 )

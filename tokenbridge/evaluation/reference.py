@@ -191,13 +191,13 @@ def _read_file(path: Path) -> tuple[Statistics | None, dict[str, Any], list[str]
         if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
             raise UserError(f"The statistics in {path} are {mean.dtype} and {covariance.dtype}, not floating point.")
         arrays = [archive.read(key, headers[key].num_bytes).astype(np.float64) for key in ("mu", "sigma")]
-        meta = _read_meta(archive)
+        meta = _meta_of(archive)
     statistics = Statistics(*arrays)
     _check_statistics(statistics, path)
     return statistics, meta, names
 
 
-def _read_meta(archive: Archive) -> dict[str, Any]:
+def _meta_of(archive: Archive) -> dict[str, Any]:
     """Return what this package wrote beside statistics; a `meta` of somebody else is none of it.
 
     Raises:
