@@ -187,7 +187,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train tiny vae --out text", "text/vae cannot be written to"),
         ("reproduce tiny --out text", "text cannot be written to"),
         ("discrepancies --out text", "text cannot be written to"),
-        ("reconstruct photos --split train --tokenizer VAE --out text", "text cannot be written to"),
+        ("reconstruct photos --tokenizer VAE --out text", "text cannot be written to"),
         ("audit --out text", "text/index.html cannot be written to"),
         ("gate goldens --out text", "text cannot be written to"),
         ("update-references verdicts --out text", "text cannot be written to"),
@@ -201,11 +201,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("sample tiny/mar --bogus 3", "tiny/mar has no setting bogus; it has num_iterations"),
         ("sample tiny/mar --model x", "tiny/mar has no setting model"),
         (
-            "reconstruct photos --split train --tokenizer VAE --levels 99999999999",
+            "reconstruct photos --tokenizer VAE --levels 99999999999",
             "A quantiser can have at most 65,536 levels",
         ),
         (
-            "reconstruct photos --split train --tokenizer VAE --value-range nan",
+            "reconstruct photos --tokenizer VAE --value-range nan",
             "value_range must be positive and finite",
         ),
         ("discrepancies --num-images 7", "multiple of twice the 10 classes"),
