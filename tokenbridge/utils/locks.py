@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import platform
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ class FolderInUseError(UserError):
 
 
 @contextmanager
-def locked(folder: Path | str, *, name: str = LOCK, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path | str) -> Iterator[None]:
     """Hold the lock of a folder within the block; the system releases it when the process ends, however it ends.
 
     The lock is a hidden file in the folder, with the number of the process that holds it. On file systems that have no
@@ -33,17 +33,15 @@ def locked(folder: Path | str, *, name: str = LOCK, wait: bool = False) -> Itera
 
     Args:
         folder: is made if it does not exist.
-        name: of the hidden file.
-        wait: wait for the other process to end, which is for changes that take an instant.
 
     Raises:
-        FolderInUseError: another process, or another thread of this one, holds the lock, and `wait` is False.
+        FolderInUseError: another process, or another thread of this one, holds the lock.
         StorageError: the folder cannot be made or written to.
     """
     recover(folder)
-    path = make_folder(folder) / name
+    path = make_folder(folder) / LOCK
     with storage_errors(path):
-        handle = _open_locked(path, wait)
+        handle = _open_locked(path)
     try:
         with storage_errors(path):
             os.ftruncate(handle, 0)
@@ -52,6 +50,22 @@ def locked(folder: Path | str, *, name: str = LOCK, wait: bool = False) -> Itera
     finally:
         if _is_at(handle, path):
             path.unlink()
+        os.close(handle)
+
+
+@contextmanager
+def in_turn(folder: Path | str) -> Iterator[None]:
+    """Wait until no other process is in such a block for this folder: for changes that take an instant.
+
+    The folder itself is locked, so that a killed process leaves nothing. Where that cannot be, as over some networks,
+    the block runs without a lock.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
         os.close(handle)
 
 
@@ -71,11 +85,11 @@ def results_folder(folder: Path | str, known: Sequence[str]) -> Iterator[Path]:
         yield fresh
 
 
-def _open_locked(path: Path, wait: bool) -> int:
+def _open_locked(path: Path) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(handle, 200).decode(errors="replace") or "with a number that is not known yet"
             os.close(handle)

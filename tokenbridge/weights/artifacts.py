@@ -34,7 +34,6 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenbridge.utils.console import progress
 from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
 from tokenbridge.utils.files import replacing, sha256_of, write_json
-from tokenbridge.utils.locks import locked
+from tokenbridge.utils.locks import in_turn
 
 FOLDER_VARIABLE = "TOKENBRIDGE_ARTIFACTS"
 LOCK_FILE = "artifacts.lock.json"
@@ -274,7 +273,7 @@ def accept(key: str, *, folder: PathLike | None = None, given: Mapping[str, Path
         raise MissingArtifactsError([Missing(artifact, _place(artifact, root), reason)])
     sha256 = _published_hash(artifact, path)
     lock = lock_file(root)
-    with _changing(lock):
+    with in_turn(lock.parent):  # so that no entry of another process is lost
         write_json(lock, {**_read_lock(lock), key: {**_identity(path), "sha256": sha256}})
     return path
 
@@ -542,7 +541,7 @@ def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:
     if entry is not None and _is_recorded(path, entry):
         return
     sha256 = _published_hash(artifact, path)
-    with _changing(lock_path):
+    with in_turn(lock_path.parent):
         lock = _read_lock(lock_path)  # again: hashing takes minutes, in which another process may have written
         entry = lock.get(artifact.key)
         if entry is not None and entry["sha256"] != sha256:
@@ -552,11 +551,6 @@ def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:
                 f"--accept {artifact.key}`, or delete the entry."
             )
         write_json(lock_path, {**lock, artifact.key: {**_identity(path), "sha256": sha256}})
-
-
-def _changing(lock_path: Path) -> AbstractContextManager[None]:
-    """Return a context in which no other process changes the lock file, so that no entry is lost."""
-    return locked(lock_path.parent, name=f".tokenbridge.{lock_path.name}", wait=True)
 
 
 def _published_hash(artifact: Artifact, path: Path) -> str:
