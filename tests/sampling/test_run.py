@@ -6,6 +6,7 @@ Shape letters: N images of the run, B batch.
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -14,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,19 +30,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from official_names import load_official, rule_state, with_rule_weights
 from PIL import Image
-from samplers import sampler_of
+from samplers import Flat, sampler_of
 from torch import Tensor, nn
 
 from tokenbridge.cli import main as cli
 from tokenbridge.models.draw import token_chooser
 from tokenbridge.models.noise import global_noise
+from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling
 from tokenbridge.sampling import run
 from tokenbridge.sampling.config import RunConfig, balanced_labels
 from tokenbridge.sampling.load import ModelSampler, find_model
-from tokenbridge.sampling.run import BadImageError, Sampler, refuse, run_recipe, sampling_run, save_overview
+from tokenbridge.sampling.run import BadImageError, Sampler, run_recipe, sampling_run, save_overview
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import create_kl16
 from tokenbridge.utils import files
@@ -49,34 +51,6 @@ from tokenbridge.weights.published import Preset, SamplingRecipe
 from tokenbridge.weights.rule import RULE
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A system whose image is one colour, made of seed, number and label; or drawn from the global streams."""
-
-    salt: int = 0
-    bad: tuple[int, ...] = ()
-    what: str = "is black"
-    name: str = "flat"
-    stand_in: bool = False
-    num_classes: int = 5
-    image_size: int = 4
-    channels: int = 1
-
-    def images(self, labels: Tensor, indices: Sequence[int], seed: int | None) -> Tensor:
-        if seed is None:
-            values = [int(torch.randint(100, ())) + np.random.randint(100) + 1 for _ in indices]  # noqa: NPY002
-        else:
-            values = [1 + (seed * 31 + i * 7 + int(label)) % 250 for i, label in zip(indices, labels, strict=True)]
-        bad = torch.tensor([i in self.bad for i in indices])
-        if self.what != "is black":
-            refuse(bad, self.what)
-        colours = torch.tensor(values, dtype=torch.uint8).masked_fill(bad, 0)
-        return colours[:, None, None, None].expand(-1, self.channels, self.image_size, self.image_size)
-
-    def describe(self) -> dict[str, Any]:
-        return {"salt": self.salt, "settings": {"depth": 3}}
 
 
 def small_sampler(**changes: Any) -> ModelSampler:
@@ -393,7 +367,8 @@ def test_official_run_is_another_than_per_image(tmp_path: Path) -> None:
     [
         (Flat(), RunConfig(6, seed=1), "seed was 0 and is now 1"),
         (Flat(), RunConfig(7), "num_images was 6 and is now 7"),
-        (Flat(), RunConfig(6, batch_size=2), "batch_size was 16 and is now 2"),
+        (Flat(), RunConfig(7), "balanced labels depend on the number of images"),
+        (Flat(), RunConfig(6, labels=(0, 0, 1, 2, 3, 3)), "the label of image 5 was 4 and is now 3"),
         (Flat(), RunConfig(6, labels=(1,) * 6), 'labels was "balanced" and is now "1,1,1,1,1,1"'),
         (Flat(), RunConfig(6, format="npz"), 'format was "png" and is now "npz"'),
         (Flat(), RunConfig(6, randomness="official"), "num_processes was null and is now 1"),
@@ -559,7 +534,10 @@ def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., 
     preset = Preset("mini", sizes, 0, official_name="tokenbridge_mini", sampling=sampling)
     monkeypatch.setitem(PRESETS, "mini", preset)
     model = saved(with_rule_weights(TokenBridge(**sizes), {"rule": RULE, "salt": "tiny"}), tmp_path / "model")
-    vae = create_kl16(ch=32, ch_mult=(1, 1), num_res_blocks=1)
+    create = functools.partial(create_kl16, ch=32, ch_mult=(1, 1), num_res_blocks=1)
+    system = SYSTEMS["tokenbridge"]
+    monkeypatch.setitem(SYSTEMS, "tokenbridge", replace(system, tokenizer=replace(system.tokenizer, create=create)))
+    vae = create()
     load_official(vae, rule_state(vae, {"rule": "fan-in-normal-v1", "salt": "vae"}))
     saved(vae, tmp_path / "vae")
 

@@ -60,6 +60,10 @@ def sample(
     stand_in: Annotated[
         bool, typer.Option("--stand-in", help="Weights drawn by a rule, few images and iterations: no result.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the images of an earlier run first.")] = False,
+    accept_other_code: Annotated[
+        bool, typer.Option("--accept-other-code", help="Go on with a run of other code or libraries; run.json says so.")
+    ] = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -97,7 +101,16 @@ def sample(
         if planned.missing:
             sys.exit(2)
         return
-    done = sample_model(named, config, out, dtype=dtype, compiled=compiled, stand_in=stand_in)
+    done = sample_model(
+        named,
+        config,
+        out,
+        dtype=dtype,
+        compiled=compiled,
+        stand_in=stand_in,
+        overwrite=overwrite,
+        accept_other_code=accept_other_code,
+    )
     if not process_state().is_main_process:
         return
     name, report = done.sampler.name, done.report

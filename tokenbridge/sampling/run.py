@@ -1,8 +1,8 @@
 """A sampling run: it makes N images of any system in a folder, in one or several processes, and can be resumed.
 
 The images are divided into fixed batches, which are dealt to the processes in turn. The files on the disk show what is
-finished: a batch whose images all exist is never made again. `run.json` holds the recipe of the run, and a folder never
-holds images of two recipes.
+finished: a batch whose images all exist, and open, is never made again. `run.json` holds the recipe of the run, and a
+folder never holds images of two recipes (see `recipe`).
 
 There are two kinds of randomness:
 
@@ -21,10 +21,11 @@ Shape letters: N images of the run, B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import json
+import io
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,15 +39,16 @@ from torch import Tensor
 from tokenbridge.data.images import to_pixels
 from tokenbridge.data.pictures import save_grid
 from tokenbridge.sampling.config import RunConfig, run_labels
-from tokenbridge.sampling.store import STORES, read_first_images
-from tokenbridge.utils import console, provenance
+from tokenbridge.sampling.recipe import RECIPE_FILE, claim, read_recipe, recipe_of
+from tokenbridge.sampling.store import STORES, read_first_images, remove
+from tokenbridge.utils import console
 from tokenbridge.utils.devices import peak_memory
-from tokenbridge.utils.errors import UnusableImageError, UserError
-from tokenbridge.utils.files import clear_leftovers, replacing, storage_errors, write_json
+from tokenbridge.utils.errors import MissingFileError, UnusableImageError, UserError
+from tokenbridge.utils.files import clear_leftovers, make_folder, read_bytes, replacing, storage_errors
 from tokenbridge.utils.processes import process_state
 
-RECIPE_FILE = "run.json"
-NUM_LISTED = 8  # an error message lists at most this many differences
+NO_RESULT = "no-result"  # the name of the images of stand-in weights
+SECONDS_BETWEEN_LOOKS = 10.0  # a folder of 50,000 images takes a while to list
 
 
 class Sampler(Protocol):
@@ -123,20 +125,27 @@ class RunReport:
     seconds: float  # time that this call took
     images_per_second: float | None  # None if this call made no images
     peak_memory_gib: float  # peak memory of this process, on its GPU if it has one
+    changes: tuple[str, ...] = ()  # what was other when some of the images were made (`recipe.claim`)
 
 
 def run_recipe(sampler: Sampler, config: RunConfig, num_processes: int = 1) -> dict[str, Any]:
-    """Return all that determines the images of a run as JSON values."""
-    labels = ",".join(map(str, config.labels)) if isinstance(config.labels, tuple) else config.labels or "balanced"
-    recipe = {"sampler": {"name": sampler.name, **sampler.describe()}, **asdict(config), "labels": labels}
-    if config.randomness == "official":
-        recipe["num_processes"] = num_processes
+    """Return all that determines the images of a run as JSON values (see `recipe.recipe_of`)."""
+    described = {"name": sampler.name, **sampler.describe()}
+    recipe = recipe_of(described, config, num_processes, process_state().device.type)
     if sampler.stand_in:
         recipe["no_result"] = "The weights are stand-ins drawn by a rule: these images say nothing about the model."
-    return json.loads(json.dumps(recipe))
+    return recipe
 
 
-def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, show_progress: bool = True) -> RunReport:
+def sampling_run(
+    sampler: Sampler,
+    config: RunConfig,
+    folder: Path | str,
+    *,
+    overwrite: bool = False,
+    accept_other_code: bool = False,
+    show_progress: bool = True,
+) -> RunReport:
     """Make the images of a run in `folder`, except those that exist already.
 
     Every process of a distributed run calls this function. The format "png" writes `images/000000.png` and so on. The
@@ -146,7 +155,10 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
 
     Args:
         sampler: makes the images; it must be the same in every process.
-        folder: a folder that is new or empty, or that holds the same run.
+        folder: a folder that is new or empty, or that holds the same run, perhaps with fewer images or made in batches
+            of another size.
+        overwrite: remove the images of an earlier run first, whatever its recipe was.
+        accept_other_code: go on with a run that other code or other libraries began; `run.json` then says so.
         show_progress: show images per second, time left and peak memory on stderr.
 
     Raises:
@@ -158,17 +170,31 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
     folder = Path(folder)
     labels = run_labels(config, sampler.num_classes)
     state = process_state()
-    store = STORES[config.format](folder, config, "no-result" if sampler.stand_in else None)
+    name, shape = NO_RESULT if sampler.stand_in else None, (sampler.channels, sampler.image_size, sampler.image_size)
+    store = STORES[config.format](folder, config, name, shape)
     advice = "The finished images are kept: make room, and the same command makes the others."
     with storage_errors(folder, advice):
         left: list[Any] = [None]
         if state.is_main_process:
-            _claim(folder, run_recipe(sampler, config, state.num_processes))
+            if overwrite:
+                _start_anew(folder)
+            recipe = run_recipe(sampler, config, state.num_processes)
+            make_folder(folder)
+            record = claim(
+                folder, recipe, sampler.num_classes, overwrite=overwrite, accept_other_code=accept_other_code
+            )
             for place in (folder, store.pieces):
                 clear_leftovers(place)
-            left = [store.present()]
+            whole, damaged = store.inspect()
+            if damaged:
+                files = "1 file is" if damaged == 1 else f"{damaged:,} files are"
+                console.log(f"{files} damaged in {folder}; their images are made anew.")
+            record.write(whole)
+            changes = tuple(text for entry in record.content.get("continued", []) for text in entry["changes"])
+            left = [(whole, changes)]
         # One process looks at the disk for all, because another might look when a third one has begun to write.
-        present: set[int] = broadcast_object_list(left)[0]
+        present: set[int]
+        present, changes = broadcast_object_list(left)[0]
         progress = console.progress(
             f"sample {sampler.name}",
             config.num_images,
@@ -177,16 +203,24 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
             first=len(present),
             show=show_progress and state.is_main_process,
         )
-        start = time.perf_counter()
+        start = looked = time.perf_counter()
+        done = len(present)
         with progress as advance:
             for number, seed in _batches(config, present, state, folder):
                 pixels = _make(sampler, config, labels, number, seed, state.device)
                 store.write(number, pixels, present)
-                advance(len(store.present()), f"{peak_memory() / 2**30:.2f} GiB at most")
+                done += sum(index not in present for index in config.batch(number))
+                if state.num_processes > 1 and time.perf_counter() - looked > SECONDS_BETWEEN_LOOKS:
+                    done, looked = store.count(), time.perf_counter()
+                advance(done, f"{peak_memory() / 2**30:.2f} GiB at most")
         state.wait_for_everyone()
         seconds = time.perf_counter() - start
         if state.is_main_process:
-            assert len(store.present()) == config.num_images, "every batch is some process's"
+            if (there := store.count()) != config.num_images:
+                raise UserError(
+                    f"{folder} holds {there:,} of {config.num_images:,} images: somebody has removed some while others "
+                    "were made. The same command makes them again."
+                )
             store.finish(None if labels is None else labels.numpy())
         state.wait_for_everyone()
     num_made = config.num_images - len(present)
@@ -197,6 +231,7 @@ def sampling_run(sampler: Sampler, config: RunConfig, folder: Path | str, *, sho
         seconds=round(seconds, 2),
         images_per_second=round(num_made / seconds, 3) if num_made else None,
         peak_memory_gib=round(peak_memory() / 2**30, 2),
+        changes=changes,
     )
 
 
@@ -205,8 +240,8 @@ def save_overview(path: Path, samples: Path, title: str, *, num_images: int = 10
     if samples.suffix == ".npz":
         pixels = read_first_images(samples, num_images)
     else:
-        paths = sorted(samples.glob("*.png"))[:num_images]
-        pixels = to_pixels([Image.open(path) for path in paths])
+        first = (samples / f"{i:06d}.png" for i in range(num_images))
+        pixels = to_pixels([Image.open(image) for image in first if image.exists()])
     starts = range(0, len(pixels), 10)
     save_grid(path, [pixels[i : i + 10] for i in starts], [f"image {i}" for i in starts], title)
 
@@ -259,25 +294,20 @@ def _batches(
     """
     rank, world_size = state.process_index, state.num_processes
     undone = [number for number in range(config.num_batches) if not present.issuperset(config.batch(number))]
+    are_undone = set(undone)
     if config.randomness == "per-image":
         for number in undone[rank::world_size]:
             yield number, config.seed
         return
     # The streams run on through the batches of a process, so each process always has the same batches (as official).
     own = range(rank, config.num_batches, world_size)
-    if not (mine := [number for number in own if number in undone]):
+    if not (mine := [number for number in own if number in are_undone]):
         return
     streams = folder / f"streams-{rank:04d}.pt"
-    first = own.start
-    if streams.exists():
-        saved = torch.load(streams, weights_only=True)
-        if saved["next"] <= mine[0]:  # otherwise an image was lost, and the streams must run from their start again
-            first = saved["next"]
+    first = _set_streams(streams, own, mine[0])
     if first == own.start:
         torch.manual_seed(config.seed + rank)
         np.random.seed(config.seed + rank)  # noqa: NPY002  the official generator
-    else:
-        _set_streams(saved)
     for number in own[own.index(first) :]:
         yield number, None
         with replacing(streams) as temporary:
@@ -293,43 +323,47 @@ def _get_streams() -> dict[str, Any]:
     }
 
 
-def _set_streams(saved: Mapping[str, Any]) -> None:
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["cuda"])
-    name, keys, *rest = saved["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+def _set_streams(path: Path, own: range, needed: int) -> int:
+    """Set the global streams as they were before a batch, which is at most `needed`, and return its number.
+
+    It is the first batch of the process, and nothing is set, if there is no such state: if an image was lost, or if the
+    file is damaged. Then the streams run from their start again.
+    """
+    try:
+        saved = torch.load(io.BytesIO(read_bytes(path)), weights_only=True)
+        first = saved["next"]
+        if first not in own or first > needed:
+            return own.start
+        torch.set_rng_state(saved["torch"])
+        if saved["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["cuda"])
+        name, keys, *rest = saved["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    except MissingFileError:
+        return own.start
+    except Exception:  # a damaged file raises anything
+        console.log(f"{path} is damaged; the random numbers are drawn from their start again.")
+        return own.start
+    return int(first)
 
 
 # --------------------------------------------------------------------------------------------------- on the disk
 
 
-def _claim(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Write the recipe into a new or empty folder, or check that the folder has the same recipe already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RECIPE_FILE
-    if not path.exists():
-        if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
-            raise UserError(f"{folder} is not empty and holds no run ({others[0]} is in it). Name another folder.")
-        write_json(path, {"recipe": recipe, "command": provenance.command(), **provenance.origin()})
+def _start_anew(folder: Path) -> None:
+    """Remove the files that an earlier run has made in a folder, and no other file.
+
+    Raises:
+        UserError: the folder holds no run, or images that the run did not make; then nothing is removed.
+    """
+    if not (folder / RECIPE_FILE).exists():
         return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or is not the recipe of a run. Name another folder.") from error
-    if differences := _differences(there, recipe):
-        more = f"; and {len(differences) - NUM_LISTED} more" if len(differences) > NUM_LISTED else ""
-        raise UserError(
-            f"{folder} holds a run of another recipe: {'; '.join(differences[:NUM_LISTED])}{more}. Images of two "
-            "recipes must not be mixed, so name another folder or ask for the same images."
-        )
-
-
-def _differences(there: Any, now: Any, name: str = "") -> list[str]:
-    """Describe the leaves in which two JSON values differ, a text for each."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        keys = [*there, *(key for key in now if key not in there)]
-        prefix = f"{name}." if name else ""
-        return [text for key in keys for text in _differences(there.get(key), now.get(key), f"{prefix}{key}")]
-    short = [f"{text[:60]}..." if len(text) > 60 else text for text in (json.dumps(there), json.dumps(now))]
-    return [] if there == now else [f"{name} was {short[0]} and is now {short[1]}"]
+    _, recipe = read_recipe(folder / RECIPE_FILE)
+    config = RunConfig(recipe["num_images"])
+    stores = [kind(folder, config, name, (1, 1, 1)) for kind in STORES.values() for name in (None, NO_RESULT)]
+    own = [path for store in stores for path in store.own_files()]
+    own += [path for path in folder.iterdir() if re.fullmatch(r"streams-\d{4}\.pt|grid\.png", path.name)]
+    remove(own)
+    for place in {store.pieces for store in stores}:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()

@@ -43,6 +43,8 @@ def sample(
     dtype: Dtype | None = None,
     compiled: bool = False,
     stand_in: bool = False,
+    overwrite: bool = False,
+    accept_other_code: bool = False,
     show_progress: bool = True,
     **wishes: Any,
 ) -> RunReport:
@@ -55,6 +57,8 @@ def sample(
         dtype: fp32, bf16 or fp16; None means the precision of the published evaluation on a GPU, otherwise float32.
         compiled: compile the backbone and the decoder of the VAE.
         stand_in: use weights that are drawn by a rule, and sample few images in few iterations; they are not a result.
+        overwrite: remove the images of an earlier run in `out` first.
+        accept_other_code: go on with a run that other code or libraries began; its `run.json` then says so.
         show_progress: show the progress on stderr.
         wishes: all other arguments of `choose_run`, such as `num_images` and `guidance_scale`.
 
@@ -66,7 +70,15 @@ def sample(
     """
     named, config = choose_run(model, stand_in=stand_in, **wishes)
     done = sample_model(
-        named, config, out, dtype=dtype, compiled=compiled, stand_in=stand_in, show_progress=show_progress
+        named,
+        config,
+        out,
+        dtype=dtype,
+        compiled=compiled,
+        stand_in=stand_in,
+        overwrite=overwrite,
+        accept_other_code=accept_other_code,
+        show_progress=show_progress,
     )
     return done.report
 
@@ -183,6 +195,8 @@ def sample_model(
     dtype: Dtype | None = None,
     compiled: bool = False,
     stand_in: bool = False,
+    overwrite: bool = False,
+    accept_other_code: bool = False,
     show_progress: bool = True,
 ) -> Sampled:
     """Check a run, load its model and make its images; every process of a distributed run calls this function.
@@ -197,6 +211,8 @@ def sample_model(
         dtype: fp32, bf16 or fp16; None means the precision of the published evaluation on a GPU, otherwise float32.
         compiled: compile the backbone and the decoder of the VAE.
         stand_in: use weights that are drawn by a rule; the images are then not a result.
+        overwrite: see `sample`.
+        accept_other_code: see `sample`.
         show_progress: show the progress on stderr.
     """
     model.check(config)
@@ -211,7 +227,14 @@ def sample_model(
         sampler = model.load(state.device, dtype=precision, compiled=compiled)
     overview = overview or folder / "grid.png"
     with locked_by_launch(folder):
-        report = sampling_run(sampler, config, folder, show_progress=show_progress)
+        report = sampling_run(
+            sampler,
+            config,
+            folder,
+            overwrite=overwrite,
+            accept_other_code=accept_other_code,
+            show_progress=show_progress,
+        )
         if state.is_main_process:
             save_overview(overview, report.samples, f"{sampler.name}, seed {config.seed}, {report.num_images} images")
     return Sampled(sampler, report, folder, overview)

@@ -139,6 +139,20 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
+CODE = ("utils", "weights", "data", "tokenizers", "models", "configs", "sampling")
+"""The folders of this package that decide the images of a seed."""
+
+
+@functools.cache
+def code_sha256() -> str:
+    """Return a SHA-256 over the sources of this package that decide the images of a seed, whether committed or not."""
+    package, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(path for folder in CODE for path in (package / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
 @functools.cache
 def commit() -> dict[str, Any]:
     """Return the commit of the source tree and whether it has uncommitted changes; both are None outside a checkout."""
