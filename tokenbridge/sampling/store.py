@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tokenbridge.data.images import IMAGE_SUFFIXES
+from tokenbridge.data.folders import IMAGE_SUFFIXES
 from tokenbridge.data.pictures import save_images
 from tokenbridge.sampling.config import RunConfig
 from tokenbridge.utils.errors import UserError
