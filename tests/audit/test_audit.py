@@ -748,13 +748,16 @@ def test_the_command(run_command: Run, shipped: Path, tmp_path: Path) -> None:
         (["--claim", "x"], "--samples and --claim go together"),
         (["--samples", "x", "--claim", "table9/x"], "no claim 'table9/x'"),
         (["--samples", "x", "--claim", "table2e/head"], "not a claim that samples decide"),
-        (["--samples", "x", "--claim", "table3/tokenbridge-l/FID"], "2 files are missing"),
-        (["--samples", "x", "--claim", "table3/tokenbridge-l/recall"], "3 files are missing"),
-        (["--accept", ""], "for a reason"),
+        (["--samples", "x", "--claim", "table3/tokenbridge-l/FID"], "x is neither a folder of images"),
+        (["--samples", "images.npz", "--claim", "table3/tokenbridge-l/FID"], "2 files are missing"),
+        (["--samples", "images.npz", "--claim", "table3/tokenbridge-l/recall"], "3 files are missing"),
+        (["--accept", " "], "for a reason"),
+        (["--out", "images.npz/audit"], "images.npz/audit cannot be written to"),
     ],
 )
 @pytest.mark.usefixtures("shipped")
 def test_bad_input(run_command: Run, arguments: list[str], message: str) -> None:
+    np.savez("images.npz", arr_0=np.zeros((2, 256, 256, 3), np.uint8))
     code, out, err = run_command("audit", *arguments)
     assert (code, out) == (2, "")
     assert message in err

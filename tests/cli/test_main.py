@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
+import typer
 from conftest import Run, error_of
 
 from tokenbridge.cli import options
+from tokenbridge.evaluation import reconstruct
 
 
 def test_help_of_all_commands(run: Run) -> None:
@@ -32,6 +35,29 @@ def test_unknown_command_and_option(run: Run) -> None:
         assert code == 2
         assert out == ""
         assert "Error" in err
+
+
+def test_choices_are_those_of_the_package() -> None:
+    """They are spelled out in the command, so that --help loads nothing."""
+    assert get_args(options.Quantizer) == reconstruct.QUANTIZERS
+
+
+def test_every_number_has_bounds() -> None:
+    """A number with more digits than a library counts with would be a bug's traceback."""
+    command = typer.main.get_command(options.app)
+    unbounded = {
+        f"{name} --{parameter.name}"
+        for name, subcommand in command.commands.items()  # type: ignore[attr-defined]
+        for parameter in subcommand.params
+        if parameter.type_descriptor.annotation is int and parameter.type_descriptor.parameter_info.max is None
+    }
+    # A run has bounds of its own for these, and streams of numbers from a seed of any size.
+    assert unbounded == {f"sample --{name}" for name in ("num_images", "label", "seed", "batch_size")}
+
+
+@pytest.mark.parametrize("words", [["sample", ""], ["sample", "--out", ""], ["sample", "--out="]])
+def test_an_empty_word(run: Run, words: list[str]) -> None:
+    assert error_of(run(*words)).startswith("Error: A word of the command line is empty")
 
 
 @pytest.mark.parametrize("command", ["discrepancies", "train"])

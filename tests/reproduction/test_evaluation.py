@@ -62,7 +62,8 @@ def test_the_command_names_missing_weights(
 ) -> None:
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert run_command(monkeypatch, "evaluate", root / "seed0", "--reference", root / "reference") == 2
+    line = ("evaluate", root / "seed0", "--reference", root / "reference", "--allow-few")
+    assert run_command(monkeypatch, *line) == 2
     assert "weights-inception-2015-12-05-6726825d.pth" in capsys.readouterr().err
 
 

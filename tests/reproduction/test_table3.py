@@ -96,7 +96,7 @@ def options(**changes: Any) -> Options:
 
 
 def test_every_missing_file_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table3, "find_model", lambda *_, **__: pytest.fail("this comes later"))
+    monkeypatch.setattr(table3, "_measure", lambda *_, **__: pytest.fail("this comes later"))
     with pytest.raises(MissingArtifactsError) as caught:
         reproduce_table3("tokenbridge-l", Options(), out="out")
     named = ["tokenbridge-l", "kl16", "inception", "adm-statistics", "adm-reference"]

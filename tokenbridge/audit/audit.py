@@ -33,7 +33,7 @@ from tokenbridge.results import schema as result_files
 from tokenbridge.results.ledger import Ledger, read_ledger
 from tokenbridge.results.verdicts import CLAIM_VERDICTS
 from tokenbridge.utils import files, provenance
-from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.errors import MissingFileError, UserError
 from tokenbridge.weights import artifacts
 
 Checks = Mapping[str, Callable[[], float]]
@@ -74,6 +74,10 @@ def run_audit(
         raise UserError("Verdicts are accepted for a reason: give one.")
     if weights is not None and not Path(weights).is_dir():
         raise UserError(f"There is no folder of models {weights}.")
+    for path in results:
+        if not Path(path).exists():
+            raise MissingFileError(f"There is no result file {path}.")
+    files.check_folder(out)  # before the minutes that judging takes
     failing = fail_on or ([] if accept is not None else [WORSE])
     if samples is not None and claim is not None:
         done = audit_samples(samples, claim, out=out, folder=folder, fail_on=failing, **scoring)

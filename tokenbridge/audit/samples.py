@@ -52,13 +52,13 @@ def score_samples(
     there = {s.artifact.key for s in artifacts.status(known, folder=folder, given=given) if s.state != "missing"}
     keys = [key for key in known if key in claim.needs or key in there]
     inception_keys = [INCEPTION] if other_inception is None else []
-    files = artifacts.resolve([*inception_keys, *keys], folder=folder, given=given)
     images = open_images(samples)
     if images.size != (table3.IMAGE_SIZE, table3.IMAGE_SIZE):
         raise UserError(
             f"The images in {samples} have {' x '.join(map(str, images.size))} pixels, those of the claim "
             f"{table3.IMAGE_SIZE} x {table3.IMAGE_SIZE}. Resizing changes scores; do it yourself before the audit."
         )
+    files = artifacts.resolve([*inception_keys, *keys], folder=folder, given=given)
     inception = load_inception(other_inception or files[INCEPTION], allow_other=other_inception is not None)
     scored = table3.score(
         samples,

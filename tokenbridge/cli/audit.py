@@ -9,20 +9,25 @@ from typing import Annotated, Any
 
 import typer
 
-from tokenbridge.cli.options import Json, Offline, app
+from tokenbridge.cli.options import MAX_RESAMPLES, Json, Offline, app, not_one
 from tokenbridge.utils import files
 from tokenbridge.utils.console import print_line, print_table
+from tokenbridge.utils.errors import UserError
 
 
 @app.command()
 def gate(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="goldens, tiny, tokens, audit, benchmarks; all by default.", show_default=False),
+        typer.Argument(help="The parts: goldens, tiny, tokens, audit, benchmarks; all by default.", show_default=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out sampling in `tiny`, and the benchmarks.")] = False,
-    references: Annotated[Path | None, typer.Option(help="What is compared with; the shipped ones by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for what is made, and for junit.xml.")] = Path("runs/gate"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out the benchmarks, and sampling in the part tiny.")
+    ] = False,
+    references: Annotated[
+        Path | None, typer.Option(help="The folder of references to compare with; the shipped ones by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for what is made, and for junit.xml.")] = Path("runs/gate"),
 ) -> None:
     """Compare this code with all stored references; exit code 1 if anything changed, 2 if a part could not be run."""
     from tokenbridge.configs.scales import find_scale
@@ -38,12 +43,15 @@ def gate(
 @app.command()
 def update_references(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="tiny, verdicts, benchmarks; all by default.", show_default=False)
+        list[str] | None,
+        typer.Argument(help="The references: tiny, verdicts, benchmarks; all by default.", show_default=False),
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Replace the stored references by the measured ones.")] = False,
-    why: Annotated[str, typer.Option(help="Why they change; asked for by --write.")] = "",
-    references: Annotated[Path | None, typer.Option(help="What is replaced; the shipped ones by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for what is measured.")] = Path("runs/references"),
+    why: Annotated[str, typer.Option(help="Why they change, which --write needs.")] = "",
+    references: Annotated[
+        Path | None, typer.Option(help="The folder of references to replace; the shipped ones by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for what is measured.")] = Path("runs/references"),
 ) -> None:
     """Measure the references anew and show what differs; with --write and --why, replace them and record it."""
     from tokenbridge.configs.scales import find_scale
@@ -51,8 +59,14 @@ def update_references(
 
     folder = references or files.reference_folder()
     changes = r.update(find_scale("tiny"), folder, out, parts=parts or r.PARTS, why=why if write else None)
-    print_table("Stored references against new ones", r.COLUMNS, changes)
-    print_line(f"{folder} is updated; the record is in {folder / r.RECORD}." if write else "Nothing was written.")
+    if changes:
+        print_table("Stored references against new ones", r.COLUMNS, changes)
+    else:
+        print_line("No reference changed.")
+    if write:
+        print_line(f"{folder} is updated; the record is in {folder / r.RECORD}.")
+    elif changes:
+        print_line("Nothing was written.")
 
 
 @app.command()
@@ -65,10 +79,12 @@ def audit(
         ),
     ] = None,
     samples: Annotated[
-        Path | None, typer.Option(help="Folder of images, or .npz, to score and to judge --claim by.")
+        Path | None, typer.Option(help="A folder of images, or an .npz file, to score and to judge --claim by.")
     ] = None,
-    claim: Annotated[str | None, typer.Option(help="With --samples: a claim of table 3, by its id.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the page, Markdown, JSON and JUnit XML.")] = Path("runs/audit"),
+    claim: Annotated[str | None, typer.Option(help="With --samples: the claim of table 3, by its id.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the page, Markdown, JSON and JUnit XML.")] = Path(
+        "runs/audit"
+    ),
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,8 +95,12 @@ def audit(
     accept: Annotated[
         str | None, typer.Option(help="Store today's verdicts as the expected ones, for this reason.", metavar="REASON")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Models behind RESULTS, if not the shipped ones.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The folder of the models behind RESULTS; the shipped ones by default.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="The folder of the published files; $TOKENBRIDGE_ARTIFACTS by default.")
+    ] = None,
     inception: Annotated[
         Path | None,
         typer.Option("--inception", "--inception-weights", help="With --samples: torch-fidelity's Inception weights."),
@@ -92,7 +112,15 @@ def audit(
     other_inception: Annotated[
         Path | None, typer.Option(help="With --samples: other Inception weights; scores are labelled, decide nothing.")
     ] = None,
-    num_bootstrap: Annotated[int, typer.Option(min=0, help="With --samples: resamples for FID's interval.")] = 100,
+    num_bootstrap: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=MAX_RESAMPLES,
+            callback=not_one,
+            help="With --samples: the number of resamples behind FID's interval; 100 by default.",
+        ),
+    ] = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -100,6 +128,17 @@ def audit(
     from tokenbridge.audit.audit import run_audit
     from tokenbridge.results.markdown import cell
 
+    of_samples = {
+        "inception": inception,
+        "reference": reference,
+        "reference-batch": reference_batch,
+        "other-inception": other_inception,
+        "num-bootstrap": num_bootstrap,
+    }
+    if samples is None and (alone := [f"--{name}" for name, value in of_samples.items() if value is not None]):
+        raise UserError(f"{' and '.join(alone)} can be used only with --samples.")
+    if samples is not None and weights is not None:
+        raise UserError("--weights can be used only without --samples.")
     done = run_audit(
         results or [],
         samples=samples,
@@ -111,7 +150,7 @@ def audit(
         fail_on=fail_on or (),
         given={"inception": inception, "adm-statistics": reference, "adm-reference": reference_batch},
         other_inception=other_inception,
-        num_bootstrap=num_bootstrap,
+        num_bootstrap=100 if num_bootstrap is None else num_bootstrap,
     )
     if as_json:
         print(json.dumps(done.model_dump(mode="json"), indent=2))

@@ -4,35 +4,56 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenbridge.cli.options import Json, Offline, app
+from tokenbridge.cli.options import (
+    MAX_BATCH,
+    MAX_IMAGES,
+    MAX_RESAMPLES,
+    MAX_SEED,
+    Json,
+    Offline,
+    Quantizer,
+    app,
+    not_one,
+)
 from tokenbridge.utils import files
 from tokenbridge.utils.console import print_line, print_table
 from tokenbridge.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from tokenbridge.evaluation.inception import Inception
+    from tokenbridge.results.schema import Results
+
 
 @app.command()
 def reconstruct(
-    source: Annotated[str, typer.Argument(help="Images: a folder, Parquet, digits, cifar10, imagenet or a hub name.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="The images: a folder, Parquet files, digits, cifar10, imagenet, or a name on the hub."),
+    ],
     tokenizer: Annotated[
         str | None, typer.Option(help="A diffusers autoencoder: folder or hub name; the tiny VAE for digits.")
     ] = None,
-    levels: Annotated[str, typer.Option(help="Quantisation levels, separated by commas.")] = "8,16,32,64",
-    quantizer: Annotated[str, typer.Option(help="gaussian, uniform or lloyd-max.")] = "gaussian",
+    levels: Annotated[str, typer.Option(help="Numbers of quantisation levels, separated by commas.")] = "8,16,32,64",
+    quantizer: Annotated[Quantizer, typer.Option(help="How the levels are chosen.")] = "gaussian",
     value_range: Annotated[float, typer.Option(help="Latents beyond this size are clamped.")] = 5.0,
-    scale: Annotated[str, typer.Option(help="Latent scale: config, measure or a number.")] = "config",
-    split: Annotated[str, typer.Option(help="Split of the source.")] = "test",
-    image_size: Annotated[int | None, typer.Option(min=1, max=4096, help="Centre-crop to this size.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many images.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    inception_weights: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's Inception weights, for rFID.")
+    scale: Annotated[
+        str, typer.Option(help="The factor of the latents: config (the model's own), measure, or a number.")
+    ] = "config",
+    split: Annotated[str, typer.Option(help="The split of the source.")] = "test",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Crop images to this size around their centre.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/reconstruction"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images under --limit.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, max=MAX_IMAGES, help="Use at most this many images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="The number of images at a time.")] = 32,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception weights, which rFID needs.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the table and the picture.")] = Path("runs/reconstruction"),
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The seed that draws the images under --limit.")] = 0,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -75,12 +96,17 @@ def reconstruct(
 @app.command()
 def evaluate(
     samples: Annotated[
-        list[Path], typer.Argument(help="Folders of images or .npz (arr_0), one for each seed.", show_default=False)
+        list[Path],
+        typer.Argument(help="Folders of images, or .npz files with arr_0; one for each seed.", show_default=False),
     ],
-    reference: Annotated[Path, typer.Option(help="Statistics (.npz: mu, sigma, arr_0), or a folder of images.")],
+    reference: Annotated[Path, typer.Option(help="Statistics (.npz with mu, sigma, arr_0), or a folder of images.")],
     inception: Annotated[
         Path | None,
-        typer.Option("--inception", "--inception-weights", help="Of torch-fidelity; the usual places by default."),
+        typer.Option(
+            "--inception",
+            "--inception-weights",
+            help="torch-fidelity's Inception weights; they are looked for in the usual places by default.",
+        ),
     ] = None,
     cleanfid_inception: Annotated[
         Path | None, typer.Option(help="clean-fid's inception-2015-12-05.pt, for FID by its own features.")
@@ -89,26 +115,42 @@ def evaluate(
         bool, typer.Option("--allow-other-inception", help="Take other weights of --inception; scores are labelled.")
     ] = False,
     allow_few: Annotated[
-        bool, typer.Option("--allow-few", help="Take fewer than 2,048 images; scores are labelled.")
+        bool, typer.Option("--allow-few", help="Score fewer than 2,048 images too; the scores are labelled.")
     ] = False,
-    num_bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for FID's interval; 0 for none.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of IS, KID and bootstrap; torch-fidelity's by default.")] = 2020,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    cache: Annotated[Path, typer.Option(help="Folder for features.")] = Path("runs/features"),
-    out: Annotated[Path | None, typer.Option(help="Result file to write (JSON).")] = None,
+    num_bootstrap: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MAX_RESAMPLES,
+            callback=not_one,
+            help="The number of resamples behind FID's interval; 0 leaves it out.",
+        ),
+    ] = 100,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=MAX_SEED, help="The seed of IS, KID and the bootstrap; torch-fidelity's by default."),
+    ] = 2020,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="The number of images at a time.")] = 64,
+    cache: Annotated[Path, typer.Option(help="The folder that keeps features.")] = Path("runs/features"),
+    out: Annotated[Path | None, typer.Option(help="The result file to write (JSON).")] = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Score generated images: FID, Inception Score, precision, recall and KID by Inception."""
     from tokenbridge.evaluation.inception import find_inception, load_cleanfid_inception, load_inception
     from tokenbridge.reproduction.evaluation import measure_evaluation
-    from tokenbridge.results.markdown import cell, columns_of
+    from tokenbridge.results.schema import read, write
+
+    def load() -> Inception:
+        """Look at what was not named on the command line only once the samples and the reference are good."""
+        if out is not None:
+            files.check_writable(out, lambda: read(out))
+        return load_inception(inception or find_inception(), allow_other=allow_other_inception)
 
     measured = measure_evaluation(
         samples,
         reference,
-        out=out,
-        inception=load_inception(inception or find_inception(), allow_other=allow_other_inception),
+        inception=load,
         cleanfid_inception=None if cleanfid_inception is None else load_cleanfid_inception(cleanfid_inception),
         allow_few=allow_few,
         num_bootstrap=num_bootstrap,
@@ -116,9 +158,18 @@ def evaluate(
         batch_size=batch_size,
         cache=cache,
     )
+    # The scores are printed before they are written: a disk that is full by now does not cost them.
     if as_json:
         print(json.dumps(measured.model_dump(), indent=2))
-        return
+    else:
+        _print_evaluation(measured, reference)
+    if out is not None:
+        write(out, measured)
+
+
+def _print_evaluation(measured: Results, reference: Path) -> None:
+    from tokenbridge.results.markdown import cell, columns_of
+
     scored = [row for row in measured.rows if row.not_run is None]
     body = [[name, *[cell(row, name) for row in scored]] for name in columns_of(scored)]
     print_table(f"Evaluation against {reference}", ["", *[row.label for row in scored]], body)
@@ -131,22 +182,32 @@ def evaluate(
 
 @app.command()
 def reference(
-    source: Annotated[str, typer.Argument(help="Images: a folder, Parquet, digits, cifar10, imagenet or a hub name.")],
-    out: Annotated[Path, typer.Option(help="File to write (.npz).")],
-    split: Annotated[str, typer.Option(help="Split of the source.")] = "train",
-    image_size: Annotated[int, typer.Option(min=1, max=4096, help="Centre-crop to this size, as ADM does.")] = 256,
+    source: Annotated[
+        str,
+        typer.Argument(help="The images: a folder, Parquet files, digits, cifar10, imagenet, or a name on the hub."),
+    ],
+    out: Annotated[Path, typer.Option(help="The .npz file to write.")],
+    split: Annotated[str, typer.Option(help="The split of the source.")] = "train",
+    image_size: Annotated[
+        int, typer.Option(min=1, max=4096, help="Crop images to this size around their centre, as ADM does.")
+    ] = 256,
     keep_images: Annotated[
-        int, typer.Option(min=0, help="Store so many of the images too, for precision, recall and KID.")
+        int,
+        typer.Option(min=0, max=MAX_IMAGES, help="The number of images to store too, for precision, recall and KID."),
     ] = 0,
     inception: Annotated[
         Path | None,
-        typer.Option("--inception", "--inception-weights", help="Of torch-fidelity; the usual places by default."),
+        typer.Option(
+            "--inception",
+            "--inception-weights",
+            help="torch-fidelity's Inception weights; they are looked for in the usual places by default.",
+        ),
     ] = None,
     allow_other_inception: Annotated[
         bool, typer.Option("--allow-other-inception", help="Take unpublished weights.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images to keep.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The seed that draws the images to keep.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="The number of images at a time.")] = 64,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -157,7 +218,7 @@ def reference(
     meta = make_reference(
         source,
         out,
-        inception=load_inception(inception or find_inception(), allow_other=allow_other_inception),
+        inception=lambda: load_inception(inception or find_inception(), allow_other=allow_other_inception),
         split=split,
         image_size=image_size,
         keep_images=keep_images,

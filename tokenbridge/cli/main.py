@@ -6,13 +6,27 @@ one sentence names; 3 a bug of this package, with its traceback; 130 interrupted
 
 from __future__ import annotations
 
+import atexit
 import errno
+import signal
 import sys
 import traceback
+from collections.abc import Sequence
+from typing import Any
 
 
 def main() -> None:
     """Run the command; see above for the exit codes."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # a shell may have told a process in the background to ignore it
+        signal.signal(signal.SIGINT, interrupt)
+    code = 0
     try:
         # Imported here, because ^C is also pressed in the seconds that it takes.
         from tokenbridge.utils.console import lasting_streams
@@ -21,16 +35,25 @@ def main() -> None:
         end_with_parent()
 
         with lasting_streams():
-            code = _run()
+            code = _run(interrupts)
     except KeyboardInterrupt:
+        interrupts.append(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ends what is left without a word
+    if interrupts:
+        code = 130
         if sys.stderr is not None:
             print("Interrupted.", file=sys.stderr)
-        code = 130
     sys.exit(code)
 
 
-def _run() -> int:
-    """Run the subcommand, print what went wrong, and return the exit code."""
+def _run(interrupts: Sequence[int]) -> int:
+    """Run the subcommand, print what went wrong, and return the exit code.
+
+    Args:
+        interrupts: the signals that have come. Libraries turn an interrupt of their import into an error of theirs.
+    """
     from tokenbridge.utils.console import log, print_error
     from tokenbridge.utils.errors import UserError
 
@@ -39,10 +62,14 @@ def _run() -> int:
             _call_subcommand()
         finally:
             sys.stdout.flush()  # a full disk shows here, and is an error like any other
-    except UserError as error:
-        print_error(str(error))
-        return 2
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except Exception as error:
+        if interrupts:
+            return 130
+        if isinstance(error, UserError):
+            print_error(str(error))
+            return 2
         if hasattr(error, "exit_code"):  # of typer: words that do not fit, or --help
             if (sentence := _usage(error)) is not None:
                 print_error(sentence)
@@ -66,8 +93,11 @@ def _call_subcommand() -> None:
 
     from tokenbridge.cli import audit, evaluate, reproduce, sample, train, weights  # noqa: F401  they register subcommands
     from tokenbridge.cli.options import app
+    from tokenbridge.utils.errors import UserError
     from tokenbridge.utils.provenance import check_environment
 
+    if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in sys.argv[1:]):
+        raise UserError("A word of the command line is empty; perhaps a variable of the shell is not set.")
     check_environment()
     command = typer.main.get_command(app)
     with command.make_context("tokenbridge", sys.argv[1:]) as context:
@@ -78,7 +108,7 @@ def _usage(error: Exception) -> str | None:
     """Return what is wrong with the words of the command line; None if typer has printed help instead."""
     if not hasattr(error, "format_message") or type(error).__name__ == "NoArgsIsHelpError":
         return None
-    sentence = _sentence(error.format_message())
+    sentence = _sentence(error.format_message().replace("Value error, ", ""))
     context = getattr(error, "ctx", None)
     return sentence if context is None else f"{sentence} See `{context.command_path} --help`."
 

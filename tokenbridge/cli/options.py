@@ -18,6 +18,13 @@ app = typer.Typer(
     help="Check whether the published numbers of TokenBridge and its baselines hold.",
 )
 
+# Bounds of numbers, so that no library meets one that it cannot count with.
+MAX_SEED = 2**32 - 1  # of numpy's RandomState, which torch-fidelity uses
+MAX_IMAGES = 10**7
+MAX_BATCH = 10**6
+MAX_RESAMPLES = 10**6
+MAX_JOBS = 1024
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 
 
@@ -40,14 +47,23 @@ Offline = Annotated[
     ),
 ]
 Data = Annotated[
-    str | None, typer.Option(help="Images to use instead of the scale's: a folder, Parquet, or a hub name.")
+    str | None,
+    typer.Option(help="Images in the place of the scale's: a folder with train/ and test/, or a name on the hub."),
 ]
 # The choices of the package's own types, spelled out: those load torch, and --help should not take seconds.
 DtypeName = Literal["fp32", "bf16", "fp16"]
 Randomness = Literal["per-image", "official"]
 Labels = Literal["balanced", "random"]
 FileFormat = Literal["png", "npz"]
-ScaleName = Annotated[str, typer.Argument(help="Which scale: tiny (digits) or small (CIFAR-10).")]
+Quantizer = Literal["gaussian", "uniform", "lloyd-max"]
+ScaleName = Annotated[str, typer.Argument(help="The scale: tiny (digits) or small (CIFAR-10).")]
+
+
+def not_one(resamples: int | None) -> int | None:
+    """Refuse one resample, which has no interval."""
+    if resamples == 1:
+        raise typer.BadParameter("An interval needs at least 2 resamples, and 0 leaves it out")
+    return resamples
 
 
 class SettingsCommand(TyperCommand):

@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenbridge.cli.options import Data, DtypeName, Json, Labels, Offline, Randomness, ScaleName, app
+from tokenbridge.cli.options import (
+    MAX_BATCH,
+    MAX_IMAGES,
+    MAX_RESAMPLES,
+    MAX_SEED,
+    Data,
+    DtypeName,
+    Json,
+    Labels,
+    Offline,
+    Randomness,
+    ScaleName,
+    app,
+    not_one,
+)
 from tokenbridge.utils.console import Cell, colored, log, print_line, print_table
 from tokenbridge.utils.errors import UserError
 
@@ -39,30 +53,45 @@ def reproduce(
         bool, typer.Option("--plan", help="Say what a run takes; exit code 2 if one target's files are missing.")
     ] = False,
     stand_in: Annotated[
-        bool, typer.Option("--stand-in", help="Prove the path at full size with drawn weights, few images: no result.")
+        bool,
+        typer.Option(
+            "--stand-in", help="Prove the path at full size with drawn weights and few images: this is no result."
+        ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for what is made; runs/TARGET, or runs/tables of several, by default.")
+        Path | None,
+        typer.Option(help="The folder for what is made; by default runs/TARGET, or runs/tables of several targets."),
     ] = None,
     num_images: Annotated[
-        int | None, typer.Option(help="2,000 at a scale; else 50,000, which alone are compared with the paper.")
+        int | None,
+        typer.Option(
+            max=MAX_IMAGES,
+            help="The number of images; 2,000 at a scale, else 50,000, which alone are compared with the paper.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time in each process.")] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=MAX_SEED, help="The seed; an image is a function of the seed, its number and its label."
+        ),
+    ] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=MAX_BATCH, help="The number of images at a time in each process.")
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
-            help="Of a scale, its folder of models; of a model, its file, or a folder with it and perhaps the others."
+            help="The folder of a scale's models; or a model's file, or a folder with it and perhaps the others."
         ),
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Of a scale, the results to compare with; else adm_in256_stats.npz, for FID."),
+        typer.Option(help="The results to compare a scale with; or adm_in256_stats.npz, for FID."),
     ] = None,
     data: Data = None,
     folder: Annotated[
         Path | None,
-        file_option(help="Folder of the published files; $TOKENBRIDGE_ARTIFACTS by default."),
+        file_option(help="The folder of the published files; $TOKENBRIDGE_ARTIFACTS by default."),
     ] = None,
     imagenet: Annotated[
         Path | None,
@@ -75,7 +104,7 @@ def reproduce(
     ] = None,
     other_inception: Annotated[
         Path | None,
-        file_option(help="Other Inception weights, for table 1; scores are labelled and not compared."),
+        file_option(help="Other Inception weights, for table 1; the scores are labelled and not compared."),
     ] = None,
     reference_batch: Annotated[
         Path | None,
@@ -86,27 +115,34 @@ def reproduce(
     ] = True,
     size: Annotated[
         str | None,
-        row_option(help="Of a system: b, l, h, 3b ...; its best that was published by default."),
+        row_option(help="The size of a system: b, l, h, 3b ...; by default the best that was published."),
     ] = None,
     variant: Annotated[
         str | None,
         row_option(
-            help="Sampling settings of a preset: official (default); some have paper or unguided too.",
+            help="Which of a preset's settings: official (the default); some presets have paper or unguided too.",
         ),
     ] = None,
     randomness: Annotated[
         Randomness | None,
-        row_option(help="per-image (default), or the official code's global streams."),
+        row_option(help="Random numbers of each image's own stream (the default), or of the official global streams."),
     ] = None,
-    labels: Annotated[Labels | None, row_option(help="As in the published evaluation by default.")] = None,
+    labels: Annotated[
+        Labels | None, row_option(help="How classes are chosen; by default as in the published evaluation.")
+    ] = None,
     dtype: Annotated[
         DtypeName | None,
-        row_option(help="On GPUs as in the published evaluation by default, else fp32."),
+        row_option(help="By default as in the published evaluation on GPUs, and fp32 elsewhere."),
     ] = None,
     compiled: Annotated[bool, row_option("--compile", help="Compile the backbone and the VAE's decoder.")] = False,
     num_bootstrap: Annotated[
         int | None,
-        row_option(min=0, help="Resamples for FID's interval; 100 by default, 0 for none."),
+        row_option(
+            min=0,
+            max=MAX_RESAMPLES,
+            callback=not_one,
+            help="The number of resamples behind FID's interval; 100 by default, and 0 leaves it out.",
+        ),
     ] = None,
     offline: Offline = False,
     as_json: Json = False,
@@ -219,13 +255,13 @@ def _print_results(measured: Any, judged: Mapping[str, tuple[str, str]], out: Pa
 @app.command()
 def discrepancies(
     scale: ScaleName = "tiny",
-    weights: Annotated[Path | None, typer.Option(help="Folder of models; the shipped ones by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the table and the numbers go.")] = Path("runs/discrepancies"),
+    weights: Annotated[Path | None, typer.Option(help="The folder of models; the shipped ones by default.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the table and the numbers.")] = Path("runs/discrepancies"),
     latents: Annotated[
-        Path | None, typer.Option(help="Real latents to quantise too: .npz with an array `latents`.")
+        Path | None, typer.Option(help="Real latents to quantise too, as an .npz file with the array latents.")
     ] = None,
-    num_images: Annotated[int, typer.Option(help="Samples of each seed.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="The first of three.")] = 0,
+    num_images: Annotated[int, typer.Option(max=MAX_IMAGES, help="The number of samples of each seed.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The first of three seeds.")] = 0,
     data: Data = None,
     as_json: Json = False,
 ) -> None:

@@ -20,45 +20,58 @@ def sample(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="A preset (tokenbridge-l, mar-l ...), SCALE/RECIPE (tiny/mar), or a path and --preset."),
+        typer.Argument(help="A preset (tokenbridge-l, mar-l ...), SCALE/RECIPE (tiny/mar), or a path with --preset."),
     ] = "tokenbridge-tiny",
-    preset: Annotated[str | None, typer.Option(help="Which model is at the path MODEL.")] = None,
+    preset: Annotated[str | None, typer.Option(help="The preset of the model at the path MODEL.")] = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="Of a preset: checkpoint, its folder, or converted; of a scale: its folder of models."),
     ] = None,
     vae: Annotated[
-        Path | None, typer.Option(help="The tokenizer's file (kl16.ckpt, vq_ds16_c2i.pt ...) or a diffusers folder.")
+        Path | None, typer.Option(help="The tokenizer's file (kl16.ckpt, vq_ds16_c2i.pt ...), or its diffusers folder.")
     ] = None,
-    num_images: Annotated[int | None, typer.Option(help="How many; 100, or as many as labels, by default.")] = None,
-    label: Annotated[int | None, typer.Option(help="One class for all images.")] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(help="The number of images; 100 by default, or as many as there are labels."),
+    ] = None,
+    label: Annotated[int | None, typer.Option(help="The class of all images.")] = None,
     labels: Annotated[
         str | None,
         typer.Option(
-            help="A class for each image (3,7,7), balanced or random; by default as published: mostly balanced."
+            help="A class for each image (3,7,7), or balanced, or random; by default as published, mostly balanced."
         ),
     ] = None,
     variant: Annotated[
-        str | None, typer.Option(help="Of a preset's settings: official (default), or paper, unguided, if it has them.")
+        str | None,
+        typer.Option(
+            help="Which of a preset's settings: official (the default); some presets have paper or unguided too."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="An image is a function of seed, number and label.")] = 0,
-    randomness: Annotated[Randomness, typer.Option(help="A stream for each image, or the official global ones.")] = (
-        "per-image"
-    ),
-    batch_size: Annotated[int, typer.Option(help="Images at a time in each process.")] = 16,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="The seed; an image is a function of the seed, its number and its label."),
+    ] = 0,
+    randomness: Annotated[
+        Randomness, typer.Option(help="Random numbers of each image's own stream, or of the official global streams.")
+    ] = ("per-image"),
+    batch_size: Annotated[int, typer.Option(help="The number of images at a time in each process.")] = 16,
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="By default as published for such models on GPUs, else fp32.")
+        DtypeName | None, typer.Option(help="By default as published on GPUs, and fp32 elsewhere.")
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile backbone and VAE decoder.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the backbone and the VAE's decoder.")] = False,
     file_format: Annotated[
-        FileFormat, typer.Option("--format", help="png: a folder; npz: one file as ADM reads.")
+        FileFormat,
+        typer.Option("--format", help="png: a folder of images; npz: one file, as ADM's evaluation reads it."),
     ] = "png",
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/MODEL-samples by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the run; runs/MODEL-samples by default.")] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what it would take, and do nothing; exit code 2 if files are missing.")
     ] = False,
     stand_in: Annotated[
-        bool, typer.Option("--stand-in", help="Weights drawn by a rule, few images and iterations: no result.")
+        bool,
+        typer.Option(
+            "--stand-in", help="Prove the path with weights drawn by a rule and few images: this is no result."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the images of an earlier run first.")] = False,
     accept_other_code: Annotated[

@@ -8,16 +8,25 @@ from typing import Annotated
 
 import typer
 
-from tokenbridge.cli.options import Data, Json, ScaleName, app
+from tokenbridge.cli.options import MAX_JOBS, Data, Json, ScaleName, app
 from tokenbridge.utils.console import print_line
 
 
 @app.command()
 def train(
     scale: ScaleName = "tiny",
-    names: Annotated[list[str] | None, typer.Argument(help="Which recipes; all of the scale by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where weights and logs go; runs/SCALE-training by default.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Models at a time; one per core on a CPU.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="The recipes to train; all of the scale by default.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for weights and logs; runs/SCALE-training by default.")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MAX_JOBS, help="The number of models at a time; one for each core by default, and one on a GPU."
+        ),
+    ] = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:

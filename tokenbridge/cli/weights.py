@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def conformance(
-    paths: Annotated[list[Path], typer.Argument(help="Golden files (.npz), or folders of them.", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Golden files (.npz), or folders that hold them.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Run golden files: numbers of the official code against ours; exit code 1 if any output fails."""
@@ -32,13 +34,19 @@ def conformance(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A published file, or its folder: of a model or a tokenizer.")],
-    name: Annotated[str, typer.Argument(help="A preset (`tokenbridge models`), kl16, llamagen-vq16 or givt-vae.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: config.json and safetensors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The published file of a model or a tokenizer, or the folder that holds it.")
+    ],
+    name: Annotated[
+        str, typer.Argument(help="What it is: a preset (`tokenbridge models`), kl16, llamagen-vq16 or givt-vae.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write, with config.json and safetensors.")],
     vae: Annotated[
-        Path | None, typer.Option(help="kl16.ckpt, to write a whole pipeline of TokenBridge with its VAE.")
+        Path | None, typer.Option(help="kl16.ckpt, if a whole pipeline of TokenBridge is to be written, with this VAE.")
     ] = None,
-    ema: Annotated[bool, typer.Option(help="Moving average of the weights, as published; or the last ones.")] = True,
+    ema: Annotated[
+        bool, typer.Option(help="Take the moving average of the weights, as published, or the last weights.")
+    ] = True,
 ) -> None:
     """Turn a published checkpoint into a diffusers folder, strictly; pickled code in it is never run."""
     if vae is None:
@@ -54,10 +62,14 @@ def convert(
 
 @app.command()
 def artifacts(
-    keys: Annotated[list[str] | None, typer.Argument(help="Which files; all by default.", show_default=False)] = None,
-    folder: Annotated[Path | None, typer.Option(help="Holds the files; $TOKENBRIDGE_ARTIFACTS by default.")] = None,
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="The files by their keys; all by default.", show_default=False)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="The folder of the files; $TOKENBRIDGE_ARTIFACTS by default.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash the files that are here, and check them.")] = False,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the KEYS that are missing.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download those of KEYS that are missing.")] = False,
     accept: Annotated[str | None, typer.Option(help="Record this file's hash anew.", metavar="KEY")] = None,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +80,7 @@ def artifacts(
         files.accept(accept, folder=folder)
     if download:
         if not keys:
-            raise UserError("All files are more than 20: name those to download.")
+            raise UserError("Name the files to download, for example `tokenbridge artifacts inception --download`.")
         if folder is not None:
             make_folder(folder)
         files.resolve(keys, folder=folder)

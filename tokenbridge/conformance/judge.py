@@ -26,7 +26,7 @@ from tokenbridge.conformance import tokenbridge as golden_tokenbridge
 from tokenbridge.conformance.golden import Computed, Entries, Entry, Golden, read_golden
 from tokenbridge.results.verdicts import CheckVerdict
 from tokenbridge.utils.console import Cell, colored, log, print_line, print_table
-from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.errors import MissingFileError, UserError
 
 TIE = 1e-6  # latents this near to a midpoint may get either level (float32 error of the map to normalised units)
 
@@ -213,8 +213,18 @@ def _count(where: NDArray[Any], verb: str) -> str:
 
 
 def _expand(paths: Iterable[Path | str]) -> list[Path]:
-    """Replace folders by their golden files; a folder without any stays in the list, and fails."""
+    """Replace folders by their golden files.
+
+    Raises:
+        MissingFileError: there is no file or folder of this name.
+        UserError: a folder has no golden files.
+    """
     files: list[Path] = []
     for path in map(Path, paths):
-        files += (sorted(path.glob("*.npz")) or [path]) if path.is_dir() else [path]
+        if not path.exists():
+            raise MissingFileError(f"There is no golden file or folder {path}.")
+        found = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"There are no golden files (.npz) in {path}.")
+        files += found
     return files

@@ -14,6 +14,7 @@ Shape letters: N samples, M reference images, F features, K classes.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from tokenbridge.data.image_sets import ImageSet, open_images
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.bootstrap import with_interval
 from tokenbridge.evaluation.features import CACHE, forward, inception_features
-from tokenbridge.evaluation.inception import CLEANFID_FILE, CLEANFID_URL, NUM_FEATURES, Inception
+from tokenbridge.evaluation.inception import CLEANFID_FILE, CLEANFID_URL, NUM_FEATURES, Inception, loaded
 from tokenbridge.evaluation.metrics import SEED, Statistics
 from tokenbridge.evaluation.reference import Reference, load_reference
 from tokenbridge.results.score import Score, to_metrics
@@ -90,7 +91,7 @@ def evaluate(
     samples: Sequence[Path | str],
     reference: Path | str,
     *,
-    inception: Inception,
+    inception: Inception | Callable[[], Inception],
     cleanfid_inception: Inception | None = None,
     allow_few: bool = False,
     num_bootstrap: int = 100,
@@ -105,7 +106,8 @@ def evaluate(
     Args:
         samples: folders of images, or .npz files with uint8 `arr_0` [N, H, W, 3]; N, H and W are equal in all sets.
         reference: a folder of images, or an .npz with `mu` [F] and `sigma` [F, F], with `arr_0` [M, H, W, 3], or both.
-        inception: torch-fidelity's Inception. Scores are labelled if its weights are not the published ones.
+        inception: torch-fidelity's Inception, or a function that loads it, which is called once samples and reference
+            are open. Scores are labelled if its weights are not the published ones.
         cleanfid_inception: clean-fid's Inception, for FID by its own features.
         allow_few: whether fewer than 2,048 images are accepted, and all scores labelled with their number.
         num_bootstrap: the number of resamples behind the interval of FID; 0 leaves the interval out.
@@ -119,7 +121,9 @@ def evaluate(
     if num_bootstrap < 0 or num_bootstrap == 1 or batch_size < 1:
         raise UserError("The batch size must be at least 1, and the bootstrap needs at least 2 resamples (or 0: none).")
     sets = open_samples(samples, allow_few=allow_few)
-    target = load_reference(reference, inception, batch_size=batch_size, cache=cache)
+    load = functools.cache(functools.partial(loaded, inception))
+    target = load_reference(reference, load, batch_size=batch_size, cache=cache)
+    inception = load()
     _check_reference(target, sets[0], allow_few)
     num_images = len(sets[0]) if len(sets[0]) < FEW else None  # the scores of few images are labelled
 

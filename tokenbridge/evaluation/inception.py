@@ -54,6 +54,14 @@ class Inception:
         return None if self.published else OTHER_INCEPTION
 
 
+def loaded(inception: Inception | Callable[[], Inception]) -> Inception:
+    """Return Inception, which may be given as a function that loads it.
+
+    So its weights are looked for only after the images, and a wrong folder is not reported as missing weights.
+    """
+    return inception if isinstance(inception, Inception) else inception()
+
+
 def find_inception(path: Path | str | None = None, *, folder: Path | str | None = None, download: bool = True) -> Path:
     """Return the path of torch-fidelity's published weights, checked by their hash.
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tokenbridge.data.image_sets import CroppedImages, ImageSet, open_images
 from tokenbridge.data.sources import load_images
 from tokenbridge.evaluation import metrics
 from tokenbridge.evaluation.features import CACHE, forward, inception_features
-from tokenbridge.evaluation.inception import NUM_FEATURES, Inception
+from tokenbridge.evaluation.inception import NUM_FEATURES, Inception, loaded
 from tokenbridge.evaluation.metrics import Statistics
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
@@ -43,7 +44,7 @@ class Reference:
 
 
 def load_reference(
-    path: Path | str, inception: Inception, *, batch_size: int = 64, cache: Path | str = CACHE
+    path: Path | str, inception: Inception | Callable[[], Inception], *, batch_size: int = 64, cache: Path | str = CACHE
 ) -> Reference:
     """Load statistics, and the features of reference images if there are any. `evaluate` describes the formats.
 
@@ -53,17 +54,18 @@ def load_reference(
     """
     path = Path(path)
     stored, meta, names = _read_file(path) if path.is_file() else (None, {}, ["arr_0"])
+    images = open_images(path) if stored is None or "arr_0" in names else None
+    if images is not None and len(images) < 2:
+        raise UserError(f"{path} holds 1 image, but a reference needs at least 2.")
+    inception = loaded(inception)
     made_with = meta.get("inception_sha256", inception.sha256)
     if made_with != inception.sha256:
         raise UserError(
             f"The statistics in {path} were made with Inception weights of SHA-256 {made_with[:16]}…, "
             f"but these weights have {inception.sha256[:16]}…: features of two networks cannot be compared."
         )
-    images = open_images(path) if stored is None or "arr_0" in names else None
     features = None
     if images is not None:
-        if len(images) < 2:
-            raise UserError(f"{path} holds 1 image, but a reference needs at least 2.")
         features, _ = inception_features(images, inception, batch_size=batch_size, cache=cache)
     if stored is not None:
         sha256 = sha256_of(path) if images is None else images.sha256
@@ -78,7 +80,7 @@ def make_reference(
     source: str,
     out: Path | str,
     *,
-    inception: Inception,
+    inception: Inception | Callable[[], Inception],
     split: str = "train",
     image_size: int = 256,
     keep_images: int = 0,
@@ -93,7 +95,7 @@ def make_reference(
     Args:
         source: a folder, a Parquet file or the name of a data set, as `load_images` takes it.
         out: the .npz to write.
-        inception: torch-fidelity's Inception.
+        inception: torch-fidelity's Inception, or a function that loads it.
         split: the split of the source.
         image_size: pixels of the crop.
         keep_images: the number of images, drawn by `seed`, to store as `arr_0` for precision, recall and KID.
@@ -111,10 +113,11 @@ def make_reference(
         raise UserError(f"Statistics are written as .npz, so {out.name} needs another name.")
     if image_size < 1 or batch_size < 1:
         raise UserError("The image size and the batch size must be at least 1.")
-    check_writable(out, lambda: _read_meta(out))
     images = CroppedImages(load_images(source, split), image_size)
     if len(images) < 2 or not 0 <= keep_images <= len(images):
         raise UserError(f"{source} has {len(images)} images, but needs at least 2 and the {keep_images} to keep.")
+    check_writable(out, lambda: _read_meta(out))
+    inception = loaded(inception)
     kept = np.random.default_rng(seed).choice(len(images), keep_images, replace=False)
     place = {index: i for i, index in enumerate(sorted(kept.tolist()))}
     array = np.empty((keep_images, image_size, image_size, 3), np.uint8)

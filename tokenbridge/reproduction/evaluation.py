@@ -8,16 +8,15 @@ from typing import Any
 
 from tokenbridge.evaluation.evaluate import evaluate
 from tokenbridge.evaluation.metrics import SEED
-from tokenbridge.results.schema import Provenance, Results, Row, read, write
+from tokenbridge.results.schema import Provenance, Results, Row
 from tokenbridge.results.score import to_metrics
-from tokenbridge.utils.files import check_writable
 from tokenbridge.utils.provenance import Stopwatch
 
 
 def measure_evaluation(
-    samples: Sequence[Path | str], reference: Path | str, *, out: Path | None = None, seed: int = SEED, **options: Any
+    samples: Sequence[Path | str], reference: Path | str, *, seed: int = SEED, **options: Any
 ) -> Results:
-    """Return the scores of sets of samples as results, and write them to the file `out` if it is given.
+    """Return the scores of sets of samples as results.
 
     The other arguments and the errors are those of `evaluation.evaluate`.
 
@@ -25,8 +24,6 @@ def measure_evaluation(
     numbers and say what was not run, and why.
     """
     stopwatch = Stopwatch()
-    if out is not None:
-        check_writable(out, lambda: read(out))
     evaluated = evaluate(samples, reference, seed=seed, **options)
     rows = [
         Row(id=f"evaluation/{i}", label=one.name, metrics={"images": one.num_images, **one.metrics})
@@ -40,7 +37,7 @@ def measure_evaluation(
     for metrics, why in evaluated.not_run.items():
         name = ", ".join(metrics)
         rows.append(Row(id=f"evaluation/{name}", label=name, metrics={}, not_run=why))
-    measured = Results(
+    return Results(
         scale="evaluation",
         provenance=Provenance(
             **stopwatch.record(),
@@ -52,6 +49,3 @@ def measure_evaluation(
         rows=rows,
         trends=[],
     )
-    if out is not None:
-        write(out, measured)
-    return measured

@@ -87,6 +87,8 @@ def reproduce_table3(
     if options.stand_in:
         return _stand_in(name, options, Path(out), show_progress)
     system, preset = published_preset(name)
+    asked = find_model(preset.name, variant=options.variant)
+    asked.check(_run_config(options, asked))  # a wrong setting is found before files are missed
     state = process_state()
     with state.main_process_first():  # one process downloads the files, and the others find them
         paths = artifacts.resolve(needed_files(name, options), folder=_folder(options), given=_given(name, options))

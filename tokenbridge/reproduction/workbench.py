@@ -97,5 +97,8 @@ def open_workbench(scale: Scale, weights: Path | str) -> Workbench:
     train, test = (load_images(scale.data, split) for split in ("train", "test"))
     train_pixels, test_pixels = (pixels_of(d, size=scale.image_size, channels=scale.channels) for d in (train, test))
     if torch.equal(train_pixels, test_pixels):
-        raise UserError(f"{scale.data!r} gives the same images as training and as test set.")
+        raise UserError(
+            f"{scale.data!r} gives the same images as training and as test set. Of a folder, the images in train/ and "
+            "in test/ are those sets."
+        )
     return Workbench(scale, weights, classifier, train_pixels, test_pixels, labels_of(test), device)

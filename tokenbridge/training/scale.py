@@ -71,6 +71,7 @@ def run_command(arguments: Sequence[str]) -> int:
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            if line != "Interrupted.\n":  # which this process says itself
+                sys.stderr.write(line)
+                sys.stderr.flush()
     return process.returncode

@@ -116,7 +116,7 @@ def check_writable(path: Path | str, read: Callable[[], object] | None = None) -
         StorageError: the name is too long, a folder has this name, or its folder cannot be made or written to.
     """
     path = Path(path)
-    _check_no_folder(path)
+    _check_replaceable(path)
     make_folder(path.parent)
     if read is not None and os.path.lexists(path):
         try:
@@ -127,14 +127,17 @@ def check_writable(path: Path | str, read: Callable[[], object] | None = None) -
             ) from error
 
 
-def _check_no_folder(path: Path) -> None:
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace what is no file: a folder; or a device such as /dev/null, which root could replace."""
     with storage_errors(path):
         try:
-            is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+            mode = os.lstat(path).st_mode
         except FileNotFoundError:
-            is_folder = False
-    if is_folder:
+            return
+    if stat.S_ISDIR(mode):
         raise StorageError(f"{path} is a folder, so no file can be written there. Name another file.")
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise StorageError(f"{path} is a device or a pipe, which is not replaced by a file. Name another file.")
 
 
 @contextmanager
@@ -146,7 +149,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     behind (see `clear_leftovers`), never half of `path`.
     """
     path = Path(path)
-    _check_no_folder(path)
+    _check_replaceable(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_once(str(path.parent.absolute()), os.getpid())
