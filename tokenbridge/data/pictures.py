@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from tokenbridge.data.images import to_pil
 from tokenbridge.utils.files import replacing
+from tokenbridge.utils.text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -69,6 +70,7 @@ def save_grid(
     axes.set_yticks([i * (height + gap) + height / 2 for i in range(len(rows))], list(row_names))
     names = list(column_names or [])
     axes.set_xticks([j * (width + gap) + width / 2 for j in range(len(names))], names)
-    figure.text(0.5, 1 - 0.1 / size[1], title, ha="center", va="top", fontsize=8, wrap=True)
+    # The names in a title are not mathematics, and the fonts have no control characters.
+    figure.text(0.5, 1 - 0.1 / size[1], plain(title), ha="center", va="top", fontsize=8, wrap=True, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary)
