@@ -166,7 +166,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("reproduce table1 --folder text", "The folder of the published files is text"),
         ("sample tiny/mar --out text --num-images 1", "text cannot be written to"),
         ("sample tokenbridge-l --weights photos --vae photos", "There is no checkpoint at photos/checkpoint-last.pth"),
-        ("discrepancies --latents photos", "Is a directory: photos"),
+        ("discrepancies --latents photos", "photos is no regular file"),
         ("train tiny vae --data text", "text is neither a folder of images nor a Parquet file"),
         ("reconstruct text --tokenizer VAE", "text is neither a folder of images nor a Parquet file"),
         # files of another kind
@@ -189,7 +189,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("audit nowhere", "There is no result file nowhere"),
         ("audit --weights nowhere", "There is no folder of models nowhere"),
         ("convert nowhere kl16 --out out", "There is no checkpoint at nowhere"),
-        ("discrepancies --latents nowhere", "No such file or directory: nowhere"),
+        ("discrepancies --latents nowhere", "There is no file nowhere"),
+        ("discrepancies --latents pipe", "pipe is no regular file"),
         ("train tiny vae --data empty", "no Parquet files in empty"),
         ("train tiny vae --data nobody/nothing", "Could not load the data set 'nobody/nothing'"),
         ("reconstruct photos --split train --tokenizer nobody/nothing", "There is no tokenizer 'nobody/nothing'"),

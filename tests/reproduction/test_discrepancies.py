@@ -231,10 +231,10 @@ def test_real_latents() -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"other": np.ones(3)}, "not an .npz file with an array `latents`"),
+        ({"other": np.ones(3)}, "cannot be read as an .npz file with an array `latents`"),
         ({"latents": np.ones(3)}, "standard deviation 0"),
         ({"latents": np.array([1.0, np.nan])}, "standard deviation nan"),
-        ({"latents": np.array(["a"])}, "not an .npz file with an array `latents`"),
+        ({"latents": np.array(["a"])}, "cannot be read as an .npz file with an array `latents`"),
     ],
 )
 def test_bad_latents_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:

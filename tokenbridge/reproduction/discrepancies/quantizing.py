@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tokenbridge.data.arrays import open_archive
 from tokenbridge.models.tokenbridge.checkpoint import official_buffers
 from tokenbridge.reproduction.discrepancies.study import Arm, Scores, Study, not_run_row, row_of, rows_of, share
 from tokenbridge.results.schema import Row
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 NUM_VALUES = 1_000_000  # values of N(0, 1) that test the quantiser alone
+MAX_LATENTS = 2**32  # bytes
 
 
 def encode(study: Study) -> list[Row]:
@@ -65,11 +66,8 @@ def read_latents(path: Path) -> Tensor:
     Raises:
         UserError: the file holds no such array, or the latents are not finite or all equal.
     """
-    try:
-        with np.load(path) as file:
-            latents = torch.from_numpy(file["latents"]).float()
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an .npz file with an array `latents` of numbers: {error}") from error
+    with open_archive(path, "an .npz file with an array `latents` of numbers") as archive:
+        latents = torch.from_numpy(archive.read("latents", MAX_LATENTS)).float()
     deviation = latents.double().std(correction=0).item()
     if not 0 < deviation < float("inf"):
         raise UserError(f"The latents in {path} have the standard deviation {deviation}.")
