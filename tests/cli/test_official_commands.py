@@ -132,7 +132,10 @@ def test_convert_takes_the_moving_average_unless_told(run_command: Run, tmp_path
     """In the file of these tests, the last weights are the averaged ones plus 1."""
     path, expected = write_checkpoint(tmp_path / "checkpoint-last.pth"), dict(tiny_model().named_parameters())
     for options, offset in (([], 0), (["--ema"], 0), (["--no-ema"], 1)):
-        code, out, _ = run_command("convert", path, preset, "--out", tmp_path / "model", *options)
+        if (tmp_path / "model").exists():
+            message = error_of(run_command("convert", path, preset, "--out", tmp_path / "model", *options))
+            assert "already holds a converted model" in message
+        code, out, _ = run_command("convert", path, preset, "--out", tmp_path / "model", "--overwrite", *options)
         assert (code, out) == (0, f"{preset} is in {tmp_path / 'model'}/\n")
         loaded = dict(TokenBridge.from_pretrained(tmp_path / "model").named_parameters())
         assert loaded.keys() == expected.keys()
@@ -263,8 +266,8 @@ def test_convert_leaves_what_is_in_the_way(run_command: Run, tmp_path: Path, pre
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"miaow"
     assert (tmp_path / "note").read_text() == "a file"
     (tmp_path / "empty").mkdir()
-    for _ in range(2):  # an empty folder is filled, and what was converted before is replaced
-        assert run_command("convert", path, preset, "--out", tmp_path / "empty", *options)[0] == 0
+    for more in ([], ["--overwrite"]):  # an empty folder is filled; what was converted before is replaced if asked for
+        assert run_command("convert", path, preset, "--out", tmp_path / "empty", *options, *more)[0] == 0
         assert (tmp_path / "empty" / index).is_file()
     (tmp_path / "empty" / "notes.md").write_text("mine")
     message = error_of(run_command("convert", path, preset, "--out", tmp_path / "empty", *options))

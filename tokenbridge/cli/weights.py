@@ -47,16 +47,19 @@ def convert(
     ema: Annotated[
         bool, typer.Option(help="Take the moving average of the weights, as published, or the last weights.")
     ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what was converted to the folder before.")
+    ] = False,
 ) -> None:
     """Turn a published checkpoint into a diffusers folder, strictly; pickled code in it is never run."""
     if vae is None:
         from tokenbridge.sampling.convert import convert as run
 
-        run(checkpoint, out, name, ema=ema)
+        run(checkpoint, out, name, ema=ema, overwrite=overwrite)
     else:
         from tokenbridge.sampling.pipeline import convert_pipeline
 
-        convert_pipeline(checkpoint, vae, out, name, ema=ema)
+        convert_pipeline(checkpoint, vae, out, name, ema=ema, overwrite=overwrite)
     print_line(f"{name} is in {out}/")
 
 

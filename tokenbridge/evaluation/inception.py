@@ -22,7 +22,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from tokenbridge.results.score import OTHER_INCEPTION
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError, reading
-from tokenbridge.utils.files import read_bytes, replacing, sha256_of
+from tokenbridge.utils.files import read_bytes, replacing
+from tokenbridge.utils.hashed import read_hashed
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, resolve
 
 if TYPE_CHECKING:
@@ -93,17 +94,26 @@ def load_inception(path: Path | str, *, allow_other: bool = False) -> Inception:
     """
     declared = ARTIFACTS[INCEPTION]
     assert declared.sha256 is not None
-    sha256 = _hash_of_weights(path, declared.file, declared.sha256, allow_other)
+    if not Path(path).is_file():
+        raise UserError(f"There is no file of Inception weights at {path}.")
+    content = read_hashed(path, LARGEST_FILE)
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != declared.sha256 and not allow_other:
+        raise UserError(
+            f"{path} is not the published {declared.file}: its SHA-256 is {sha256}, not {declared.sha256}. Scores by "
+            f"other weights are not FID. With --allow-other-inception they are computed and labelled "
+            f"FID-{OTHER_INCEPTION}."
+        )
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise many classes for damaged bytes
         raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: {_reason(error)}") from error
-    content = io.BytesIO()
-    torch.save(tensors, content)
-    content.seek(0)
+    copy = io.BytesIO()
+    torch.save(tensors, copy)
+    copy.seek(0)
     try:
         network: Any = FeatureExtractorInceptionV3(
-            "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=content
+            "inception-v3-compat", [FEATURES, LOGITS], feature_extractor_weights_path=copy
         )
     except (RuntimeError, TypeError, AttributeError) as error:  # the file holds other tensors, or none
         raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: {_reason(error)}") from error
@@ -166,16 +176,3 @@ def write_random_inception(path: Path | str, seed: int = 0) -> None:
 
 def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _hash_of_weights(path: Path | str, name: str, sha256: str, allow_other: bool) -> str:
-    """Return the SHA-256 of a file of weights, and refuse any but the published file unless others are allowed."""
-    if not Path(path).is_file():
-        raise UserError(f"There is no file of Inception weights at {path}.")
-    found = sha256_of(path)
-    if found != sha256 and not allow_other:
-        raise UserError(
-            f"{path} is not the published {name}: its SHA-256 is {found}, not {sha256}. Scores by other weights are "
-            f"not FID. With --allow-other-inception they are computed and labelled FID-{OTHER_INCEPTION}."
-        )
-    return found

@@ -22,10 +22,12 @@ from tokenbridge.models.tokenbridge.checkpoint import load_tokenbridge
 from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS
 from tokenbridge.models.tokenbridge.sampling import TokenBridgeSampling, generate_tokens
+from tokenbridge.sampling.convert import check_free
 from tokenbridge.tokenizers.base import LatentTokenizer
 from tokenbridge.tokenizers.kl16 import load_kl16
 from tokenbridge.utils.errors import UnusableImageError, UserError
 from tokenbridge.utils.files import check_replaceable, replacing_folder
+from tokenbridge.weights.diffusers import WEIGHTS_FILE, load_model
 from tokenbridge.weights.published import find_preset
 
 # Large weights are split into several files, which an index lists.
@@ -83,6 +85,27 @@ class TokenBridgePipeline(DiffusionPipeline):
         """Record the classes of the components under names that do not depend on the layout of this package."""
         super().register_modules(**modules)
         self.register_to_config(transformer=("tokenbridge", "TokenBridge"))
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, **options: Any) -> Any:
+        """Load a pipeline from a folder or from the hub, each model as strictly as `load_model` does.
+
+        Args:
+            name: the folder, or the name on the hub.
+            options: those of diffusers. Models that are given here are not read.
+
+        Raises:
+            UserError: a model is damaged, or it lacks weights.
+        """
+        folder = Path(name) if Path(name).is_dir() else Path(cls.download(name, **options))
+        variant, dtype = options.get("variant"), options.get("torch_dtype")
+        file = WEIGHTS_FILE if variant is None else WEIGHTS_FILE.replace(".", f".{variant}.", 1)
+        for part, model_class in (("transformer", TokenBridge), ("vae", AutoencoderKL)):
+            if part not in options:
+                options[part] = load_model(model_class, folder / part, weights_file=file)
+                for parameter in options[part].parameters() if isinstance(dtype, torch.dtype) else ():
+                    parameter.data = parameter.data.to(dtype)
+        return super().from_pretrained(folder, **options)
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
@@ -231,14 +254,20 @@ def imagenet_labels() -> dict[int, str]:
 
 
 def convert_pipeline(
-    checkpoint: Path | str, vae: Path | str, folder: Path | str, name: str, *, ema: bool = True
+    checkpoint: Path | str,
+    vae: Path | str,
+    folder: Path | str,
+    name: str,
+    *,
+    ema: bool = True,
+    overwrite: bool = False,
 ) -> None:
     """Write the published files of the preset `name` as a pipeline folder for `TokenBridgePipeline.from_pretrained`.
 
     Args:
         checkpoint: `checkpoint-last.pth`, or the folder that holds it.
         vae: `kl16.ckpt`.
-        folder: the pipeline folder, which is written atomically and replaces an earlier one.
+        folder: the pipeline folder, which is written atomically.
         ema: convert the moving average of the weights, which the published evaluations used, and not the last weights.
 
     Raises:
@@ -247,6 +276,7 @@ def convert_pipeline(
         WrongStateError: a file holds another model.
     """
     check_replaceable(folder, FILES)
+    check_free(folder, overwrite)
     pipeline = TokenBridgePipeline.from_preset(name, checkpoint, vae, ema=ema)
     with replacing_folder(folder, FILES) as temporary:
         pipeline.save_pretrained(temporary)

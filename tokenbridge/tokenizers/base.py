@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenbridge.data.images import bounded, finite, images_to_pixels
 from tokenbridge.tokenizers.quantizer import ScalarQuantizer
 from tokenbridge.utils.errors import UserError
+from tokenbridge.weights.diffusers import check_scale
 
 
 class Tokenizer(Protocol):
@@ -63,6 +64,7 @@ class LatentTokenizer:
     def __init__(self, autoencoder: Any, quantizer: ScalarQuantizer | None = None) -> None:
         self.autoencoder = autoencoder.eval()
         self.quantizer = quantizer
+        check_scale(autoencoder.config, type(autoencoder).__name__)
         self.scale = float(getattr(autoencoder.config, "scaling_factor", None) or 1.0)
         self.shift = float(getattr(autoencoder.config, "shift_factor", None) or 0.0)
 

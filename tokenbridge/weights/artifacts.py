@@ -279,9 +279,10 @@ def accept(key: str, *, folder: PathLike | None = None, given: Mapping[str, Path
 
 
 def fingerprint(path: PathLike, *, folder: PathLike | None = None) -> str:
-    """Return the SHA-256 of a file, which is read from the lock file if path, size and time of change are the same."""
-    entries = _read_lock(lock_file(artifacts_folder(folder))).values()
-    recorded = (entry["sha256"] for entry in entries if _is_recorded(Path(path), entry))
+    """Return the SHA-256 of a file, from the lock file if the file is the same and no hash was published."""
+    entries = _read_lock(lock_file(artifacts_folder(folder))).items()
+    unpublished = (entry for key, entry in entries if key in ARTIFACTS and not ARTIFACTS[key].has_published_hash)
+    recorded = (entry["sha256"] for entry in unpublished if _is_recorded(Path(path), entry))
     return next(recorded, None) or sha256_of(path)
 
 
@@ -538,7 +539,8 @@ def _check_content(artifact: Artifact, path: Path) -> None:
 def _check(artifact: Artifact, path: Path, lock_path: Path) -> None:
     """Compare a file with its published and recorded hashes, and record its hash at the first use."""
     entry = _read_lock(lock_path).get(artifact.key)
-    if entry is not None and _is_recorded(path, entry):
+    # Whoever can write a file can set its times, and an entry of the lock file, so a published hash is always compared.
+    if entry is not None and not artifact.has_published_hash and _is_recorded(path, entry):
         return
     sha256 = _published_hash(artifact, path)
     with in_turn(lock_path.parent):
@@ -577,7 +579,8 @@ def git_sha1_of(path: Path) -> str:
 
 def _identity(path: Path) -> dict[str, Any]:
     stat = path.stat()
-    return {"path": str(path.absolute()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    identity = {"path": str(path.absolute()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return {**identity, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}  # these cannot be set by hand
 
 
 def _is_recorded(path: Path, entry: Mapping[str, Any]) -> bool:
@@ -590,8 +593,9 @@ def _read_lock(path: Path) -> dict[str, Any]:
         return {}
     try:
         lock = json.loads(path.read_text(encoding="utf-8"))
-        fields = {"path", "size", "mtime_ns", "sha256"}
-        if not isinstance(lock, dict) or any(entry.keys() != fields for entry in lock.values()):
+        fields = {"path", "size", "mtime_ns", "sha256"}  # older files have these alone, and are hashed once more
+        known = (fields, fields | {"ctime_ns", "inode"})
+        if not isinstance(lock, dict) or any(entry.keys() not in known for entry in lock.values()):
             raise UserError("its entries have path, size, mtime_ns and sha256")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); correct it, or delete it and let it be written anew.") from error

@@ -70,7 +70,7 @@ def load_model(
     for key, value in (expected or {}).items():
         if _plain(sizes.config.get(key)) != _plain(value):
             raise UserError(f"{name} has {key}={sizes.config.get(key)!r}, not {value!r}.")
-    _check_scale(sizes.config, folder / CONFIG_FILE)
+    check_scale(sizes.config, folder / CONFIG_FILE)
     content = read_hashed(path, limit=path.stat().st_size)
     with reading(path, "a safetensors file"):
         state = plain_names(safetensors.torch.load(content))
@@ -177,15 +177,19 @@ def _compare(wanted: Mapping[str, list[int]], found: Mapping[str, list[int]], na
             raise UserError(f"{name} {words} {len(keys)} weights: {keys[:3]}.")
 
 
-def _check_scale(config: Mapping[str, Any], path: Path) -> None:
-    """Check the factors by which an autoencoder scales its latents: 0 would be read as 1 elsewhere."""
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+def check_scale(config: Any, where: Path | str) -> None:
+    """Check the factors by which an autoencoder scales its latents; a scale of 0 must not be read as none.
+
+    Raises:
+        UserError: a factor is not a finite number, or a scale is not above 0.
+    """
+    scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
     for key, value, good in (
         ("scaling_factor", scale, lambda number: math.isfinite(number) and number > 0),
         ("shift_factor", shift, math.isfinite),
     ):
         if value is not None and not (isinstance(value, int | float) and good(value)):
-            raise UserError(f"{path}: {key} is {value!r}; it must be a finite number, and a scale above 0.")
+            raise UserError(f"{where}: {key} is {value!r}; it must be a finite number, and a scale above 0.")
 
 
 def _what_is_there(folder: Path) -> str:
