@@ -123,6 +123,20 @@ def test_the_other_first_element_is_noticed(
     assert output in failed(c.run_file(golden(name)))
 
 
+def nearly_nothing(meta: dict[str, Any], arrays: Arrays) -> None:
+    """Outputs that are far smaller than the tolerance."""
+    meta["tolerance"] = {"atol": 1.0, "rtol": 0}
+    for name in arrays:
+        if name.startswith("out."):
+            arrays[name] = arrays[name] * np.float32(1e-6)
+
+
+def test_what_unfolds_to_too_much_is_not_unfolded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenbridge.conformance.golden.LARGEST", 10_000)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was unfolded"))
+    assert "unfold to" in only_failure(golden("tokenbridge-features"))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -140,7 +154,13 @@ def test_the_other_first_element_is_noticed(
         (set_meta("weights", to={"rule": "fan-in-normal-v1"}), "rule for weights"),
         (set_meta("tolerance", to={"atol": 1e-4}), "lacks atol or rtol"),
         (set_meta("tolerance", to={"atol": float("inf"), "rtol": 0}), "lacks atol or rtol"),
+        (set_meta("tolerance", to={"atol": 1e300, "rtol": 0}), "is too large"),
+        (set_meta("tolerance", to={"atol": 0, "rtol": 1e9}), "is too large"),
+        (set_meta("tolerance", to={"atol": float("nan"), "rtol": 0}), "lacks atol or rtol"),
+        (nearly_nothing, "zeros would pass too"),
         (set_meta("tolerance", "pixels", to="equal"), "unknown outputs: pixels"),
+        (lambda meta, arrays: arrays.update({"out.z": arrays["out.z"] * (1 + 1j)}), r"not out\.z of complex"),
+        (lambda meta, arrays: arrays.update({"out.z": arrays["out.z"].astype(str)}), r"not out\.z of <U"),
         (lambda meta, arrays: meta.pop("weights"), "'meta' lacks weights"),
         (lambda meta, arrays: arrays.pop("out.z"), r"missing: out\.z"),
         (lambda meta, arrays: arrays.pop("in.labels"), r"missing: in\.labels"),

@@ -7,7 +7,9 @@ weights from the official parameter names. This module reads the format. One mod
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.files import read_bytes
 from tokenbridge.weights.official import Layout, load_official
 from tokenbridge.weights.rule import rule_state
 
@@ -79,23 +82,34 @@ def entry(
     return Entry(names[0], names[1], run, names[2], names[3])
 
 
+MOST_PARAMETERS = 2**30  # the largest published model of which there are cases has 0.94 thousand million
+LARGEST = 2**28  # bytes of all arrays of a case; ours have at most 2**18
+
+
 def read_golden(path: Path | str) -> Golden:
     """Read and check a golden file; pickled code is never run.
 
     Raises:
-        UserError: the file is damaged or in another format.
-        OSError: the file does not exist.
+        MissingFileError: the file does not exist.
+        UserError: the file is damaged, too large or in another format.
     """
+    content = read_bytes(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > LARGEST:
+            raise UserError(f"Its arrays unfold to {size:,} bytes; a golden case has at most {LARGEST:,}.")
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except OSError:
+        meta = json.loads(str(arrays.pop("meta"))) if "meta" in arrays else None
+    except UserError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy have many ways to say that bytes are damaged
+    except Exception as error:  # zipfile, zlib, numpy and json have many ways to say that bytes are damaged
         raise UserError(f"The file is damaged or not an .npz file ({type(error).__name__}: {error}).") from error
-    if "meta" not in arrays:
+    if meta is None:
         raise UserError("The file has no 'meta'.")
-    meta = json.loads(str(arrays.pop("meta")))
+    if strange := [f"{name} of {array.dtype}" for name, array in arrays.items() if array.dtype.kind not in "biuf"]:
+        raise UserError(f"Arrays are real numbers, whole numbers or truth values, not {strange[0]}.")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         version = meta.get("format") if isinstance(meta, dict) else None
         raise UserError(f"Format version {version!r} is unknown; this runner reads version {FORMAT}.")
@@ -154,6 +168,8 @@ def choose_preset(presets: Mapping[str, Mapping[str, Any]], name: str) -> Mappin
 
 def with_rule_weights(module: Any, layout_of: Callable[[Any], Layout], golden: Golden) -> Any:
     """Load the weights that the case's rule draws into `module`, which may be on the meta device."""
+    if (count := sum(parameter.numel() for parameter in module.parameters())) > MOST_PARAMETERS:
+        raise UserError(f"The case asks for a model of {count:,} parameters; one has at most {MOST_PARAMETERS:,}.")
     layout = layout_of(module)
     load_official(module, rule_state(layout, golden.meta["weights"]), layout)
     return module
