@@ -119,6 +119,7 @@ def reconstruct(
         raise UserError(f"Unknown quantiser {quantizer!r}; there are {', '.join(QUANTIZERS)}.")
     if max(levels) > MAX_LEVELS:
         raise UserError(f"A quantiser can have at most {MAX_LEVELS:,} levels here, not {max(levels):,}.")
+    check_replaceable(out, FILES)  # before the work whose results it is to hold
     inception, notes = _find_inception(inception_weights)  # before the work, so that a bad file does not cost hours
     model = load_tokenizer_model(tokenizer).to(best_device())
     pixels = _load_pixels(source, split, image_size, limit, seed, channels=getattr(model.config, "in_channels", 3))
@@ -140,7 +141,6 @@ def reconstruct(
             distortions[_row_id(label)] = measure_distortion(chosen, latents)
             tokenizers[label] = LatentTokenizer(model, chosen.to(model.device))
 
-    check_replaceable(out, FILES)  # before the work whose results it is to hold
     shown = torch.linspace(0, len(pixels) - 1, min(NUM_SHOWN, len(pixels))).long()  # sources are often sorted by class
     rows, pictures = [], {"original": pixels[shown]}
     for label, chosen_tokenizer in tokenizers.items():

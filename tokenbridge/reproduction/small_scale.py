@@ -41,7 +41,7 @@ from tokenbridge.training.train import how_to_train
 from tokenbridge.utils import provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import write_text
+from tokenbridge.utils.files import check_replaceable, write_text
 from tokenbridge.utils.hashed import recording
 from tokenbridge.utils.locks import results_folder
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
@@ -104,6 +104,7 @@ def reproduce_scale(
     if num_images < 1 or num_images % len(scale.classes):
         raise UserError(f"The number of images must be a multiple of {len(scale.classes)} classes.")
     stored = results.read(reference) if reference is not None else None  # first: a damaged file must not cost minutes
+    check_replaceable(out, FILES)  # and a target that is refused must not either
     with recording() as read:
         bench = open_workbench(scale, weights)
     with recording(read), results_folder(out, FILES) as fresh:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-MEETING = timedelta(seconds=50)  # within which all processes of a launch must have come
+MEETING = timedelta(seconds=30)  # within which all processes of a launch must have come; torch tries twice
 SILENCE = 30.0  # seconds after which a process that gives no sign of life is taken for lost
 _PERIOD = 2.0  # seconds between two signs of life
 _failed = threading.Event()
@@ -35,6 +35,8 @@ def process_state() -> PartialState:
     if another one, or the launcher, is lost.
     """
     first = not PartialState._shared_state
+    if first and "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this process
+        end_with_parent(os.getppid())
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=MEETING)
     if first and state.num_processes > 1:
         from torch.distributed import distributed_c10d as c10d
@@ -43,8 +45,6 @@ def process_state() -> PartialState:
         set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # the name before torch 2.12
         set_timeout(timedelta(days=1))
         _watch_others(c10d._get_default_store(), state.process_index, state.num_processes)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_parent(os.getppid())
     return state
 
 

@@ -117,6 +117,7 @@ def measure_discrepancies(
     if latents is not None:
         read_latents(latents)  # before the work, so that a bad file does not cost minutes
     weights = Path(weights or files.reference_folder() / scale.name / "weights")
+    files.check_replaceable(out, FILES)
     with recording() as read:
         bench = open_workbench(scale, weights)
     with recording(read), results_folder(out, FILES) as fresh:
