@@ -49,12 +49,12 @@ def read_hashed(path: Path | str, limit: int = 2**26) -> bytes:
 def opened(path: Path | str) -> Iterator[Path]:
     """Yield a path by which libraries can open and map a file that is too large to be held in memory twice.
 
-    The path is that of an open file: what is renamed, linked or replaced meanwhile does not matter. The file is hashed
-    after the block has read it, so that a file which is none is refused before its gigabytes are hashed.
+    The path is that of an open file, and a file that is replaced or written to meanwhile is refused. It is hashed after
+    the block has read it, so that a file which is damaged is refused before its gigabytes are hashed.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is not a regular file, or it was written to while it was read.
+        UserError: it is not a regular file, or it was replaced or written to while it was read.
     """
     path = Path(path)
     if not path.exists():

@@ -136,7 +136,7 @@ def _build(model_class: Any, config: dict[str, Any], most: int, device: torch.de
         nonlocal count
         count += 1
         if count > 2 * most + 100:  # a module may register a weight anew, and the error should name what is missing
-            raise UserError(f"it describes more weights than the {most} in the file")
+            raise ValueError(f"it describes more weights than the {most} in the file")
 
     hook = register_module_parameter_registration_hook(limit)
     try:
