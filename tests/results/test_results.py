@@ -122,6 +122,22 @@ def test_verdicts_go_by_id() -> None:
     assert [v for v, _ in verdicts(RESULTS, None).values()] == ["not compared"] * 3 + ["not run"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"settings": {"num_images": 60}}, "it is of 60 images, and the stored result of 20"),
+        ({"seed": 7}, "it is of seed 7, and the stored result of seed 0"),
+    ],
+)
+def test_other_samples_are_not_compared(changes: dict[str, Any], reason: str) -> None:
+    """Reconstructions are, because they depend on neither."""
+    other = RESULTS.model_copy(update={"provenance": RESULTS.provenance.model_copy(update=changes)})
+    judged = verdicts(other, RESULTS)
+    assert judged["table3/real"] == ("not compared", reason)
+    assert judged["table1a/vae"][0] == "reproduced"
+    assert judged["table3/parallel"][0] == "not run"
+
+
 def test_row_that_only_the_reference_has_is_noticed() -> None:
     """A table that lost a row is not a table that was reproduced."""
     shorter = RESULTS.model_copy(update={"rows": ROWS[1:]})

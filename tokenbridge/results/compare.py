@@ -66,6 +66,20 @@ def compare_published(row: Row, published: Row) -> tuple[Verdict, str]:
     return verdict, why
 
 
+SAMPLED = ("table2", "table3")  # tables of samples; the others depend neither on their number nor on their seed
+
+
+def other_samples(results: Results, reference: Results) -> str | None:
+    """Return why samples of two runs at a small scale cannot be compared; None if they can."""
+    ours, theirs = results.provenance, reference.provenance
+    numbers = [p.settings.get("num_images") for p in (ours, theirs)]
+    if numbers[0] != numbers[1]:
+        return f"it is of {numbers[0]} images, and the stored result of {numbers[1]}"
+    if ours.seed != theirs.seed:
+        return f"it is of seed {ours.seed}, and the stored result of seed {theirs.seed}"
+    return None
+
+
 def verdicts(results: Results, reference: Results | None) -> Judged:
     """Return the verdict on every row and its reason, by the row's id."""
     if reference is None:
@@ -73,6 +87,10 @@ def verdicts(results: Results, reference: Results | None) -> Judged:
         return {row.id: ("not run", row.not_run) if row.not_run else without for row in results.rows}
     by_id = {row.id: row for row in reference.rows}
     judged = {row.id: compare(row, by_id.get(row.id)) for row in results.rows}
+    if (reason := other_samples(results, reference)) is not None:
+        for row in results.rows:
+            if row.not_run is None and row.table.startswith(SAMPLED):
+                judged[row.id] = ("not compared", reason)
     for id_, row in by_id.items():
         if id_ not in judged and row.not_run is None:
             judged[id_] = ("not reproduced", "only the reference has this row")
