@@ -13,12 +13,11 @@ from conftest import Run, error_of
 from mini_scale import World
 
 from tokenbridge.results.schema import Results, digest_of, read
-from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 
 def test_missing_weights(run: Run, world: World, tmp_path: Path) -> None:
     message = error_of(run("reproduce", "mini", "--weights", tmp_path / "none", "--reference", world.reference))
-    assert str(tmp_path / "none" / "classifier" / WEIGHTS_FILE) in message
+    assert f"No model of the scale mini is in {tmp_path / 'none'}." in message
     assert "tokenbridge train" in message
 
 
