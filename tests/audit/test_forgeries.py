@@ -159,6 +159,7 @@ def unknown_hashes(value: dict[str, Any]) -> None:
 STATISTICS, BATCH = "fid_stats/adm_in256_stats.npz", "VIRTUAL_imagenet256_labeled.npz"
 TOMORROW = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)).isoformat(timespec="seconds")
 SAMPLING = asdict(find_preset("tokenbridge-l")[1].sampling_config())
+SIZES = dict(find_preset("tokenbridge-l")[1].model)
 
 # Of a forgery: the change, and why the file is refused.
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -189,6 +190,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "10^9 seconds an image": (score("seconds per image", 1e9), "an image took 1e+09 seconds"),
     "no seconds an image": (score("seconds per image", 0.0), "an image took 0 seconds"),
     "a run longer than everything": (changed("provenance", "wall_seconds", to=60.0), "and all of it 60"),
+    "changes as a number": (setting("run", "changes", to=3), "the changes of its run are 3, not a list"),
+    "changes as numbers": (setting("run", "changes", to=[3]), "the changes of its run are [3], not a list"),
     "a run of no time": (
         both(setting("run", "seconds", to=0.0), score("seconds per image", ...)),
         "made 50,000 images in 0 seconds",
@@ -271,6 +274,20 @@ IN_DOUBT: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...], s
     "other labels": (setting("labels", to="only the easy classes"), ALL, "the labels were not balanced"),
     "no labels": (setting("labels", to=...), ALL, "the labels were not balanced"),
     "no record of the run": (setting("run", to=...), ALL, "no record of the sampling run"),
+    "images of other code": (
+        setting(
+            "run", "changes", to=["num_images was 10 and is now 50000", 'made_with.torch was "2.0" and is now "2.9"']
+        ),
+        ALL,
+        'made by other code or libraries (made_with.torch was "2.0"',
+    ),
+    "model of another width": (
+        setting("sampler", "config", to={"generator": {**SIZES, "width": 512}, "vae": {}}),
+        ALL,
+        "the width of its generator is not that of tokenbridge-l",
+    ),
+    "model of no sizes": (setting("sampler", "config", to={}), ALL, "of its generator is not that of tokenbridge-l"),
+    "sizes as text": (setting("sampler", "config", to="L"), ALL, "of its generator is not that of tokenbridge-l"),
     "images not counted": (score("images", ...), ALL, "does not count its images"),
     "uncommitted changes": (changed("provenance", "dirty", to=True), ALL, "uncommitted changes"),
     "IS 1 beside FID 1.76": (score("IS-50K", 1.0), ALL, "IS 1 does not go with FID 1.76"),

@@ -154,6 +154,18 @@ def test_uncommitted_changes_show(checkout: Path, fresh_commit: Callable[[], dic
     assert fresh_commit() == {"commit": git(checkout, "rev-parse", "HEAD"), "dirty": True}
 
 
+def test_a_new_file_is_a_change_only_among_the_sources(
+    checkout: Path, fresh_commit: Callable[[], dict[str, Any]]
+) -> None:
+    """Otherwise whoever downloads published files into the checkout, as the guide shows, could prove nothing."""
+    (checkout / "published").mkdir()
+    (checkout / "published" / "kl16.ckpt").write_text("weights\n")
+    assert fresh_commit()["dirty"] is False
+    (checkout / "tokenbridge" / "utils" / "new.py").write_text("# new\n")
+    provenance.commit.cache_clear()
+    assert fresh_commit()["dirty"] is True
+
+
 def test_no_commit_outside_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_commit: Callable[[], dict[str, Any]]
 ) -> None:

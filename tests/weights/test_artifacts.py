@@ -664,12 +664,25 @@ def test_lock_is_in_the_folder_if_it_can_be_written_to_else_here(
     assert artifacts.lock_file(folder) == folder / LOCK_FILE
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"kl16": {"sha256": "0"}}', '{"kl16": 3}'])
+DAMAGED_LOCKS = [
+    "{",
+    "[1]",
+    '{"kl16": {"sha256": "0"}}',
+    '{"kl16": 3}',
+    "[" * 100_000,
+    "1" * 10_000,
+    '{"kl16": {"path": 1, "size": 1, "mtime_ns": 1, "sha256": 2}}',
+    '{"kl16": {"path": "x", "size": "1", "mtime_ns": 1, "sha256": "0"}}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED_LOCKS)
 def test_damaged_lock_is_one_clear_error(text: str, folder: Path) -> None:
     put(folder / "kl16.ckpt")
     (folder / LOCK_FILE).write_text(text)
-    with pytest.raises(ValueError, match=rf"{LOCK_FILE} is damaged"):
-        resolve(["kl16"])
+    for use in (resolve, status):
+        with pytest.raises(UserError, match=rf"{LOCK_FILE} is damaged"):
+            use(["kl16"])
 
 
 # Status

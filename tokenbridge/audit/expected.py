@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tokenbridge.audit.findings import Audit, Finding
 from tokenbridge.results.verdicts import Verdict, is_worse
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
-from tokenbridge.utils.strict import Strict
+from tokenbridge.utils.strict import Strict, read_json
 
 EXPECTED_SCHEMA = "tokenbridge-expected/1"
 WORSE = "worse"  # a verdict that is worse than the stored one
@@ -33,7 +32,7 @@ def read_expected(path: Path | str) -> dict[str, Expected]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path, "a file of expected verdicts")
         if not isinstance(value, dict) or value.pop("schema_version", None) != EXPECTED_SCHEMA:
             raise UserError(f"its schema_version is not {EXPECTED_SCHEMA}")
         expected = {id_: Expected.model_validate(entry) for id_, entry in value["verdicts"].items()}

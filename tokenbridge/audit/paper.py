@@ -22,6 +22,7 @@ from tokenbridge.reproduction import table1
 from tokenbridge.results.schema import Results, Row
 from tokenbridge.results.score import NUM_IMAGES, Score, to_scores
 from tokenbridge.results.tolerances import metric
+from tokenbridge.sampling.recipe import CODE
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, KL16_VAE, REFERENCE_BATCH, STATISTICS
 from tokenbridge.weights.published import Preset
@@ -148,6 +149,9 @@ def _of_run(results: Results) -> Iterator[str]:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0:
         yield f"the seconds of its run are {seconds!r:.80}"
         return
+    changes = run.get("changes", [])
+    if not isinstance(changes, list) or not all(isinstance(change, str) for change in changes):
+        yield f"the changes of its run are {changes!r:.80}, not a list of sentences"
     if run["num_images"] != p.settings.get("num_images"):
         yield f"its run has {run['num_images']:,} images, and its setting num_images is {p.settings.get('num_images')}"
     if run["num_made"] > run["num_images"]:
@@ -174,7 +178,7 @@ def _of_sampler(results: Results) -> Iterator[str]:
 
 def _of_row(results: Results, row: Row) -> Iterator[str]:
     settings, metrics = results.provenance.settings, row.metrics
-    if "stand-in" in row.label.lower():
+    if "stand-in weights" in row.label.lower():
         yield f"it is of stand-in weights ({row.label[:80]!r})"
     if "images" in metrics and metrics["images"] != settings.get("num_images"):
         yield f"it has {metrics['images']:g} images, and the setting num_images is {settings.get('num_images')}"
@@ -237,7 +241,10 @@ def doubts(results: Results, row: Row, metric_name: str, known: Mapping[str, str
         if part.sha256 is None:
             found.append(f"the file names no {part.what}")
         elif known.get(part.key) is None:
-            found.append(f"the SHA-256 of its {part.what} is neither published nor recorded here")
+            found.append(
+                f"the SHA-256 of its {part.what} is neither published nor recorded here "
+                "(--folder names the folder of the published files)"
+            )
     if row.id.startswith("table1"):
         wanted = {"posterior": "sampled once per image", "precision": "float32"}
         found += [f"the {key} was not {value}" for key, value in wanted.items() if settings.get(key) != value]
@@ -272,10 +279,23 @@ def _doubts_of_samples(results: Results, preset: Preset, known: Mapping[str, str
         yield "the file does not say with what weights and settings the images were sampled"
     elif not any(_same(sampler["sampling"], asdict(recipe.config)) for recipe in recipes):
         yield f"the images were not sampled with the published settings ({_difference(sampler, recipes[0].config)})"
+    yield from _doubts_of_model(sampler, preset)
     if "run" not in settings:
         yield "the file has no record of the sampling run"
+    elif changes := [change for change in settings["run"].get("changes", []) if change.startswith(f"{CODE}.")]:
+        yield f"some of the images were made by other code or libraries ({changes[0][:200]})"
     if settings.get("labels") != (system.evaluation.labels or "balanced"):
         yield f"the labels were not {system.evaluation.labels or 'balanced'}"
+
+
+def _doubts_of_model(sampler: Mapping[str, Any], preset: Preset) -> Iterator[str]:
+    """What the record of the sampler says of the model that no run of the preset does."""
+    if "config" not in sampler:  # files of before it was recorded
+        return
+    config = sampler["config"] if isinstance(sampler["config"], dict) else {}
+    sizes = config["generator"] if isinstance(config.get("generator"), dict) else {}
+    if off := [key for key, size in preset.model.items() if not _same(sizes.get(key), size)]:
+        yield f"the {off[0]} of its generator is not that of {preset.name}"
 
 
 def _same(found: Any, wanted: Any) -> bool:

@@ -6,7 +6,6 @@ missing.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections import Counter
@@ -33,6 +32,7 @@ from tokenbridge.utils.console import Cell, colored, log, print_line, print_tabl
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import make_folder, references_in, sha256_of, write_text
 from tokenbridge.utils.provenance import hash_of_dataset
+from tokenbridge.utils.strict import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -205,11 +205,11 @@ def read_tokens(path: Path | str) -> dict[str, list[Any]]:
     """
     path = Path(path)
     try:
-        found: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "a file of stored tokens")
     except FileNotFoundError as error:
         raise UserError(f"There are no stored tokens {path}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON (cut off?): {error}.") from error
+    if not isinstance(found, dict) or not all(isinstance(tokens, list) for tokens in found.values()):
+        raise UserError(f"{path} is not a file of stored tokens, which are lists by the name of the model.")
     return found
 
 

@@ -21,7 +21,7 @@ from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import write_json
 from tokenbridge.utils.junit import read_failed
-from tokenbridge.utils.strict import Strict
+from tokenbridge.utils.strict import Strict, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,11 +126,11 @@ def read(path: Path | str) -> Ratios:
     """
     path = Path(path)
     try:
-        return Ratios.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Ratios.model_validate(read_json(path, "a file of ratios"))
     except FileNotFoundError as error:
         made = "`nox -s update_references -- benchmarks --write --why ...` makes them"
         raise UserError(f"There are no stored ratios {path}; {made}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except ValidationError as error:
         raise UserError(f"{path} is not a {SCHEMA} file: {error}.") from error
 
 

@@ -155,7 +155,10 @@ def code_sha256() -> str:
 
 @functools.cache
 def commit() -> dict[str, Any]:
-    """Return the commit of the source tree and whether it has uncommitted changes; both are None outside a checkout."""
+    """Return the commit of the source tree and whether it has uncommitted changes; both are None outside a checkout.
+
+    A new file is a change only if it lies among the sources: users keep downloads and samples in their checkout too.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -165,7 +168,10 @@ def commit() -> dict[str, Any]:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return {"commit": None, "dirty": None}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        changed = git("status", "--porcelain", "--untracked-files=no") or git(
+            "status", "--porcelain", "--", "tokenbridge"
+        )
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
 

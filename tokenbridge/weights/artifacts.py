@@ -46,8 +46,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from tokenbridge.utils.console import progress
-from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
-from tokenbridge.utils.files import replacing, sha256_of, write_json
+from tokenbridge.utils.errors import FullDiskError, StorageError, UserError, reading
+from tokenbridge.utils.files import read_bytes, replacing, sha256_of, write_json
 from tokenbridge.utils.locks import in_turn
 
 FOLDER_VARIABLE = "TOKENBRIDGE_ARTIFACTS"
@@ -591,12 +591,14 @@ def _is_recorded(path: Path, entry: Mapping[str, Any]) -> bool:
 def _read_lock(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    fields = {"path": str, "size": int, "mtime_ns": int, "sha256": str}  # older files have these alone
+    known = (fields, fields | {"ctime_ns": int, "inode": int})
     try:
-        lock = json.loads(path.read_text(encoding="utf-8"))
-        fields = {"path", "size", "mtime_ns", "sha256"}  # older files have these alone, and are hashed once more
-        known = (fields, fields | {"ctime_ns", "inode"})
-        if not isinstance(lock, dict) or any(entry.keys() not in known for entry in lock.values()):
+        with reading(path, "a lock file"):
+            lock = json.loads(read_bytes(path))
+        entries = lock.values() if isinstance(lock, dict) else [lock]
+        if not all(isinstance(e, dict) and {name: type(value) for name, value in e.items()} in known for e in entries):
             raise UserError("its entries have path, size, mtime_ns and sha256")
-    except (ValueError, AttributeError) as error:
+    except UserError as error:
         raise UserError(f"{path} is damaged ({error}); correct it, or delete it and let it be written anew.") from error
-    return lock
+    return dict(lock)
