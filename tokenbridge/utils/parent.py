@@ -20,13 +20,14 @@ def end_with_parent(parent: int | None = None) -> None:
     """End this process soon after its parent; what it has written stays, and is whole.
 
     Args:
-        parent: the number of the process. None means the one that the environment names, if it names one.
+        parent: the number of the process. None means the one that the environment names, or torchrun, if it started
+            this process; the sooner it is asked, the less time there is in which torchrun may be lost unnoticed.
     """
     named = os.environ.pop(PARENT, None)  # it is not for the children of this process
     if parent is None:
-        if named is None:
+        if named is None and "TORCHELASTIC_RUN_ID" not in os.environ:
             return
-        parent = int(named)
+        parent = os.getppid() if named is None else int(named)
 
     def watch() -> None:
         while os.getppid() == parent:
