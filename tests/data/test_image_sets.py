@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scored_images import SIZE, array_file, folder_of, random_images, statistics_file
 
-from tokenbridge.data.image_sets import ImageArray, ImageFiles
+from tokenbridge.data.image_sets import ImageArray, ImageFiles, open_images
 from tokenbridge.evaluation import evaluate as evaluation
 from tokenbridge.evaluation.features import inception_features
 from tokenbridge.evaluation.inception import Inception
+from tokenbridge.utils.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,3 +179,23 @@ def test_bad_samples(make: Callable[[Path], Path], message: str, tmp_path: Path,
         inception_features(evaluation.open_samples([samples], allow_few=True)[0], inception, cache=tmp_path)
     assert str(samples) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_what_is_scored_is_what_was_hashed(kind: str, tmp_path: Path, inception: Inception) -> None:
+    """Images that are written to after their hash was taken are refused: their features would get the old hash."""
+
+    def make(name: str, seed: int) -> Path:
+        pixels = random_images(seed, 3)
+        if kind == "folder":
+            return folder_of(tmp_path / name, pixels)
+        return array_file(tmp_path / name, pixels.permute(0, 2, 3, 1).numpy())
+
+    path, other = make("samples", 0), make("other", 1)
+    images = open_images(path)
+    images[0]
+    for file in other.iterdir() if other.is_dir() else [other]:
+        file.replace(path / file.name if other.is_dir() else path)
+    with pytest.raises(UserError, match="has changed since its hash was taken"):
+        inception_features(images, inception, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.safetensors"))

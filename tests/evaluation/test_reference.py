@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 from scored_images import array_file, statistics_file
 
+from tokenbridge.evaluation import reference as reference_module
 from tokenbridge.evaluation.inception import NUM_FEATURES, Inception
 from tokenbridge.evaluation.reference import load_reference, make_reference, read_statistics
+from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.files import sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,3 +180,18 @@ def test_covariances_with_rounding_are_taken(tmp_path: Path) -> None:
     covariance += np.random.default_rng(1).normal(0, 1e-7, covariance.shape).astype(np.float32)
     read = read_statistics(statistics_file(tmp_path / "few.npz", sigma=covariance))
     np.testing.assert_array_equal(read.covariance, covariance)
+
+
+def test_a_reference_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, inception: Inception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statistics of one file never get the hash of another."""
+    path, other = statistics_file(tmp_path / "a.npz"), statistics_file(tmp_path / "b.npz")
+
+    def replacing(file: Path) -> str:
+        other.replace(path)
+        return sha256_of(file)
+
+    monkeypatch.setattr(reference_module, "sha256_of", replacing)
+    with pytest.raises(UserError, match="was changed while it was read"):
+        load_reference(path, inception, cache=tmp_path)

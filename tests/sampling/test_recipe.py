@@ -282,6 +282,28 @@ def test_overwrite_starts_anew_and_removes_what_the_run_made(tmp_path: Path, bef
     assert np.array_equal(pixels_of(report), pixels_of(quiet(Flat(), SMALL, tmp_path / "fresh")))
 
 
+@pytest.mark.parametrize("name", ["samples.npz", "no-result.npz", "parts/000000-000003.npy", "no-result/000000.png"])
+def test_overwrite_leaves_what_the_run_did_not_make(tmp_path: Path, name: str) -> None:
+    """A user may have packed the images of a run into an .npz beside them: names of the other format are not ours."""
+    quiet(Flat(), SMALL, tmp_path)
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_bytes(b"mine")
+    assert quiet(Flat(), replace(SMALL, seed=1), tmp_path, overwrite=True).num_made == 6
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("strange", ["gif", None, 3, ["png"]])
+def test_overwrite_refuses_the_recipe_of_an_unknown_format(tmp_path: Path, strange: Any) -> None:
+    quiet(Flat(), SMALL, tmp_path)
+    content = json.loads((tmp_path / "run.json").read_bytes())
+    content["recipe"]["format"] = strange
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="Unknown format"):
+        quiet(Flat(), SMALL, tmp_path, overwrite=True)
+    assert len(list((tmp_path / "images").iterdir())) == 6
+
+
 def test_overwrite_leaves_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "000000.png").write_bytes(b"mine")

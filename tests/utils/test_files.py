@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
+from tokenbridge.data.pictures import save_images
 from tokenbridge.utils import files
 from tokenbridge.utils.errors import FullDiskError, StorageError, UserError
 from tokenbridge.utils.files import (
@@ -499,3 +501,33 @@ def test_folders_with_strangers_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file is a file, so no folder can be written there"):
         check_replaceable(tmp_path / "file", known)
+
+
+def test_images_of_a_batch_are_flushed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is flushed, and the folder once after all names are in it: not once for each image."""
+    flushed: list[str] = []
+    monkeypatch.setattr(files, "_flush", lambda path: flushed.append(path.relative_to(tmp_path).as_posix()))
+    save_images(tmp_path / "images", torch.zeros(5, 1, 2, 2, dtype=torch.uint8))
+    there = [f"images/{i:06d}.png" for i in range(5)]
+    assert sorted(flushed[:-1]) == there
+    assert flushed[-1] == "images"
+
+
+def test_a_place_where_a_volume_is_mounted_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a folder cannot be renamed, which would be found only after the work."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "volume"))
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(StorageError, match="volume is where a disk or a volume is mounted"):
+        check_replaceable(tmp_path / "volume", ["a"])
+    check_replaceable(tmp_path / "volume" / "results", ["a"])
+
+
+def test_a_private_folder_that_is_replaced_stays_private(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    write_folder(folder, "old")
+    folder.chmod(0o700)
+    write_folder(folder, "new")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert content_of(folder) == "new"

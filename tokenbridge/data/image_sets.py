@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenbridge.data.arrays import open_archive
-from tokenbridge.data.decode import MAX_BYTES, MAX_PIXELS, open_image, read_image, to_8_bits
+from tokenbridge.data.decode import MAX_BYTES, MAX_PIXELS, decode_image, open_image, to_8_bits
 from tokenbridge.data.folders import IMAGE_SUFFIXES, find_files
 from tokenbridge.data.images import to_pixels
 from tokenbridge.data.sources import cropped
 from tokenbridge.utils.console import log, track
 from tokenbridge.utils.errors import UserError, reading
 from tokenbridge.utils.files import read_bytes, sha256_of
+from tokenbridge.utils.hashed import state_of
 from tokenbridge.utils.text import plain
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ class ImageFiles(Dataset[Tensor]):
         if not self.files:
             held = f"{len(found.parquet)} Parquet files" if found.parquet else found.held
             raise UserError(f"There are no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: it holds {held}.")
-        digest = hashlib.sha256()
+        self._hashes: list[bytes] = []
         sizes: dict[tuple[int, int], Path] = {}
         for file in track(self.files, "check"):
             with reading(file, "an image"):
                 content = read_bytes(file, MAX_BYTES)
-            digest.update(hashlib.sha256(content).digest())
+            self._hashes.append(hashlib.sha256(content).digest())
             with open_image(content, str(file)) as image, reading(file, "an image"):
                 sizes.setdefault((image.height, image.width), file)
                 if image.has_transparency_data:
@@ -66,7 +67,7 @@ class ImageFiles(Dataset[Tensor]):
             several = "; ".join(f"{file.name} is {h} x {w}" for (h, w), file in list(sizes.items())[:3])
             raise UserError(f"The images in {folder} have different sizes: {several}.")
         self.size = next(iter(sizes))  # (H, W)
-        self.sha256 = digest.hexdigest()
+        self.sha256 = hashlib.sha256(b"".join(self._hashes)).hexdigest()
         log(plain(f"{len(self):,} image{'s' if len(self) > 1 else ''} in {folder}{found.passed_over}"))
 
     @property
@@ -78,7 +79,12 @@ class ImageFiles(Dataset[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        return to_pixels([read_image(self.files[index])])[0]
+        file = self.files[index]
+        with reading(file, "an image"):
+            content = read_bytes(file, MAX_BYTES)
+        if hashlib.sha256(content).digest() != self._hashes[index]:
+            raise UserError(f"{file} has changed since its hash was taken; run the command again when nobody writes.")
+        return to_pixels([decode_image(content, str(file))])[0]
 
 
 LOSSLESS = (".png", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -99,6 +105,7 @@ class ImageArray(Dataset[Tensor]):
         self.name = str(path)
         self.path = Path(path)
         self._file: Any = None
+        self._state = state_of(self.path) if self.path.is_file() else ()
         with open_archive(self.path, "an .npz file of images") as archive:
             if "arr_0" not in archive.names:
                 raise UserError(
@@ -126,6 +133,8 @@ class ImageArray(Dataset[Tensor]):
                 self._file = zipfile.ZipFile(self.path).open("arr_0.npy")  # noqa: SIM115  (it stays open between images)
             self._file.seek(self._start + index * num_bytes)  # costs nothing if images are read in order
             content = self._file.read(num_bytes)
+        if state_of(self.path) != self._state:
+            raise UserError(f"{self.path} has changed since its hash was taken; run the command again.")
         if len(content) < num_bytes:
             raise UserError(f"{self.path} is cut off at image {index} of {len(self)}.")
         pixels = np.frombuffer(content, np.uint8).reshape(self._image_shape)

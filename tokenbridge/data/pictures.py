@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tokenbridge.data.images import to_pil
-from tokenbridge.utils.files import replacing
+from tokenbridge.utils.files import flush, replacing
 from tokenbridge.utils.text import plain
 
 if TYPE_CHECKING:
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 
 
 def save_images(folder: Path | str, pixels: Tensor, numbers: Iterable[int] | None = None) -> None:
-    """Save uint8 images [N, C, H, W] as PNG files, atomically; they are numbered from 0, or by `numbers`."""
-    for i, image in zip(range(len(pixels)) if numbers is None else numbers, to_pil(pixels), strict=True):
-        with replacing(Path(folder) / f"{i:06d}.png") as temporary:
+    """Save uint8 images [N, C, H, W] as PNG files, atomically; they are numbered from 0, or by `numbers`.
+
+    They are on the disk at the end. After a power cut before it, the last ones may be damaged, as any reader sees.
+    """
+    names = [f"{i:06d}.png" for i in (range(len(pixels)) if numbers is None else numbers)]
+    for name, image in zip(names, to_pil(pixels), strict=True):
+        with replacing(Path(folder) / name, flushed=False) as temporary:
             image.save(temporary)
+    if names:
+        flush(folder, names)
 
 
 def save_grid(

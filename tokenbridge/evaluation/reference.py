@@ -7,6 +7,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tokenbridge.evaluation.metrics import Statistics
 from tokenbridge.utils import provenance
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import check_writable, replacing, sha256_of
+from tokenbridge.utils.hashed import unchanged
 
 FORMAT = "tokenbridge-reference/1"
 MAX_META = 2**20  # bytes
@@ -53,6 +55,14 @@ def load_reference(
             finite, or were computed with other weights.
     """
     path = Path(path)
+    # The statistics, the images and the hash of a file are read one after the other.
+    with unchanged(path) if path.is_file() else nullcontext():
+        return _load_reference(path, inception, batch_size, cache)
+
+
+def _load_reference(
+    path: Path, inception: Inception | Callable[[], Inception], batch_size: int, cache: Path | str
+) -> Reference:
     stored, meta, names = _read_file(path) if path.is_file() else (None, {}, ["arr_0"])
     images = open_images(path) if stored is None or "arr_0" in names else None
     if images is not None and len(images) < 2:

@@ -359,11 +359,11 @@ def _start_anew(folder: Path) -> None:
     if not (folder / RECIPE_FILE).exists():
         return
     _, recipe = read_recipe(folder / RECIPE_FILE)
-    config = RunConfig(recipe["num_images"])
-    stores = [kind(folder, config, name, (1, 1, 1)) for kind in STORES.values() for name in (None, NO_RESULT)]
-    own = [path for store in stores for path in store.own_files()]
+    config = RunConfig(recipe["num_images"], format=recipe.get("format", "png"))
+    name = NO_RESULT if "no_result" in recipe else None
+    store = STORES[config.format](folder, config, name, (1, 1, 1))
+    own = store.own_files()  # files of the other format are the user's
     own += [path for path in folder.iterdir() if re.fullmatch(r"streams-\d{4}\.pt|grid\.png", path.name)]
     remove(own)
-    for place in {store.pieces for store in stores}:
-        if place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
+    if store.pieces.is_dir() and not any(store.pieces.iterdir()):
+        store.pieces.rmdir()

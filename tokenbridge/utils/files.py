@@ -16,6 +16,7 @@ import shutil
 import stat
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,12 +142,15 @@ def _check_replaceable(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path | str, *, flushed: bool = True) -> Iterator[Path]:
     """Yield a temporary file beside `path`, which replaces `path` only if the block succeeds.
 
     The temporary file has the suffix of `path`, because some libraries choose a format by it. It is on the disk before
     it replaces `path`, so that a power cut leaves no empty file either. A killed process leaves at most a hidden file
     behind (see `clear_leftovers`), never half of `path`.
+
+    Args:
+        flushed: False leaves the file to `flush`, which takes several at once.
     """
     path = Path(path)
     _check_replaceable(path)
@@ -163,12 +167,27 @@ def replacing(path: Path | str) -> Iterator[Path]:
             yield temporary
         with storage_errors(path):
             temporary.chmod(mode)
-            _flush(temporary)
+            if flushed:
+                _flush(temporary)
             os.replace(temporary, path)
-            _flush(path.parent)
+            if flushed:
+                _flush(path.parent)
     finally:
         with suppress(OSError):  # where it cannot be removed, a later run tries again
             temporary.unlink(missing_ok=True)
+
+
+def flush(folder: Path | str, names: Sequence[str]) -> None:
+    """Make the system write files of a folder to the disk, all at once.
+
+    Of small files, this takes a tenth of the time that it takes to flush each of them, and the folder each time.
+    """
+    with storage_errors(folder), ThreadPoolExecutor(_NUM_FLUSHED) as pool:
+        list(pool.map(_flush, [Path(folder) / name for name in names]))
+        _flush(Path(folder))
+
+
+_NUM_FLUSHED = 16  # files that are flushed at the same time
 
 
 def check_replaceable(folder: Path | str, known: Sequence[str] | None) -> None:
@@ -186,6 +205,11 @@ def check_replaceable(folder: Path | str, known: Sequence[str] | None) -> None:
     recover(target)
     if target.exists() and not target.is_dir():
         raise StorageError(f"{folder} is a file, so no folder can be written there. Name another folder.")
+    if os.path.ismount(target):
+        raise StorageError(
+            f"{folder} is where a disk or a volume is mounted, and such a folder cannot be replaced as a whole. Name a "
+            "folder within it."
+        )
     make_folder(target.parent)
     if known is None or not target.exists():
         return
@@ -238,6 +262,8 @@ def replacing_folder(folder: Path | str, known: Sequence[str] | None) -> Iterato
                     _flush(Path(place) / name)
                 _flush(Path(place))
             check_replaceable(folder, known)  # a file may have come during the work
+            if target.exists():
+                shutil.copymode(target, fresh)  # what was private stays so
             _put(fresh, target, aside)
             _flush(target.parent)
     finally:

@@ -62,17 +62,27 @@ def opened(path: Path | str) -> Iterator[Path]:
     if not path.is_file():
         raise UserError(f"{path} is not a regular file.")
     with path.open("rb") as file:
-        before = _state(os.fstat(file.fileno()))
+        before = state_of(file.fileno())
         fixed = Path(f"/proc/self/fd/{file.fileno()}")
         yield fixed if fixed.exists() else path
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if not before == _state(os.fstat(file.fileno())) == (before if fixed.exists() else _state(path.stat())):
+        if not before == state_of(file.fileno()) == (before if fixed.exists() else state_of(path)):
             raise UserError(f"{path} was changed while it was read; wait until it is whole, and run the command again.")
     _note(path, sha256)
 
 
-def _state(stat: os.stat_result) -> tuple[int, ...]:
-    """Return what no writer can leave as it was: the time of the last change of a file cannot be set by hand."""
+@contextmanager
+def unchanged(path: Path | str) -> Iterator[None]:
+    """Refuse a file or folder that is replaced or written to within the block, which reads it more than once."""
+    before = state_of(path)
+    yield
+    if state_of(path) != before:
+        raise UserError(f"{path} was changed while it was read; wait until it is whole, and run the command again.")
+
+
+def state_of(file: Path | str | int) -> tuple[int, ...]:
+    """Return of a path or an open file what every change alters: nobody can set the time of the last one."""
+    stat = os.stat(file)
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
