@@ -26,6 +26,7 @@ from published import published_numbers
 from scored_images import ImageDataset
 from torch import Tensor
 
+from tokenbridge.audit.paper import contradiction, doubts, known_hashes
 from tokenbridge.cli import main as cli
 from tokenbridge.data.images import pixels_to_images
 from tokenbridge.data.sources import load_images, pixels_of
@@ -372,6 +373,12 @@ def test_only_the_published_inception_weights_give_rfid_50k(
     results, judged = table1.reproduce_table1(Options(num_images=3, folder=folder), out=tmp_path / "out")
     assert set(results.rows[0].metrics) == {"images", "rFID-50K", "IS-50K"}
     assert {verdict for verdict, _ in judged.values()} == {"not reproduced"}
+    # What a genuine run writes contradicts nothing, and leaves nothing open but what this test declares anew.
+    honest = results.model_copy(update={"provenance": results.provenance.model_copy(update={"dirty": False})})
+    assert contradiction(honest) is None
+    known = known_hashes(honest, folder)
+    for row in honest.rows:
+        assert doubts(honest, row, "rFID-50K", known) == []
 
 
 def test_missing_files_are_found_first(tmp_path: Path) -> None:
