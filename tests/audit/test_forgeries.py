@@ -157,6 +157,7 @@ def unknown_hashes(value: dict[str, Any]) -> None:
 
 
 STATISTICS, BATCH = "fid_stats/adm_in256_stats.npz", "VIRTUAL_imagenet256_labeled.npz"
+NOW = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 TOMORROW = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)).isoformat(timespec="seconds")
 SAMPLING = asdict(find_preset("tokenbridge-l")[1].sampling_config())
 SIZES = dict(find_preset("tokenbridge-l")[1].model)
@@ -190,6 +191,14 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "10^9 seconds an image": (score("seconds per image", 1e9), "an image took 1e+09 seconds"),
     "no seconds an image": (score("seconds per image", 0.0), "an image took 0 seconds"),
     "a run longer than everything": (changed("provenance", "wall_seconds", to=60.0), "and all of it 60"),
+    "took until tomorrow": (
+        both(changed("provenance", "started", to=NOW), changed("provenance", "wall_seconds", to=90_000.0)),
+        "which have not passed",
+    ),
+    "took longer than the world": (changed("provenance", "wall_seconds", to=1e308), "which have not passed"),
+    "precision of a joke": (setting("sampler", "dtype", to="fp4"), "its dtype is 'fp4', and there are fp32, bf16"),
+    "compiled by a number": (setting("sampler", "compiled", to=1), "its compiled is 1, and there are True, False"),
+    "chosen images": (setting("randomness", to="the best of ten"), "its randomness is 'the best of ten'"),
     "changes as a number": (setting("run", "changes", to=3), "the changes of its run are 3, not a list"),
     "changes as numbers": (setting("run", "changes", to=[3]), "the changes of its run are [3], not a list"),
     "a run of no time": (

@@ -44,7 +44,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(artifacts.FOLDER_VARIABLE, str(tmp_path / "artifacts"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    commit = {"commit": "0" * 40, "dirty": False}
+    commit = {"commit": "0" * 40, "dirty": False, "started": "2025-01-01T00:00:00+00:00"}
     record = {**provenance.Stopwatch().record(), **commit, "wall_seconds": 90_000.0}
     monkeypatch.setattr(provenance, "Stopwatch", lambda: SimpleNamespace(record=lambda: record))
 

@@ -376,9 +376,9 @@ def test_only_the_published_inception_weights_give_rfid_50k(
     # What a genuine run writes contradicts nothing, and leaves nothing open but what this test declares anew.
     honest = results.model_copy(update={"provenance": results.provenance.model_copy(update={"dirty": False})})
     assert contradiction(honest) is None
-    known = known_hashes(honest, folder)
+    hashes = known_hashes(honest, folder)
     for row in honest.rows:
-        assert doubts(honest, row, "rFID-50K", known) == []
+        assert doubts(honest, row, "rFID-50K", hashes) == []
 
 
 def test_missing_files_are_found_first(tmp_path: Path) -> None:

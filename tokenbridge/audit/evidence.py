@@ -132,7 +132,10 @@ def check_hashes(
             parts = [part for part in parts if part.key != INCEPTION]
         named = {part.name: part.sha256 for part in parts if part.name is not None and part.sha256 is not None}
         known = {n: {h for part in parts if part.name == n and (h := published[part.key])} for n in named}
-        hint = "is published, or was recorded here, with another SHA-256"
+        hint = (
+            "is published, or was recorded here, with another SHA-256 (a converted folder has hashes of its own: "
+            "reproduce from the published file)"
+        )
         for words, of_publisher in (("of a published hash", True), ("recorded here, no hash was published", False)):
             names = [
                 n

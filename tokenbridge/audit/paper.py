@@ -15,14 +15,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tokenbridge.models.registry import all_presets, find_preset, unpublished
 from tokenbridge.reproduction import table1
 from tokenbridge.results.schema import Results, Row
 from tokenbridge.results.score import NUM_IMAGES, Score, to_scores
 from tokenbridge.results.tolerances import metric
+from tokenbridge.sampling.config import Randomness
 from tokenbridge.sampling.recipe import CODE
+from tokenbridge.utils.devices import Dtype
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import ARTIFACTS, INCEPTION, KL16_VAE, REFERENCE_BATCH, STATISTICS
 from tokenbridge.weights.published import Preset
@@ -118,6 +120,16 @@ def _contradictions(results: Results) -> Iterator[str]:
         yield f"it started in the future, at {p.started}"
     if p.wall_seconds <= 0:
         yield f"it took {p.wall_seconds:g} seconds"
+    elif started.timestamp() + p.wall_seconds > (datetime.datetime.now(datetime.UTC) + CLOCKS_DIFFER).timestamp():
+        yield f"it started at {p.started} and took {p.wall_seconds:g} seconds, which have not passed"
+    sampler = p.settings.get("sampler")
+    for key, place, known in (
+        ("randomness", p.settings, get_args(Randomness)),
+        ("dtype", sampler, get_args(Dtype)),
+        ("compiled", sampler, (True, False)),
+    ):
+        if isinstance(place, dict) and key in place and not any(_same(place[key], k) for k in known):
+            yield f"its {key} is {place[key]!r:.80}, and there are {', '.join(map(str, known))}"
     for key, kind, what in (
         ("num_images", int, "a whole number"),
         ("published Inception weights", bool, "true or false"),
