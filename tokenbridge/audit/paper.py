@@ -253,10 +253,7 @@ def doubts(results: Results, row: Row, metric_name: str, known: Mapping[str, str
         if part.sha256 is None:
             found.append(f"the file names no {part.what}")
         elif known.get(part.key) is None:
-            found.append(
-                f"the SHA-256 of its {part.what} is neither published nor recorded here "
-                "(--folder names the folder of the published files)"
-            )
+            found.append(f"the SHA-256 of its {part.what} is neither published nor recorded here")
     if row.id.startswith("table1"):
         wanted = {"posterior": "sampled once per image", "precision": "float32"}
         found += [f"the {key} was not {value}" for key, value in wanted.items() if settings.get(key) != value]
