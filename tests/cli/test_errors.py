@@ -114,12 +114,21 @@ def test_an_interrupted_process(tmp_path: Path) -> None:
     """^C while a run is under way; the same command then makes the rest."""
     arguments = ["sample", "tokenbridge-tiny", "--num-images", "4000", "--batch-size", "4", "--out", tmp_path / "run"]
     command = [sys.executable, "-m", "tokenbridge", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("run/images/*.png")) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("run/images/*.png")) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
 

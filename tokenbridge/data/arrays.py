@@ -17,6 +17,7 @@ import numpy as np
 
 from tokenbridge.data.decode import POINTER
 from tokenbridge.utils.errors import UserError, reading
+from tokenbridge.utils.hashed import opened
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Archive:
 
 @contextmanager
 def open_archive(path: Path | str, what: str) -> Iterator[Archive]:
-    """Open an .npz file of somebody else.
+    """Open an .npz file of somebody else. Its hash is recorded, see `utils.hashed`.
 
     Raises:
         UserError: also for whatever goes wrong within the block; it names the file, and `what` it should be.
@@ -83,9 +84,10 @@ def open_archive(path: Path | str, what: str) -> Iterator[Archive]:
     with reading(path, what):
         if not path.is_file():
             raise UserError(f"{path} is no regular file." if path.exists() else f"There is no file {path}.")
-        with path.open("rb") as file:
-            start = file.read(len(POINTER))
-        if start == POINTER:
-            raise UserError(f"{path} is a pointer of Git LFS: its content was not downloaded (`git lfs pull`).")
-        with zipfile.ZipFile(path) as archive:
-            yield Archive(path, archive)
+        with opened(path) as fixed:
+            with fixed.open("rb") as file:
+                start = file.read(len(POINTER))
+            if start == POINTER:
+                raise UserError(f"{path} is a pointer of Git LFS: its content was not downloaded (`git lfs pull`).")
+            with zipfile.ZipFile(fixed) as archive:
+                yield Archive(path, archive)

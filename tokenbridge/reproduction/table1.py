@@ -56,6 +56,7 @@ from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import UserError
 from tokenbridge.utils.files import check_replaceable, replacing, sha256_of, write_text
 from tokenbridge.utils.flop import count, placeholder
+from tokenbridge.utils.hashed import recording
 from tokenbridge.utils.locks import results_folder
 from tokenbridge.weights import artifacts
 from tokenbridge.weights.artifacts import IMAGENET, INCEPTION, KL16_VAE, STATISTICS, Status
@@ -227,8 +228,9 @@ def measure(
         UserError: a file does not hold what it should, or there are too few images.
     """
     stopwatch = provenance.Stopwatch()
-    reference = read_statistics(files[STATISTICS])  # the files that load quickly come first
-    tokenizers = make_tokenizers(files[KL16_VAE], best_device())
+    with recording({Path(files[key]): sha256 for key, sha256 in hashes.items()}):  # those that were hashed
+        reference = read_statistics(files[STATISTICS])  # the files that load quickly come first
+        tokenizers = make_tokenizers(files[KL16_VAE], best_device())
     dataset = cropped(load_images(str(files[IMAGENET]), "train"), IMAGE_SIZE, 3)
     chosen = choose_images(labels_of(dataset), num_images, num_classes)
 

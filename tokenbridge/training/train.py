@@ -30,7 +30,8 @@ from tokenbridge.training.loop import CHECKPOINT, LOGS, train
 from tokenbridge.utils import files, provenance
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import check_replaceable, make_folder, sha256_of, write_json
+from tokenbridge.utils.files import check_replaceable, make_folder, write_json
+from tokenbridge.utils.hashed import recording
 from tokenbridge.utils.processes import locked_by_launch
 from tokenbridge.weights.diffusers import MODEL_FILES, WEIGHTS_FILE, load_model, save_model
 
@@ -101,16 +102,17 @@ def train_recipe(
         check_replaceable(folder, MODEL_FILES)
         changes: dict[str, Any] = {}
         options: dict[str, Any] = {}
-        if not recipe.is_generator:
-            dataset = images_of(scale, "train")
-        elif (system := SYSTEMS[recipe.kind]).codes:
-            dataset = tokens_of(scale, weights)
-            options = {"with_mirrored": scale.with_mirrored}
-        else:
-            dataset = latents_of(scale, weights, runs.parent / "latents")
-            options = {"scaling": _autoencoder_scaling(scale, weights), "with_mirrored": scale.with_mirrored}
-            if system.measure is not None:
-                changes = system.measure(_some_latents(dataset), **recipe.measured)
+        with recording() as read:
+            if not recipe.is_generator:
+                dataset = images_of(scale, "train")
+            elif (system := SYSTEMS[recipe.kind]).codes:
+                dataset = tokens_of(scale, weights)
+                options = {"with_mirrored": scale.with_mirrored}
+            else:
+                dataset = latents_of(scale, weights, runs.parent / "latents")
+                options = {"scaling": _autoencoder_scaling(scale, weights), "with_mirrored": scale.with_mirrored}
+                if system.measure is not None:
+                    changes = system.measure(_some_latents(dataset), **recipe.measured)
         model = build(recipe, **changes)
         loss = functools.partial(step_of(recipe), **options, **recipe.loss)
         log = train(model, dataset, loss, recipe.training, runs, name=name, show_progress=show_progress)
@@ -130,7 +132,7 @@ def train_recipe(
             log["tokenizer"] = {
                 "name": tokenizer,
                 "shipped": is_shipped(scale, tokenizer, weights),
-                "sha256": sha256_of(find_model_folder(scale, tokenizer, weights) / WEIGHTS_FILE),
+                "sha256": read[find_model_folder(scale, tokenizer, weights) / WEIGHTS_FILE],
             }
         if recipe.kind == "autoencoder":
             model.register_to_config(scaling_factor=_measure_scaling(model, dataset))
@@ -172,7 +174,8 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
 
     The table is that of `data.latents.cache_latents`, and it is kept in a sub-folder of `folder`.
     """
-    autoencoder = load(scale, "vae", weights).to(best_device())
+    with recording() as read:
+        autoencoder = load(scale, "vae", weights).to(best_device())
     images = labelled_images(scale, "train")
     # The folder's name has a hash, so that latents of another autoencoder or of other images are never used.
     options: dict[str, Any] = {
@@ -181,7 +184,7 @@ def latents_of(scale: Scale, weights: Path | str, folder: Path) -> Dataset:
         "with_mirrored": scale.with_mirrored,
     }
     weights_file = find_model_folder(scale, "vae", weights) / WEIGHTS_FILE
-    what = [sha256_of(weights_file), provenance.hash_of_dataset(images), options]
+    what = [read[weights_file], provenance.hash_of_dataset(images), options]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     with PartialState().main_process_first():
         return cache_latents(autoencoder, images, folder / name, **options)

@@ -49,8 +49,8 @@ def read_hashed(path: Path | str, limit: int = 2**26) -> bytes:
 def opened(path: Path | str) -> Iterator[Path]:
     """Yield a path by which libraries can open and map a file that is too large to be held in memory twice.
 
-    The path is that of an open file, and a file that is replaced or written to meanwhile is refused. It is hashed after
-    the block has read it, so that a file which is damaged is refused before its gigabytes are hashed.
+    The path is that of an open file, and a file that is replaced or written to meanwhile is refused. Within `recording`
+    it is hashed after the block has read it, so that a damaged file is refused before its gigabytes are hashed.
 
     Raises:
         MissingFileError: there is no such file.
@@ -65,10 +65,11 @@ def opened(path: Path | str) -> Iterator[Path]:
         before = state_of(file.fileno())
         fixed = Path(f"/proc/self/fd/{file.fileno()}")
         yield fixed if fixed.exists() else path
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if _records else None
         if not before == state_of(file.fileno()) == (before if fixed.exists() else state_of(path)):
             raise UserError(f"{path} was changed while it was read; wait until it is whole, and run the command again.")
-    _note(path, sha256)
+    if sha256 is not None:
+        _note(path, sha256)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from tokenbridge.results.score import ScoreName, change_of, deviation_of
 from tokenbridge.utils import files, provenance
 from tokenbridge.utils.console import log
 from tokenbridge.utils.errors import UserError
-from tokenbridge.utils.files import sha256_of, write_text
+from tokenbridge.utils.files import write_text
 from tokenbridge.utils.hashed import recording
 from tokenbridge.utils.locks import results_folder
 
@@ -126,7 +126,7 @@ def measure_discrepancies(
         for title, compare in COMPARISONS.values():
             log(title)
             rows += compare(study)
-        given = {} if latents is None else {f"given latents ({latents.name})": sha256_of(latents)}
+        given = {} if latents is None else {f"given latents ({latents.name})": read[latents]}
         measured = Results(
             scale=scale.name,
             provenance=Provenance(
