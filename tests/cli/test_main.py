@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import get_args
 
@@ -64,3 +65,14 @@ def test_an_empty_word(run: Run, words: list[str]) -> None:
 def test_unknown_scale(run: Run, command: str) -> None:
     message = error_of(run(command, "huge"))
     assert "Unknown scale 'huge'; there are tiny, small, mini." in message
+
+
+def test_claims_are_listed_by_their_ids(run: Run) -> None:
+    code, out, _ = run("claims", "table2c", "--json")
+    listed = json.loads(out)
+    assert code == 0
+    assert {claim["id"].partition("/")[0] for claim in listed} == {"table2c"}
+    assert {claim["id"] for claim in listed} >= {"table2c/64/fid", "table2c/16/is"}
+    code, out, err = run("claims", "table9")
+    assert (code, out) == (2, "")
+    assert "begins with 'table9'" in err

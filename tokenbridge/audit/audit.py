@@ -17,6 +17,7 @@ rows are the shipped ones. Beside a number of the paper they are shown as suppor
 from __future__ import annotations
 
 import datetime
+import difflib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -179,7 +180,9 @@ def audit_samples(
     paper = files.reference_folder() / "paper"
     claims = {claim.id: claim for claim in read_ledger(paper).claims}
     if claim_id not in claims:
-        raise UserError(f"There is no claim {claim_id!r}; `tokenbridge audit` lists them.")
+        near = difflib.get_close_matches(claim_id, claims, n=3, cutoff=0.5)
+        hint = f"Similar ones are {', '.join(near)}. " if near else ""
+        raise UserError(f"There is no claim {claim_id!r}. {hint}`tokenbridge claims` lists all of them.")
     claim = claims[claim_id]
     measured = score_samples(
         samples,

@@ -1,4 +1,4 @@
-"""`tokenbridge audit`, `gate` and `update-references`."""
+"""`tokenbridge audit`, `claims`, `gate` and `update-references`."""
 
 from __future__ import annotations
 
@@ -161,6 +161,26 @@ def audit(
         _print_audit(done, out)
     if done.failures:
         sys.exit(1)
+
+
+@app.command()
+def claims(
+    prefix: Annotated[
+        str, typer.Argument(help="Only claims whose ids begin so, as 'table3' or 'table2c/64'.", show_default=False)
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """List the published claims by their ids, with what was published; with --json also how each is measured."""
+    from tokenbridge.results.ledger import read_ledger
+
+    found = [claim for claim in read_ledger(files.reference_folder() / "paper").claims if claim.id.startswith(prefix)]
+    if not found:
+        raise UserError(f"No claim has an id that begins with {prefix!r}; `tokenbridge claims` lists all of them.")
+    if as_json:
+        print(json.dumps([claim.model_dump(mode="json") for claim in found], indent=2))
+        return
+    rows = [[c.id, "" if c.value is None else f"{c.value:,.12g}{c.unit}", c.text] for c in found]
+    print_table("Published claims", ["id", "published", "what"], rows)
 
 
 def _print_audit(done: Any, out: Path) -> None:
