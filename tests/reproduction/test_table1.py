@@ -484,7 +484,7 @@ def test_command_lists_the_files(command: Any, folder: Path) -> None:
 def test_download_needs_names(command: Any) -> None:
     code, _, err = command("artifacts", "--download")
     assert code == 2
-    assert "name those to download" in err
+    assert "Name the files to download" in err
     code, _, err = command("artifacts", "kl16", "--download")
     assert code == 2
     assert "HF_HUB_OFFLINE=1, was asked for" in err

@@ -186,7 +186,7 @@ def test_a_damaged_image_is_made_anew(tmp_path: Path, damage: str, capfd: pytest
     for i in (1, 4):
         DAMAGES[damage](samples / f"{i:06d}.png")
     assert quiet(Flat(), SMALL, tmp_path).num_made == 2
-    assert f"2 files are damaged in {tmp_path}; their images are made anew." in capfd.readouterr().err
+    assert f"2 files are damaged in {tmp_path}, and the images are made anew." in capfd.readouterr().err
     assert {path.name: path.read_bytes() for path in samples.iterdir()} == before
 
 

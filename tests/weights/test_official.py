@@ -29,6 +29,7 @@ from tokenbridge.models.tokenbridge.model import TokenBridge
 from tokenbridge.models.tokenbridge.presets import PRESETS, create_model
 from tokenbridge.sampling.convert import convert
 from tokenbridge.tokenizers.kl16 import create_kl16, load_kl16
+from tokenbridge.utils.errors import UserError
 from tokenbridge.weights.published import find_preset
 from tokenbridge.weights.torch_files import read_checkpoint
 
@@ -232,13 +233,15 @@ def test_kl16_file_and_its_images(tmp_path: Path, preset: str) -> None:
 def test_convert_writes_a_folder_that_loads(tmp_path: Path, preset: str) -> None:
     path = write_checkpoint(tmp_path / "checkpoint.pth")
     convert(path, tmp_path / "model", preset)
-    convert(path, tmp_path / "model", preset)  # a model folder may be replaced
+    with pytest.raises(UserError, match="already holds a converted model"):
+        convert(path, tmp_path / "model", preset)
+    convert(path, tmp_path / "model", preset, overwrite=True)
     assert (tmp_path / "model" / "diffusion_pytorch_model.safetensors").is_file()
     loaded = TokenBridge.from_pretrained(tmp_path / "model", low_cpu_mem_usage=False).state_dict()
     expected = tiny_model().state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        convert(path, tmp_path, preset)
+    with pytest.raises(UserError, match=r"checkpoint\.pth"):
+        convert(path, tmp_path, preset, overwrite=True)  # the user's own file lies there
     assert path.is_file()
 
 

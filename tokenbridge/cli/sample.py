@@ -130,7 +130,8 @@ def sample(
     if as_json:
         print(json.dumps({"folder": str(done.folder), "model": name, **to_jsonable_python(report)}, indent=2))
     else:
-        print_line(f"{report.num_images} images ({name}) are in {report.samples}, an overview in {done.overview}.")
+        made = f"1 image ({name}) is" if report.num_images == 1 else f"{report.num_images} images ({name}) are"
+        print_line(f"{made} in {report.samples}, an overview in {done.overview}.")
 
 
 def _labels(text: str | None) -> tuple[int, ...] | Literal["balanced", "random"] | None:

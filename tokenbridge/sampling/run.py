@@ -188,7 +188,7 @@ def sampling_run(
             whole, damaged = store.inspect()
             if damaged:
                 files = "1 file is" if damaged == 1 else f"{damaged:,} files are"
-                console.log(f"{files} damaged in {folder}; their images are made anew.")
+                console.log(f"{files} damaged in {folder}, and the images are made anew.")
             record.write(whole)
             changes = tuple(text for entry in record.content.get("continued", []) for text in entry["changes"])
             left = [(whole, changes)]
