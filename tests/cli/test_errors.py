@@ -335,7 +335,11 @@ def test_an_error_of_an_interrupted_import_is_no_error(fail: Callable[..., tuple
         except KeyboardInterrupt:
             raise ImportError("cannot load module more than once per process") from None
 
-    assert fail(interrupted) == (130, "", "Interrupted.\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    try:
+        assert fail(interrupted) == (130, "", "Interrupted.\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("error", [EOFError(), BrokenPipeError(errno.EPIPE, "Broken pipe")])

@@ -87,5 +87,5 @@ def test_a_damaged_image_is_one_line_from_a_worker_too(tmp_path: Path, monkeypat
     monkeypatch.setattr("tokenbridge.evaluation.features.best_device", lambda: torch.device("cuda"))  # so that it asks
     with pytest.raises(UserError) as caught:
         list(forward(files, lambda x: (x,), 2, "test"))
-    assert "000001.png cannot be read as an image" in str(caught.value)
+    assert "000001.png has changed since its hash was taken" in str(caught.value)
     assert "\n" not in str(caught.value)
