@@ -75,7 +75,7 @@ def typecheck(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Every command of the README and the guides, in order, in a fresh shell: four minutes on two cores."""
+    """Every command of the README and the guides, in order, in a fresh shell: seven minutes on two cores."""
     run(session, "python", "-m", "pytest", "-m", "docs", "tests/docs", *session.posargs)
 
 
