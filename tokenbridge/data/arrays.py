@@ -81,13 +81,10 @@ def open_archive(path: Path | str, what: str) -> Iterator[Archive]:
         UserError: also for whatever goes wrong within the block; it names the file, and `what` it should be.
     """
     path = Path(path)
-    with reading(path, what):
-        if not path.is_file():
-            raise UserError(f"{path} is no regular file." if path.exists() else f"There is no file {path}.")
-        with opened(path) as fixed:
-            with fixed.open("rb") as file:
-                start = file.read(len(POINTER))
-            if start == POINTER:
-                raise UserError(f"{path} is a pointer of Git LFS: its content was not downloaded (`git lfs pull`).")
-            with zipfile.ZipFile(fixed) as archive:
-                yield Archive(path, archive)
+    with reading(path, what), opened(path) as fixed:
+        with fixed.open("rb") as file:
+            start = file.read(len(POINTER))
+        if start == POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS: its content was not downloaded (`git lfs pull`).")
+        with zipfile.ZipFile(fixed) as archive:
+            yield Archive(path, archive)

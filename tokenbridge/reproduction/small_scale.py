@@ -20,7 +20,6 @@ from torch import Tensor
 from tokenbridge.configs.scales import is_shipped
 from tokenbridge.data.images import pixels_to_images
 from tokenbridge.data.pictures import save_grid
-from tokenbridge.data.sources import load_images
 from tokenbridge.evaluation.metrics import class_accuracy, score
 from tokenbridge.evaluation.reconstruct import reconstruct_with, reconstruction_scores
 from tokenbridge.models.noise import PerImage
@@ -28,7 +27,13 @@ from tokenbridge.models.registry import SYSTEMS
 from tokenbridge.models.system import change_settings
 from tokenbridge.reproduction.timing import prediction_time_rows
 from tokenbridge.reproduction.trends import trends
-from tokenbridge.reproduction.workbench import MAIN_SYSTEM, Workbench, hashes_of_models, open_workbench
+from tokenbridge.reproduction.workbench import (
+    MAIN_SYSTEM,
+    Workbench,
+    hashes_of_images,
+    hashes_of_models,
+    open_workbench,
+)
 from tokenbridge.results import markdown
 from tokenbridge.results import schema as results
 from tokenbridge.results.schema import Provenance, Results, Row
@@ -116,10 +121,7 @@ def reproduce_scale(
             provenance=Provenance(
                 **stopwatch.record(),
                 seed=seed,
-                data_sha256={
-                    f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
-                    for split in ("train", "test")
-                },
+                data_sha256=hashes_of_images(scale),
                 weights_sha256=hashes_of_models(read, scale, weights),
                 settings={
                     "num_images": num_images,

@@ -17,6 +17,7 @@ from tokenbridge.tokenizers.base import LatentTokenizer, VQTokenizer
 from tokenbridge.training.train import how_to_train, load
 from tokenbridge.utils.devices import best_device
 from tokenbridge.utils.errors import MissingFileError, UserError
+from tokenbridge.utils.provenance import hash_of_dataset
 from tokenbridge.weights.diffusers import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ def hashes_of_models(read: Mapping[Path, str], scale: Scale, weights: Path | str
     """Return, by MODEL/FILE, the hashes of those files of the scale's models that were read (`hashed.recording`)."""
     folders = {find_model_folder(scale, recipe.name, weights) for recipe in scale.recipes}
     return {f"{p.parent.name}/{p.name}": sha256 for p, sha256 in read.items() if p.parent in folders}
+
+
+def hashes_of_images(scale: Scale) -> dict[str, str]:
+    """Return, by DATA/SPLIT, the hashes of the scale's images."""
+    return {f"{scale.data}/{split}": hash_of_dataset(load_images(scale.data, split)) for split in ("train", "test")}
 
 
 def open_workbench(scale: Scale, weights: Path | str) -> Workbench:

@@ -405,6 +405,19 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False))
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is no regular file, before it is opened: pipes and devices never end.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is no regular file.
+    """
+    if not path.exists():
+        raise MissingFileError(f"There is no file {path}.")
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file.")
+
+
 def read_bytes(path: Path | str, limit: int = 2**26) -> bytes:
     """Return the content of a file that somebody else may have made; hash these very bytes, and parse them.
 
@@ -417,10 +430,7 @@ def read_bytes(path: Path | str, limit: int = 2**26) -> bytes:
         UserError: it is no regular file, or longer than `limit`.
     """
     path = Path(path)
-    if not path.exists():
-        raise MissingFileError(f"There is no file {path}.")
-    if not path.is_file():
-        raise UserError(f"{path} is no regular file.")
+    check_regular(path)
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenbridge.utils.errors import MissingFileError, UserError
-from tokenbridge.utils.files import read_bytes
+from tokenbridge.utils.errors import UserError
+from tokenbridge.utils.files import check_regular, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,10 +57,7 @@ def opened(path: Path | str) -> Iterator[Path]:
         UserError: it is not a regular file, or it was replaced or written to while it was read.
     """
     path = Path(path)
-    if not path.exists():
-        raise MissingFileError(f"There is no file {path}.")
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file.")
+    check_regular(path)
     with path.open("rb") as file:
         before = state_of(file.fileno())
         fixed = Path(f"/proc/self/fd/{file.fileno()}")

@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenbridge.data.sources import load_images
 from tokenbridge.reproduction.discrepancies.baselines import givt_guidance, givt_no_class, llamagen_zero_row
 from tokenbridge.reproduction.discrepancies.head import final_layer, first_element, head_cache
 from tokenbridge.reproduction.discrepancies.precision import latents_precision, tokens_precision
 from tokenbridge.reproduction.discrepancies.quantizing import encode, gaussian_fit, posterior, read_latents
 from tokenbridge.reproduction.discrepancies.sampling import class_labels, num_images, pixels, temperature
 from tokenbridge.reproduction.discrepancies.study import NUM_SEEDS, Study
-from tokenbridge.reproduction.workbench import hashes_of_models, open_workbench
+from tokenbridge.reproduction.workbench import hashes_of_images, hashes_of_models, open_workbench
 from tokenbridge.results.markdown import cell, columns_of, escape, markdown_table, measured_by, trend_lines
 from tokenbridge.results.schema import Provenance, Results, Row, Trend, write
 from tokenbridge.results.score import ScoreName, change_of, deviation_of
@@ -132,11 +131,7 @@ def measure_discrepancies(
             provenance=Provenance(
                 **stopwatch.record(),
                 seed=seed,
-                data_sha256={
-                    f"{scale.data}/{split}": provenance.hash_of_dataset(load_images(scale.data, split))
-                    for split in ("train", "test")
-                }
-                | given,
+                data_sha256=hashes_of_images(scale) | given,
                 weights_sha256=hashes_of_models(read, scale, weights),
                 settings={
                     "num_images": num_images,
